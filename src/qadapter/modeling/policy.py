@@ -33,6 +33,7 @@ from qadapter.modeling.mixing import (
     last_strength,
     times,
 )
+from qadapter.modeling.packed import packed_masks
 from qadapter.modeling.streams import (
     Stream,
     StreamPlan,
@@ -42,6 +43,7 @@ from qadapter.modeling.streams import (
     repeat_rows,
     with_stream_layers,
 )
+from qadapter.modeling.trunk import ForkRows, FromTrunk, KeepTrunk, share_trunk
 from qadapter.objective import ImpliedRewards, implied
 
 DEFAULT_ADAPTER = "default"
@@ -96,6 +98,8 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         self._peft = (self._inject(base, peft_configs),)
         self.base = self.peft_model.get_base_model()
         self.head = Head.of(self.base)
+        # Decoder layers below the first adapted one, which all streams share; 0 switches the sharing off.
+        self.shared_layers = share_trunk(self.base, self.plan)
         # The settings of calls that give none.
         self.strength: Any = 1.0
         self.max_kl: Any = None
@@ -151,39 +155,70 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
 
     # -- streams -----------------------------------------------------------------------------------------------
 
-    def streams(self, input_ids: Tensor, attention_mask: Tensor | None = None, adapter: str | None = None) -> Streams:
+    def streams(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        adapter: str | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Streams:
         """Final hidden states of the base (without gradient, in eval mode) and of one adapter, for training.
 
-        Two passes, the base first: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order.
-        Positions count real tokens only, so that padding on either side changes nothing.
+        Two passes, the base first: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order. Layers
+        below the first adapted one run in the base's pass only. Without `position_ids`, positions count real tokens
+        only, so that padding on either side changes nothing.
         """
-        position_ids = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if position_ids is None and isinstance(attention_mask, Tensor):
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        decoder, training = self.base.get_decoder(), self.training
-        with torch.no_grad(), self.plan.running(None):
+        decoder, training, trunk = self.base.get_decoder(), self.training, KeepTrunk(self.shared_layers)
+        with torch.no_grad(), self.plan.running(None, layer_pass=trunk):
             decoder.eval()  # no checkpointing, no adapter dropout
             base = decoder(**batch, use_cache=False).last_hidden_state
             decoder.train(training)
         # The resting plan, not a context: activation checkpointing runs the layers again in the backward pass.
         self.plan.blocks = (adapter or self.adapters[0],)
-        return Streams(decoder(**batch, use_cache=False).last_hidden_state, base)
+        rest = None if trunk.states is None else FromTrunk(self.shared_layers, trunk.states)
+        with self.plan.running(*self.plan.blocks, layer_pass=rest):
+            return Streams(decoder(**batch, use_cache=False).last_hidden_state, base)
 
     def token_statistics(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> TokenStatistics:
         """Statistics of every response token under the trained policy and the base; (B, T-1), zero elsewhere.
 
         Column t belongs to token t+1, as with shifted labels: its mask is `completion_mask[:, 1:]`.
         """
-        adapter = self.adapters[0]
-        streams = self.streams(input_ids, attention_mask, adapter)
         mask = completion_mask[:, 1:].bool()
-        # The states before response tokens, among all B·T; finding them is the only time a step reads the device.
+        # The states before response tokens, among all B·T; finding them makes the host wait for the device.
         states = F.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)  # (N,)
+        targets = input_ids.flatten().index_select(0, states + 1)
+        return self._statistics(self.streams(input_ids, attention_mask), states, targets, mask)
+
+    def packed_statistics(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        state_indices: Tensor,
+        target_ids: Tensor,
+        completion_mask: Tensor,
+    ) -> TokenStatistics:
+        """As `token_statistics`, of the packed rows that `PackedCollator` makes; (2P, C), zero outside the mask.
+
+        The slow twin runs the same pairs in padded rows of their own.
+        """
+        masks = packed_masks(self.base, segment_ids, position_ids)
+        streams = self.streams(input_ids, masks, position_ids=position_ids)
+        return self._statistics(streams, state_indices, target_ids, completion_mask)
+
+    def _statistics(self, streams: Streams, states: Tensor, targets: Tensor, mask: Tensor) -> TokenStatistics:
+        """Statistics of the N response tokens that follow the given states, laid out as `mask` (B, C) has it."""
+        adapter = self.adapters[0]
         flat = self.head.statistics(
             adapter,
             streams.adapter.flatten(0, 1).index_select(0, states),  # (N, H)
             streams.base.flatten(0, 1).index_select(0, states),
             self.trained_coefficients()[adapter],
-            input_ids.flatten().index_select(0, states + 1),
+            targets,
             self.plan,
         )
         return TokenStatistics(*(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
@@ -249,6 +284,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         max_kl: float | Tensor | None = None,
         strength_record: list[Tensor] | None = None,
         completion_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | TokenStatistics:
         """The policy's logits (B, T, V), like any causal LM's; or, given `completion_mask`, training statistics.
@@ -265,7 +301,11 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             strength_record: a list to which the strength used at the last position (B,) is appended.
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
+            segment_ids: with it, and the other tensors that `PackedCollator` makes, `packed_statistics`.
         """
+        if segment_ids is not None:
+            packed: dict[str, Any] = {"position_ids": position_ids, "segment_ids": segment_ids, **kwargs}
+            return self.packed_statistics(input_ids, completion_mask=completion_mask, **packed)  # type: ignore[arg-type]
         if completion_mask is not None:
             return self.token_statistics(input_ids, attention_mask, completion_mask)  # type: ignore[arg-type]
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
@@ -303,11 +343,23 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        stacked = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
-        with self.plan.running(*streams):
-            output = self.base.get_decoder()(**stacked, past_key_values=cache, use_cache=use_cache)
+        fork = None
+        if self.forks(len(streams)):
+            fork = ForkRows(self.shared_layers, rows, len(streams))
+        else:
+            batch = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
+        with self.plan.running(*streams, layer_pass=fork):
+            output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
         blocks = output.last_hidden_state.split(rows)
         return dict(zip(streams, blocks, strict=True)), output.past_key_values
+
+    def forks(self, streams: int) -> bool:
+        """Whether a pass of so many streams parts above the first layer, with one cache for all below.
+
+        FlexAttention's block masks cannot be repeated in the middle of a pass.
+        """
+        flexible = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
+        return streams > 1 and self.shared_layers > 0 and not flexible
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""
