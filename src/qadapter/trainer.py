@@ -17,7 +17,7 @@ from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.loading import load_adapter_weights
-from qadapter.modeling.packed import can_pack
+from qadapter.modeling.packed import enable_packing
 from qadapter.objective import pair_losses
 from qadapter.training_log import TrainingLogCallback
 
@@ -112,7 +112,7 @@ class QAdapterTrainer(Trainer):
     ) -> Any:
         """Mean loss of the batch's pairs; collects the metrics of train or eval on the device."""
         statistics = TokenStatistics(*model(**inputs))
-        mask = inputs["completion_mask"] if "segment_ids" in inputs else inputs["completion_mask"][:, 1:].bool()
+        mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
         self._collect("train" if model.training else "eval", quantities, mask)
@@ -204,11 +204,10 @@ class QAdapterTrainer(Trainer):
 
 def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -> PackedCollator | PreferenceCollator:
     """The collator of the cheapest batches that the model can run: packed rows, else padded ones."""
-    if packing and can_pack(model.base):
-        hidden_size = model.config.get_text_config(decoder=True).hidden_size
-        return PackedCollator(pad_token_id, attention_cost=6 * hidden_size)
+    if packing and enable_packing(model.base):
+        return PackedCollator()
     if packing:
-        logger.info("%s cannot run packed rows: batches are padded.", type(model.base).__name__)
+        logger.info("%s with this attention cannot run packed rows: batches are padded.", type(model.base).__name__)
     return PreferenceCollator(pad_token_id=pad_token_id)
 
 

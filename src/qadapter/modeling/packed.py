@@ -1,77 +1,116 @@
-"""Attention masks for packed pairs: which token may look at which, and whether a model can be told so."""
+"""Attention over packed pairs: a row that holds each prompt once, attended as if each answer had a row of its own.
 
-from typing import Any
+The layers work on the row that `PackedCollator` makes; only attention must know that it stands for several sequences.
+It gathers their queries, keys and values, runs SDPA on each sequence alone, causal and without padding, and puts the
+results back in the row's order. It is one more of transformers' attention implementations.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-# The interfaces that take a mask of any shape.
-MASKED_ATTENTION = ("sdpa", "eager")
-MASKED_LAYERS = ("full_attention", "sliding_attention")
+from qadapter.data.packing import PackedCollator
+
+PACKED_ATTENTION = "qadapter_packed"
+# Kinds of layers whose tokens meet in attention only.
+ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
 
-def attended(segment_ids: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
-    """Whether token i of a row may attend to token j, (R, 1, T, T): never beyond its own pair and answer.
+class PackedRow(NamedTuple):
+    """What attention must know of a packed row (see `PackedCollator`)."""
 
-    A segment is 3 · pair + 0 for a prompt, 1 or 2 for its answers, -1 for padding, which attends to padding only (a
-    token that attends to nothing would be NaN). Positions count within prompt + answer, so that `window` reaches as
-    far back as it would in a row of their own.
+    gather: Tensor
+    restore: Tensor
+    lengths: list[int]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed: PackedRow | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention output (1, S, heads, D) of a packed row; without `packed` that of SDPA.
+
+    With it, the last dimension of `attention_mask` is the window of the layer, 0 for none: what transformers hands
+    each kind of layer as its mask is the one way to tell them apart that works for all architectures.
     """
-    pair, part = segment_ids.div(3, rounding_mode="floor"), segment_ids % 3
-    same_pair = pair.unsqueeze(-1) == pair.unsqueeze(-2)
-    own_text = (part.unsqueeze(-2) == 0) | (part.unsqueeze(-2) == part.unsqueeze(-1))
-    distance = position_ids.unsqueeze(-1) - position_ids.unsqueeze(-2)
-    allowed = same_pair & own_text & (distance >= 0)
-    if window is not None:
-        allowed &= distance < window
-    return allowed.unsqueeze(1)
+    if packed is None or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = attention_mask.shape[-1]
+    streams = [states.index_select(2, packed.gather).split(packed.lengths, dim=2) for states in (query, key, value)]
+    outputs = [
+        sdpa_attention_forward(module, *sequence, window_mask(sequence[0], window), **kwargs)[0]
+        for sequence in zip(*streams, strict=True)
+    ]
+    return torch.cat(outputs, dim=1).index_select(1, packed.restore), None
 
 
-def packed_masks(model: PreTrainedModel, segment_ids: Tensor, position_ids: Tensor) -> Tensor | dict[str, Tensor]:
-    """The `attention_mask` argument of the model's decoder: a mask, or one for each kind of its layers."""
+def window_mask(query: Tensor, window: int) -> Tensor | None:
+    """The mask (T, T) of a sequence longer than the window; None where plain causal attention is the same."""
+    length = query.shape[2]
+    if window == 0 or length <= window:
+        return None
+    places = torch.arange(length, device=query.device)
+    distance = places.unsqueeze(-1) - places
+    return (distance >= 0) & (distance < window)
+
+
+def layer_windows(model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
+    """The decoder's `attention_mask` argument for packed rows: empty tensors whose last dimension is the window."""
     config: Any = model.config.get_text_config(decoder=True)
-
-    def mask(window: int | None) -> Tensor:
-        allowed = attended(segment_ids, position_ids, window)
-        if config._attn_implementation != "eager":
-            return allowed
-        lowest = torch.finfo(model.dtype).min
-        return torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, lowest)
-
-    window = getattr(config, "sliding_window", None)
+    windows = {"full_attention": 0, "sliding_attention": getattr(config, "sliding_window", None) or 0}
     kinds = getattr(config, "layer_types", None)
+    masks = {kind: torch.empty(0, 1, 1, window, device=model.device) for kind, window in windows.items()}
     if not kinds:
-        return mask(window)
-    return {kind: mask(window if kind == "sliding_attention" else None) for kind in dict.fromkeys(kinds)}
+        return masks["sliding_attention"]
+    return {kind: masks[kind] for kind in dict.fromkeys(kinds)}
+
+
+def enable_packing(model: PreTrainedModel) -> bool:
+    """Switch the model from SDPA to attention that can run packed rows; whether it can.
+
+    It cannot where attention is of another implementation, where positions come from the mask (ALiBi), or where layers
+    mix tokens otherwise than by attention; nothing is changed then.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    if config._attn_implementation == PACKED_ATTENTION:
+        return True
+    kinds = getattr(config, "layer_types", None) or ()
+    if config._attn_implementation != "sdpa" or any(kind not in ATTENTION_LAYERS for kind in kinds):
+        return False
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    if _packs(model):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False
 
 
 @torch.no_grad()
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model gives packed answers what it gives them in rows of their own.
-
-    Tried on three tokens: a prompt of one and two answers of one. No where positions come from the mask (ALiBi) or
-    where layers mix tokens otherwise than by attention.
-    """
-    config: Any = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in MASKED_ATTENTION:
-        return False
-    if any(kind not in MASKED_LAYERS for kind in getattr(config, "layer_types", None) or ()):
-        return False
+def _packs(model: PreTrainedModel) -> bool:
+    """Whether packed answers of two tokens get the hidden states of rows of their own; True if not loaded yet."""
     parameter = next(model.parameters())
-    if parameter.device.type == "meta" or parameter.numel() == 0:  # sharded: no weights to try it with
+    if parameter.device.type == "meta" or parameter.numel() == 0:
         return True
-    decoder, device = model.get_decoder(), parameter.device
-    prompt, chosen, rejected = 1, 2, 0
-    segments, positions = torch.tensor([[0, 1, 2]], device=device), torch.tensor([[0, 1, 1]], device=device)
-    alone = torch.tensor([[prompt, chosen], [prompt, rejected]], device=device)
-    packed = torch.tensor([[prompt, chosen, rejected]], device=device)
+    row = PackedCollator()([{"prompt_ids": [1], "chosen_ids": [2, 0], "rejected_ids": [0, 1]}])
+    row = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in row.items()}
+    decoder = model.get_decoder()
     try:
-        masks = packed_masks(model, segments, positions)
-        ours = decoder(input_ids=packed, attention_mask=masks, position_ids=positions, use_cache=False)
+        packed = PackedRow(row["gather_indices"], row["restore_indices"], row["sequence_lengths"])
+        batch = {"input_ids": row["input_ids"], "position_ids": row["position_ids"], "use_cache": False}
+        ours = decoder(**batch, attention_mask=layer_windows(model), packed=packed).last_hidden_state[0]
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         return False
-    rows = decoder(input_ids=alone, use_cache=False).last_hidden_state
-    expected = torch.stack([rows[0, 0], rows[0, 1], rows[1, 1]]).float()
-    error = (ours.last_hidden_state[0].float() - expected).abs().mean() / expected.abs().mean()
+    alone = row["input_ids"][0, row["gather_indices"]].view(2, 3)
+    expected = decoder(input_ids=alone, use_cache=False).last_hidden_state.flatten(0, 1)[row["restore_indices"]].float()
+    error = (ours.float() - expected).abs().mean() / expected.abs().mean()
     return bool(error < (1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2))

@@ -33,7 +33,7 @@ from qadapter.modeling.mixing import (
     last_strength,
     times,
 )
-from qadapter.modeling.packed import packed_masks
+from qadapter.modeling.packed import PackedRow, layer_windows
 from qadapter.modeling.streams import (
     Stream,
     StreamPlan,
@@ -160,7 +160,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | dict[str, Tensor] | None = None,
         adapter: str | None = None,
-        position_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> Streams:
         """Final hidden states of the base (without gradient, in eval mode) and of one adapter, for training.
 
@@ -168,9 +168,9 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         below the first adapted one run in the base's pass only. Without `position_ids`, positions count real tokens
         only, so that padding on either side changes nothing.
         """
-        if position_ids is None and isinstance(attention_mask, Tensor):
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        if "position_ids" not in kwargs and isinstance(attention_mask, Tensor):
+            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         decoder, training, trunk = self.base.get_decoder(), self.training, KeepTrunk(self.shared_layers)
         with torch.no_grad(), self.plan.running(None, layer_pass=trunk):
             decoder.eval()  # no checkpointing, no adapter dropout
@@ -197,17 +197,21 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        segment_ids: Tensor,
+        gather_indices: Tensor,
+        restore_indices: Tensor,
+        sequence_lengths: list[int],
         state_indices: Tensor,
         target_ids: Tensor,
         completion_mask: Tensor,
     ) -> TokenStatistics:
-        """As `token_statistics`, of the packed rows that `PackedCollator` makes; (2P, C), zero outside the mask.
+        """As `token_statistics`, of the packed row that `PackedCollator` makes; (2P, C), zero outside the mask.
 
-        The slow twin runs the same pairs in padded rows of their own.
+        The base must have been switched to packed attention (`packed.enable_packing`). The slow twin runs the same
+        pairs in padded rows of their own.
         """
-        masks = packed_masks(self.base, segment_ids, position_ids)
-        streams = self.streams(input_ids, masks, position_ids=position_ids)
+        packed = PackedRow(gather_indices, restore_indices, sequence_lengths)
+        windows = layer_windows(self.base)
+        streams = self.streams(input_ids, windows, position_ids=position_ids, packed=packed)
         return self._statistics(streams, state_indices, target_ids, completion_mask)
 
     def _statistics(self, streams: Streams, states: Tensor, targets: Tensor, mask: Tensor) -> TokenStatistics:
@@ -284,7 +288,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         max_kl: float | Tensor | None = None,
         strength_record: list[Tensor] | None = None,
         completion_mask: Tensor | None = None,
-        segment_ids: Tensor | None = None,
+        gather_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | TokenStatistics:
         """The policy's logits (B, T, V), like any causal LM's; or, given `completion_mask`, training statistics.
@@ -301,10 +305,10 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             strength_record: a list to which the strength used at the last position (B,) is appended.
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
-            segment_ids: with it, and the other tensors that `PackedCollator` makes, `packed_statistics`.
+            gather_indices: with it, and what else `PackedCollator` makes, the result is `packed_statistics`.
         """
-        if segment_ids is not None:
-            packed: dict[str, Any] = {"position_ids": position_ids, "segment_ids": segment_ids, **kwargs}
+        if gather_indices is not None:
+            packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
             return self.packed_statistics(input_ids, completion_mask=completion_mask, **packed)  # type: ignore[arg-type]
         if completion_mask is not None:
             return self.token_statistics(input_ids, attention_mask, completion_mask)  # type: ignore[arg-type]
