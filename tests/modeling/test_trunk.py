@@ -5,7 +5,10 @@ import torch
 from models import APART, lora, padded, tiny_base, tiny_policy, token_ids
 from transformers import DynamicCache
 
+from qadapter import QAdapterForCausalLM
+from qadapter.errors import ConfigError
 from qadapter.modeling import trunk
+from qadapter.modeling.streams import StreamLinear
 from qadapter.modeling.trunk import decoder_layers
 from qadapter.objective import pair_losses
 
@@ -150,3 +153,32 @@ def test_the_layers_keep_the_name_of_their_class():
     layers = decoder_layers(upper_policy().base)
     assert {type(layer).__name__ for layer in layers} == {"LlamaDecoderLayer"}
     assert all(isinstance(layer, type(decoder_layers(tiny_base())[0])) for layer in layers)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_first_adapted_layer_adapts_all_linear_layers_from_there_on(architecture):
+    depth = {"n_layer": DEPTH} if architecture == "gpt2" else {"num_hidden_layers": DEPTH}
+    peft_config = lora(fan_in_fan_out=architecture == "gpt2")
+    base = tiny_base(architecture, **depth)
+    policy = QAdapterForCausalLM.from_base(base, APART, peft_config, first_adapted_layer=FIRST)
+    adapted = [sum(isinstance(m, StreamLinear) for m in layer.modules()) for layer in decoder_layers(policy.base)]
+    assert adapted == [0] * FIRST + [4 if architecture == "gpt2" else 7] * (DEPTH - FIRST)
+    assert policy.shared_layers == FIRST
+
+
+@pytest.mark.parametrize(
+    ("first", "targets", "message"),
+    [
+        (2, "all-linear", "first_adapted_layer = 2: .*has layers 0 to 1"),
+        (1, ".*q_proj", "target_modules = '.*q_proj': name the modules instead"),
+    ],
+)
+def test_first_adapted_layer_that_cannot_be_is_refused(first, targets, message):
+    with pytest.raises(ConfigError, match=message):
+        QAdapterForCausalLM.from_base(tiny_base(), APART, lora(target_modules=targets), first_adapted_layer=first)
+
+
+def test_first_adapted_layer_needs_a_list_of_layers(monkeypatch):
+    monkeypatch.setattr(trunk, "decoder_layers", lambda base: None)
+    with pytest.raises(ConfigError, match="first_adapted_layer = 1: the decoder of LlamaForCausalLM is no single list"):
+        QAdapterForCausalLM.from_base(tiny_base(), APART, lora(), first_adapted_layer=1)

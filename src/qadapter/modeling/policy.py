@@ -43,7 +43,7 @@ from qadapter.modeling.streams import (
     repeat_rows,
     with_stream_layers,
 )
-from qadapter.modeling.trunk import ForkRows, FromTrunk, KeepTrunk, share_trunk
+from qadapter.modeling.trunk import ForkRows, FromTrunk, KeepTrunk, share_trunk, with_first_layer
 from qadapter.objective import ImpliedRewards, implied
 
 DEFAULT_ADAPTER = "default"
@@ -132,6 +132,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         base: str | PathLike[str] | PreTrainedModel,
         config: QAdapterConfig | None = None,
         peft_config: LoraConfig | None = None,
+        first_adapted_layer: int = 0,
         **model_kwargs: Any,
     ) -> "QAdapterForCausalLM":
         """A policy with a new adapter on `base`, ready to train; equal to the base before training (residual form).
@@ -140,6 +141,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             base: model id, folder, or a loaded causal LM.
             config: the method's settings.
             peft_config: the adapter; LoRA of rank 8 on all linear layers but the head by default.
+            first_adapted_layer: adapt this decoder layer and those above it only; both streams share the layers below.
             model_kwargs: passed to AutoModelForCausalLM.from_pretrained (dtype, revision, device_map, ...).
         """
         peft_config = peft_config or default_peft_config()
@@ -149,6 +151,8 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             base = load_base(source, **model_kwargs)
         elif model_kwargs:
             raise ConfigError(f"{sorted(model_kwargs)} apply to a model that is loaded by id, not to a given one.")
+        if first_adapted_layer:
+            peft_config = with_first_layer(peft_config, base, first_adapted_layer)
         model = cls(base, {DEFAULT_ADAPTER: config or QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
         model.base_source = source or model.base_source
         return model

@@ -11,12 +11,16 @@ Decoder layers follow a `StreamPlan` through a class made for each kind of layer
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from qadapter.errors import ConfigError
 from qadapter.modeling.streams import StreamLinear, StreamPlan, repeat_rows
 
 Run = Callable[..., Any]
@@ -92,6 +96,30 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList | None:
     depth = getattr(base.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [m for m in base.get_decoder().children() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return lists[0] if len(lists) == 1 else None
+
+
+def with_first_layer(peft_config: LoraConfig, base: PreTrainedModel, first: int) -> LoraConfig:
+    """A copy of the config that adapts decoder layer `first` (from 0) and those above it.
+
+    Raises:
+        ConfigError: the decoder has no single list of layers, or no such layer, or the targets are an expression.
+    """
+    layers = decoder_layers(base)
+    if layers is None:
+        raise ConfigError(
+            f"first_adapted_layer = {first}: the decoder of {type(base).__name__} is no single list of layers, so none "
+            "can be left to the trunk. Leave first_adapted_layer out."
+        )
+    if not 0 <= first < len(layers):
+        raise ConfigError(f"first_adapted_layer = {first}: {base.name_or_path} has layers 0 to {len(layers) - 1}.")
+    targets = peft_config.target_modules
+    if targets == "all-linear":
+        linear = (name for name, module in layers.named_modules() if isinstance(module, nn.Linear | Conv1D))
+        targets = sorted({name.rpartition(".")[2] for name in linear})
+    if isinstance(targets, str):
+        raise ConfigError(f"first_adapted_layer = {first} with target_modules = {targets!r}: name the modules instead.")
+    changes = {"target_modules": targets, "layers_to_transform": list(range(first, len(layers)))}
+    return replace(peft_config, **changes)
 
 
 def first_adapted_layer(base: PreTrainedModel) -> int:
