@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--seeds", nargs="+", type=int, default=[], help="only these seeds")
         command.add_argument("--ablations", nargs="+", default=[], choices=ABLATIONS, help="these ablations")
         command.add_argument("--base", default=None, help="another base model: id, folder, builtin or tiny")
+        command.add_argument("--dtype", default=None, choices=("float32", "bfloat16"), help="default: the fast one")
         command.add_argument("--shard", default="0/1", help="I/N: only every Nth cell, from the Ith on")
         _folders(command)
     commands.choices["run"].add_argument("--keep-adapters", action="store_true", help="keep each adapter in --work")
@@ -49,7 +50,7 @@ def chosen_suite(arguments: argparse.Namespace) -> Suite:
     """The suite with what the command line leaves of it."""
     return narrowed(
         make_suite(arguments.suite), arguments.settings, arguments.methods, arguments.seeds, arguments.ablations,
-        arguments.base,
+        arguments.base, arguments.dtype,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Judges that work offline: how much an answer is in the wanted style, from 0 to 1, learned from prompts of their own."""
+"""Judges that work offline: how far an answer has the wanted style, 0 to 1, learned from prompts of their own."""
 
 import math
 import warnings

@@ -75,7 +75,12 @@ def _train(context: Context, objective: Objective, config: QAdapterConfig | None
 
 
 def qadapter(context: Context, preset: str = "default", alpha: float | None = None, **options: Any) -> Trained:
-    """The package's objective; `alpha` sets alpha_tilde and alpha_0 both, other options are its own or losses.qadapter's."""
+    """The package's objective.
+
+    Args:
+        alpha: sets alpha_tilde and alpha_0 both.
+        options: settings of the method, or options of `losses.qadapter`.
+    """
     settings = {name: options.pop(name) for name in METHOD_SETTINGS if name in options}
     if alpha is not None:
         settings |= {"alpha_tilde": alpha, "alpha_0": alpha}

@@ -123,6 +123,5 @@ def _place(prompt: Any) -> float:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a (gzipped) JSON Lines file."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        return [json.loads(line) for line in file]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in content.decode("utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Runs cells: loads what they share, trains, measures, writes one results file each, and says how long the rest takes."""
+"""Runs cells: loads what they share, trains, measures, writes a results file each, and says how long the rest takes."""
 
 import hashlib
 import json
@@ -92,7 +92,7 @@ class Runner:
         if self.keep_adapters:
             trained.policy.save_pretrained(self.store.work / "adapters" / cell.name, tokenizer=context.tokenizer)
         finished = time.perf_counter()
-        samples: dict[str, Any] = {}
+        samples: dict[str, Any] = {"base": shared.material.base_answers}
         points = measure(
             trained.policy, context.tokenizer, shared.material, cell.setting.measuring, shared.judge, cell.seed, samples
         )

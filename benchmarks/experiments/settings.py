@@ -68,7 +68,7 @@ class Setting:
     name: str
     pairs: str
     base: str = "builtin"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     prepared: str = ""
     retained: tuple[str, ...] = ()
     judge: str = "style"
