@@ -74,7 +74,7 @@ def area(drifts: Sequence[float], gains: Sequence[float], limit: float, until: f
     """Mean height of the envelope over √(drift / limit) in [0, until]; flat beyond the largest drift."""
     xs, ys = envelope(drifts, gains)
     grid = np.linspace(0, 1, GRID)
-    return float(np.interp(grid[grid <= until], np.sqrt(xs / limit), ys).mean())
+    return float(_mean_height(np.interp(grid[grid <= until], np.sqrt(xs / limit), ys)))
 
 
 def gain_at(drifts: Sequence[float], gains: Sequence[float], drift: float) -> float:
@@ -166,7 +166,12 @@ def areas(drifts: Array, gains: Array, limit: float) -> tuple[Array, Array]:
     ys = np.maximum.accumulate(np.concatenate([zeros, np.take_along_axis(gains, order, 1)], 1), 1)
     grid = np.linspace(0, 1, GRID)
     heights = np.stack([np.interp(grid, *row) for row in zip(xs, ys, strict=True)])
-    return heights.mean(1), heights[:, : GRID // 2 + 1].mean(1)
+    return _mean_height(heights), _mean_height(heights[:, : GRID // 2 + 1])
+
+
+def _mean_height(heights: Array) -> Array:
+    """The mean of piecewise linear functions from their values at equal steps."""
+    return (heights.sum(-1) - (heights[..., 0] + heights[..., -1]) / 2) / (heights.shape[-1] - 1)
 
 
 def interval(values: Array) -> tuple[float, float, float]:

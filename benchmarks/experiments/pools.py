@@ -14,6 +14,7 @@ from datasets import Dataset
 from benchmarks.experiments.settings import Setting
 from qadapter.data import load_preference_dataset, tokenise_preferences
 from qadapter.errors import DataError
+from qadapter.generation import encode
 
 Pair = dict[str, Any]
 EVAL_SHARE, JUDGE_SHARE = 0.15, 0.35
@@ -21,18 +22,17 @@ EVAL_SHARE, JUDGE_SHARE = 0.15, 0.35
 
 @dataclass(frozen=True)
 class Pools:
-    """Pairs as messages; `train` and `held_out` also tokenised, in the same order."""
+    """Pairs as messages; `train` and `held_out` also tokenised, in the same order.
+
+    Pairs come in rounds, each prompt once a round, so that a few of them hold as many prompts as can be.
+    """
 
     train: list[Pair]
     held_out: list[Pair]
     judge: list[Pair]
     train_ids: Dataset
     held_out_ids: Dataset
-
-    @property
-    def prompts(self) -> list[list[dict[str, str]]]:
-        """Each held-out prompt once, in order."""
-        return list({json.dumps(pair["prompt"]): pair["prompt"] for pair in self.held_out}.values())
+    prompts: list[list[dict[str, str]]]  # to sample answers to: held out, also those of pairs that are too long
 
     def digest(self) -> str:
         """SHA-256 of everything that is trained or measured on."""
@@ -74,14 +74,27 @@ def load_pools(setting: Setting, tokenizer: Any, data: Path, cache: Path) -> Poo
     """The pools of a setting; which prompt is where depends on the prompt alone."""
     pairs = load_pairs(setting.pairs, data, cache)
     pools: dict[str, list[Pair]] = {"train": [], "held_out": [], "judge": []}
-    for pair in sorted(pairs, key=lambda pair: _place(pair["prompt"])):
+    for pair in in_rounds(pairs):
         place = _place(pair["prompt"])
         name = "held_out" if place < EVAL_SHARE else "judge" if place < EVAL_SHARE + JUDGE_SHARE else "train"
         pools[name].append(pair)
     train, train_ids = fitting(pools["train"], tokenizer, setting.max_length, setting.train_pairs)
     held_out, held_out_ids = fitting(pools["held_out"], tokenizer, setting.max_length, setting.eval_pairs)
     train_ids = with_noise(train_ids, setting.training.label_noise)
-    return Pools(train, held_out, pools["judge"], train_ids, held_out_ids)
+    prompts = list({json.dumps(pair["prompt"]): pair["prompt"] for pair in pools["held_out"]}.values())
+    short = [prompt for prompt in prompts if encode(tokenizer, [prompt])["input_ids"].numel() <= setting.max_length]
+    return Pools(train, held_out, pools["judge"], train_ids, held_out_ids, short)
+
+
+def in_rounds(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs in an order that depends on their content alone: each prompt's first, then each one's second, ..."""
+    ranks: dict[str, int] = {}
+    placed = []
+    for pair in sorted(pairs, key=_place):
+        prompt = json.dumps(pair["prompt"])
+        ranks[prompt] = ranks.get(prompt, -1) + 1
+        placed.append((ranks[prompt], _place(pair["prompt"]), pair))
+    return [pair for _, _, pair in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def fitting(pairs: Sequence[Pair], tokenizer: Any, max_length: int, limit: int | None) -> tuple[list[Pair], Dataset]:
@@ -116,9 +129,9 @@ def text_of(messages: Sequence[dict[str, str]]) -> str:
     return messages[-1]["content"]
 
 
-def _place(prompt: Any) -> float:
-    """A number in [0, 1) that depends on the prompt alone."""
-    return int.from_bytes(hashlib.sha256(f"pools:{json.dumps(prompt)}".encode()).digest()[:6]) / 2**48
+def _place(content: Any) -> float:
+    """A number in [0, 1) that depends on the content alone."""
+    return int.from_bytes(hashlib.sha256(f"pools:{json.dumps(content)}".encode()).digest()[:6]) / 2**48
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -132,10 +132,10 @@ def smoke() -> Suite:
 
 
 CPU_MEASURING = Measuring(
-    strengths=(0.25, 0.5, 1.0, 1.5, 2.0, 3.0), scales=(0.5,), sampled_strengths=(0.5, 1.0, 2.0), sampled_scales=(),
+    strengths=(0.25, 0.5, 1.0, 1.5, 2.0, 3.0), scales=(), sampled_strengths=(0.5, 1.0, 2.0), sampled_scales=(),
     sampled_prompts=24, max_new_tokens=32, generation_batch=24, batch_tokens=1024, texts=("prose",), max_text_tokens=48,
 )  # fmt: skip
-CPU_TRAINING = Training(pairs_a_step=8, micro_batch=8, learning_rate=1e-3, lora_layers="upper")
+CPU_TRAINING = Training(pairs_a_step=4, micro_batch=4, learning_rate=1e-3, lora_layers="upper")
 CPU_KNOBS: dict[str, list[dict[str, Any]]] = {
     "qadapter": [{"beta": 10.0}, {"beta": 1.0}],
     "dpo": [{"beta": 0.3}, {"beta": 0.1}],
@@ -152,18 +152,18 @@ CPU_KNOBS: dict[str, list[dict[str, Any]]] = {
 
 def cpu_settings() -> dict[str, Setting]:
     """Settings small enough for a CPU: short pairs, few of them."""
-    small: dict[str, Any] = {"max_length": 64, "train_pairs": 128, "eval_pairs": 48}
+    small: dict[str, Any] = {"max_length": 112, "train_pairs": 96, "eval_pairs": 40}
     domains = {
         f"dsp-{domain}": dsp(domain, **small, training=CPU_TRAINING, measuring=CPU_MEASURING) for domain in DOMAINS
     }
     polite = Setting("polite", "polite", **small, training=CPU_TRAINING, measuring=CPU_MEASURING)
     retaining = replace(CPU_MEASURING, retained_pairs=40)
-    helpful = hh(**(small | {"max_length": 96}), training=CPU_TRAINING, measuring=retaining)
+    helpful = hh(**(small | {"max_length": 128}), training=CPU_TRAINING, measuring=retaining)
     return domains | {
         "polite": polite,
         "hh-harmless": helpful,
         "terse": terse(
-            max_length=96, train_pairs=128, eval_pairs=48, training=replace(CPU_TRAINING, epochs=2.0, lora_r=32),
+            max_length=112, train_pairs=96, eval_pairs=40, training=replace(CPU_TRAINING, epochs=2.0, lora_r=32),
             measuring=replace(CPU_MEASURING, texts=("prose", "gsm8k"), max_text_tokens=128),
         ),
     }  # fmt: skip
