@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint types format clean
+.PHONY: quickstart test lint types format clean benchmark-smoke
 
 # The package and what it needs. torch first: with it in place nothing pulls another build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) -e '.[builtin,dev,eval,serve,trl]' -c constraints.txt
+	@$(PIP) -e '.[builtin,dev,eval,serve,benchmarks]' -c constraints.txt
 	@touch $@
 
 # Tensors of ever new sizes fragment glibc's heap: without the fixed threshold, above which memory goes back to the
@@ -29,6 +29,15 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Every method of the experiments end to end on a tiny random model, and the page from its results; under five minutes.
+benchmark-smoke: $(VENV)/installed-dev
+	@rm -rf build/benchmark-smoke
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.experiments run --suite smoke \
+	  --results build/benchmark-smoke/results --work build/benchmark-smoke/work
+	@$(BIN)/python -m benchmarks.experiments report --results build/benchmark-smoke/results \
+	  --output build/benchmark-smoke/results.md
+	@echo "The page: build/benchmark-smoke/results.md (its figures mean nothing)"
 
 lint: $(VENV)/installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

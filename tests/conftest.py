@@ -1,8 +1,8 @@
 import sys
 from pathlib import Path
 
-# The oracles are plain modules beside the tests.
-sys.path.insert(0, str(Path(__file__).parent))
+# The oracles are plain modules beside the tests; the experiments are run from the repository's root.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 # What other libraries warn about whatever we do; each names the line that warns.
 FOREIGN_WARNINGS = (

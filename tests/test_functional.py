@@ -7,8 +7,8 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from authors import authors_loss
 
+from benchmarks.experiments.authors import authors_loss
 from qadapter import functional
 
 SHARED = Path(__file__).parents[1].parent / "shared"

@@ -15,9 +15,9 @@ optimum of both. With z_b the base model's logits and z_θ the logits with the a
 
 Both forms have policy logits c_θ z_θ + c_b z_b and α̃·(policy logits) = Q + α₀ z_b; everything below uses only that.
 
-Where the authors' released code differs (tests/authors.py reproduces it): it takes V at s_t instead of s_{t+1},
-scores a shifted set of tokens, and divides by the padded width. Sizes: B rows, T response tokens, V vocabulary,
-P pairs; a batch has B = 2P rows, the chosen ones first.
+Where the authors' released code differs (benchmarks/experiments/authors.py reproduces it): it takes V at s_t instead
+of s_{t+1}, scores a shifted set of tokens, and divides by the padded width. Sizes: B rows, T response tokens,
+V vocabulary, P pairs; a batch has B = 2P rows, the chosen ones first.
 """
 
 from collections.abc import Mapping, Sequence

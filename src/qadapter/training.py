@@ -20,6 +20,7 @@ from transformers import TrainerCallback, set_seed
 from qadapter.config import QAdapterConfig
 from qadapter.data import load_preference_dataset, tokenise_preferences, train_eval_split
 from qadapter.data.columns import parse_columns
+from qadapter.data.sources import SHORT_NAMES
 from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
@@ -232,7 +233,7 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Any, Any]:
         **options,
     )
     if data.eval_dataset:
-        split = "test" if data.eval_dataset == "builtin" else "train"
+        split = "test" if data.eval_dataset in ("builtin", *SHORT_NAMES) else "train"
         return train, load_preference_dataset(data.eval_dataset, split=split, **options)
     if data.eval_fraction:
         return train_eval_split(train, eval_fraction=data.eval_fraction, seed=seed)

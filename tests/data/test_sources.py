@@ -91,7 +91,9 @@ def test_columns_reach_the_rows(write_lines):
 
 
 def test_a_missing_file_is_told_from_a_hub_id():
-    with pytest.raises(DataError, match=r"pairs/none.jsonl: no such file.*'org/name', 'builtin', or one of hh-rlhf"):
+    with pytest.raises(
+        DataError, match=r"pairs/none.jsonl: no such file.*'org/name', 'builtin', or one of dsp/academy"
+    ):
         load_preference_dataset("pairs/none.jsonl")
 
 
@@ -153,7 +155,53 @@ def test_named_sources_are_found_on_the_hub(hub, name):
     assert load_preference_dataset(name).num_rows == 2
     ((names, options),) = hub
     assert names == ("Anthropic/hh-rlhf", None)
-    assert options["data_dir"] == name.removeprefix("hh-rlhf/")
+    assert options["data_dir"] == name.removeprefix("hh-rlhf/").removesuffix("-base") + "-base"
+
+
+DSP_ROWS = [
+    {"query": "Why is the sky blue?", "responses": {"academy": "Rayleigh.", "business": "Value!", "normal": "Light."}},
+    {"query": "Two words?", "responses": {"academy": "Here.", "business": "Here.", "normal": "Yes."}},
+]
+DSP_PAIRS = [("Rayleigh.", "Value!"), ("Rayleigh.", "Light."), ("Here.", "Yes.")]
+
+
+def test_a_copy_of_the_published_dsp_file_gives_the_pairs_of_a_domain(tmp_path):
+    path = tmp_path / "domain_specific_preference.train.json"
+    path.write_text(json.dumps(DSP_ROWS), encoding="utf-8")
+    loaded = load_preference_dataset(f"dsp/academy:{path}")
+    assert [(row["chosen"], row["rejected"]) for row in loaded] == DSP_PAIRS
+    assert loaded[0]["prompt"] == "Why is the sky blue?"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_dsp_name_reads_the_published_split(hub, split, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: hub.append((names, options)) or DSP_ROWS)
+    loaded = load_preference_dataset("dsp/academy", split=split)
+    assert [(row["chosen"], row["rejected"]) for row in loaded] == DSP_PAIRS
+    ((names, options),) = hub
+    assert names == ("json", None)
+    assert options["data_files"].endswith(f"/Linear95/DSP/HEAD/data/domain_specific_preference.{split}.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("dsp/sports", "the domains are dsp/academy"), ("dsp/academy:", "name the file after the colon")],
+)
+def test_a_wrong_dsp_name_is_refused(name, message):
+    with pytest.raises(DataError, match=message):
+        load_preference_dataset(name)
+
+
+def test_a_dsp_split_that_is_not_published_is_refused():
+    with pytest.raises(DataError, match="the splits are train, test"):
+        load_preference_dataset("dsp/academy", split="validation")
+
+
+def test_a_dsp_row_without_the_domain_is_named(tmp_path):
+    path = tmp_path / "dsp.json"
+    path.write_text(json.dumps([{"query": "a", "responses": {"normal": "b"}}]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"dsp.json.*that of academy among them"):
+        load_preference_dataset(f"dsp/academy:{path}")
 
 
 def test_builtin_reads_the_files_of_the_package(tmp_path, monkeypatch):

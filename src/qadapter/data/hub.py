@@ -15,19 +15,30 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_rows(
-    hub_id: str, split: str, streaming: bool, config: str | None = None, data_dir: str | None = None
+    hub_id: str,
+    split: str,
+    streaming: bool,
+    config: str | None = None,
+    data_dir: str | None = None,
+    data_files: str | None = None,
 ) -> Iterator[RawRow]:
-    """The rows of one split; raises DataError when the hub has no such dataset or cannot be reached."""
+    """The rows of one split; raises DataError when the hub has no such dataset or cannot be reached.
+
+    Args:
+        data_files: the address of a file elsewhere, which `hub_id`, then a kind of file ("json"), can read.
+    """
     from datasets import load_dataset
 
+    name = data_files or hub_id
+    places = {"data_dir": data_dir} if data_files is None else {"data_files": data_files}
     try:
-        dataset = load_dataset(hub_id, config, data_dir=data_dir, split=split, streaming=streaming)
+        dataset = load_dataset(hub_id, config, **places, split=split, streaming=streaming)
         for number, row in enumerate(dataset, start=1):
-            yield RawRow(number, f"{hub_id}, row {number}", row)
+            yield RawRow(number, f"{name}, row {number}", row)
     except Exception as error:  # the hub client, the builders and the network raise a dozen unrelated types
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{hub_id}: the dataset cannot be loaded from the hub: {cause}. Check the name (and its config, "
+            f"{name}: the dataset cannot be loaded from the hub: {cause}. Check the name (and its config, "
             "'org/name:config') and the network, log in with `hf auth login` if it is private, "
             "or give the path of a local file"
         ) from error

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from qadapter.data.dsp import DOMAINS, PREFIX, domain_pairs, dsp_source, published_file
 from qadapter.data.files import has_known_suffix, read_rows
 from qadapter.data.formats import Format, recognise
 from qadapter.data.hub import hub_rows, is_hub_id
@@ -35,9 +36,12 @@ class NamedSource:
 
 
 NAMED_SOURCES = {
+    "hh-rlhf/harmless": NamedSource("Anthropic/hh-rlhf", "harmless-base"),
+    "hh-rlhf/helpful": NamedSource("Anthropic/hh-rlhf", "helpful-base"),
     "hh-rlhf/harmless-base": NamedSource("Anthropic/hh-rlhf", "harmless-base"),
     "hh-rlhf/helpful-base": NamedSource("Anthropic/hh-rlhf", "helpful-base"),
 }
+SHORT_NAMES = (*(PREFIX + domain for domain in DOMAINS), *NAMED_SOURCES)
 
 Source = Union[str, "PathLike[str]"]
 
@@ -57,6 +61,8 @@ def load_preference_dataset(
     `source` is one of
       - a path to a .jsonl, .json, .csv (each also with .gz) or .parquet file;
       - a hub id, "org/name" or "org/name:config", or a name in NAMED_SOURCES;
+      - "dsp/academy" (business, entertainment, literature): the domain's pairs of the published DSP data, or
+        of a copy of its file, "dsp/academy:FILE";
       - "builtin": the small dataset of the package, with the splits train and test;
       - a mixture, {source: weight} or ["source=weight", ...]. Weights are shares of the result, whose rows
         are drawn without replacement: it is as large as the source that runs out first allows, and the same
@@ -137,6 +143,13 @@ def open_rows(source: Source, split: str = "train", streaming: bool = False) -> 
     if name in NAMED_SOURCES:
         named = NAMED_SOURCES[name]
         return hub_rows(named.hub_id, split, streaming, data_dir=named.data_dir)
+    dsp = dsp_source(name)
+    if dsp is not None:
+        domain, file = dsp
+        rows = (
+            hub_rows("json", "train", streaming, data_files=published_file(split)) if file is None else read_rows(file)
+        )
+        return domain_pairs(rows, domain)
     path = existing_path(source)
     if path is not None:
         require_train(split, name)
@@ -144,7 +157,7 @@ def open_rows(source: Source, split: str = "train", streaming: bool = False) -> 
     if has_known_suffix(name) or not is_hub_id(name):
         raise DataError(
             f"{name}: no such file, and not a dataset name either. Give the path of a file that exists, "
-            f"a hub id like 'org/name', 'builtin', or one of {', '.join(NAMED_SOURCES)}"
+            f"a hub id like 'org/name', 'builtin', or one of {', '.join(SHORT_NAMES)}"
         )
     hub_id, _, config = name.partition(":")
     return hub_rows(hub_id, split, streaming, config=config or None)

@@ -1,4 +1,7 @@
-"""The authors' released loss with its faults reproduced on purpose, as method.md lists them (a named baseline)."""
+"""The authors' released loss with its faults reproduced on purpose, as docs/method.md lists them (a named baseline).
+
+The slow twin, from full logits, of `losses.authors`, which trains the baseline.
+"""
 
 import torch
 import torch.nn.functional as F

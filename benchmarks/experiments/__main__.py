@@ -1,0 +1,94 @@
+"""The command line: run a suite, list its cells, write the results page."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.experiments.suites import ABLATIONS, SUITES, Suite, make_suite, narrowed
+from qadapter.errors import QAdapterError
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "experiments"
+WORK = ROOT / "benchmarks" / "work"
+DATA = ROOT.parent / "shared" / "data"
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
+    commands = result.add_subparsers(dest="command", required=True)
+    for name, text in (("run", "run the cells that are not finished"), ("list", "name the cells")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--suite", required=True, choices=SUITES)
+        command.add_argument("--settings", nargs="+", default=[], help="only these settings")
+        command.add_argument("--methods", nargs="+", default=[], help="only these methods")
+        command.add_argument("--seeds", nargs="+", type=int, default=[], help="only these seeds")
+        command.add_argument("--ablations", nargs="+", default=[], choices=ABLATIONS, help="these ablations")
+        command.add_argument("--base", default=None, help="another base model: id, folder, builtin or tiny")
+        command.add_argument("--dtype", default=None, choices=("float32", "bfloat16"), help="default: the fast one")
+        command.add_argument("--shard", default="0/1", help="I/N: only every Nth cell, from the Ith on")
+        _folders(command)
+    commands.choices["run"].add_argument("--keep-adapters", action="store_true", help="keep each adapter in --work")
+    commands.choices["run"].add_argument("--threads", type=int, default=None, help="CPU threads (default 1)")
+    report = commands.add_parser("report", help="write the results page from the results files")
+    report.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
+    _folders(report)
+    judge = commands.add_parser("judge", help="compare stored samples with the base's by a judge of the package")
+    judge.add_argument("--judge", required=True, help="endpoint:URL#MODEL, reward:MODEL, ... as in qadapter eval")
+    judge.add_argument("--suite", required=True, choices=SUITES)
+    _folders(judge)
+    return result
+
+
+def _folders(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--results", type=Path, default=RESULTS, help="folder of results files, one a suite in it")
+    command.add_argument("--work", type=Path, default=WORK, help="scratch folder: samples, caches, prepared bases")
+    command.add_argument("--data", type=Path, default=DATA, help="folder with pairs/ and bench/")
+
+
+def chosen_suite(arguments: argparse.Namespace) -> Suite:
+    """The suite with what the command line leaves of it."""
+    return narrowed(
+        make_suite(arguments.suite), arguments.settings, arguments.methods, arguments.seeds, arguments.ablations,
+        arguments.base, arguments.dtype,
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.command == "report":
+            from benchmarks.experiments.report import write_report
+
+            write_report(arguments.results, arguments.output)
+        elif arguments.command == "judge":
+            from benchmarks.experiments.compare import judge_samples
+
+            judge_samples(arguments.judge, arguments.results / arguments.suite, arguments.work)
+        else:
+            index, count = map(int, arguments.shard.split("/"))
+            cells = list(chosen_suite(arguments).cells())[index::count]
+            if arguments.command == "list":
+                print("\n".join(cell.name for cell in cells))
+            else:
+                _run(arguments, cells)
+    except QAdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(arguments: argparse.Namespace, cells: list) -> None:
+    import torch
+
+    from benchmarks.experiments.cells import Store
+    from benchmarks.experiments.runner import Runner, default_threads
+
+    torch.set_num_threads(arguments.threads or default_threads())
+    store = Store(arguments.results / arguments.suite, arguments.work)
+    Runner(store, arguments.data, arguments.keep_adapters, say=lambda line: print(line, flush=True)).run(cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Trade-off curves and their area, with intervals over prompts and seeds; the definitions of the results page.
+
+A curve is what a policy reaches along its dial: points (drift, gain), the base being (0, 0). Since less is always to be
+had for less, its *envelope* is the largest gain at or below a drift. The area is the mean of the envelope over
+√(drift / limit) from 0 to 1, on the root axis because KL grows with the square of a small change; it has the gain's
+unit. Its lower half, up to a quarter of the limit, is the mean over √(drift / limit) from 0 to ½.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+GRID = 201
+RESAMPLES = 400
+HALVES = (0, 1)
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is gained, or how far the policy drifts: a number a unit of some kind, at each point.
+
+    Args:
+        kind: "pairs", "samples" or a source of texts: units of one kind are resampled alike.
+        read: from a point to its numbers; None where the point has none.
+    """
+
+    name: str
+    kind: str
+    read: Any
+
+
+def _pairs(key: str) -> Any:
+    return lambda point: point["pairs"][key]
+
+
+def _samples(value: Any) -> Any:
+    return lambda point: value(point["samples"]) if "samples" in point else None
+
+
+GAINS = {
+    "score": Measure(
+        "judge's score of samples, change",
+        "samples",
+        _samples(lambda found: [a - b for a, b in zip(found["score"], found["base_score"], strict=True)]),
+    ),
+    "win": Measure(
+        "win rate of samples over the base's at equal length, minus ½",
+        "samples",
+        _samples(lambda found: [value - 0.5 for value in found["win"]]),
+    ),
+    "margin": Measure("margin a token on held-out pairs, change in nats", "pairs", _pairs("margin_gain")),
+}
+DRIFTS = {
+    "kl": Measure("KL(policy ‖ base) a token on held-out answers, nats", "pairs", _pairs("kl")),
+    "kl-samples": Measure("KL(policy ‖ base) a token on the policy's own samples, nats", "samples",
+                          _samples(lambda found: found["kl"])),
+    "kl-prose": Measure("KL(policy ‖ base) a token on prose, nats", "prose",
+                        lambda point: point["texts"]["prose"]["kl"]),
+}  # fmt: skip
+
+
+def envelope(drifts: Sequence[float], gains: Sequence[float]) -> tuple[Array, Array]:
+    """Drifts in ascending order from 0, and the largest gain at or below each, from the base's 0."""
+    order = np.argsort(drifts, kind="stable")
+    xs = np.concatenate([[0.0], np.asarray(drifts, dtype=float)[order]])
+    ys = np.concatenate([[0.0], np.asarray(gains, dtype=float)[order]])
+    return xs, np.maximum.accumulate(ys)
+
+
+def area(drifts: Sequence[float], gains: Sequence[float], limit: float, until: float = 1.0) -> float:
+    """Mean height of the envelope over √(drift / limit) in [0, until]; flat beyond the largest drift."""
+    xs, ys = envelope(drifts, gains)
+    grid = np.linspace(0, 1, GRID)
+    return float(_mean_height(np.interp(grid[grid <= until], np.sqrt(xs / limit), ys)))
+
+
+def gain_at(drifts: Sequence[float], gains: Sequence[float], drift: float) -> float:
+    """Height of the envelope at a drift, interpolated on the root axis."""
+    xs, ys = envelope(drifts, gains)
+    return float(np.interp(np.sqrt(drift), np.sqrt(xs), ys))
+
+
+def drift_for(drifts: Sequence[float], gains: Sequence[float], gain: float) -> float | None:
+    """The smallest drift at which the envelope reaches a gain; None if it does not."""
+    xs, ys = envelope(drifts, gains)
+    if gain > ys[-1]:
+        return None
+    index = int(np.argmax(ys >= gain))
+    if index == 0:
+        return 0.0
+    share = (gain - ys[index - 1]) / (ys[index] - ys[index - 1])
+    roots = np.sqrt(xs)
+    return float((roots[index - 1] + share * (roots[index] - roots[index - 1])) ** 2)
+
+
+class Draws:
+    """Resampled counts of units, the same for every method, so that differences are paired.
+
+    Row 0 is the sample itself. For each half of the units there are draws of their own: the halves choose a method's
+    knob for each other.
+    """
+
+    def __init__(self, seeds: int, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        self.resamples, self.seed = resamples, seed
+        self._counts: dict[tuple[str, int, int | None], Array] = {}
+        self.known: dict[tuple[Any, ...], Any] = {}  # what others have computed under these draws
+        generator = np.random.default_rng([seed, 0])
+        self.seeds = np.concatenate([[np.arange(seeds)], generator.integers(0, seeds, (resamples, seeds))])
+
+    def counts(self, kind: str, units: int, half: int | None = None) -> Array:
+        """How often each unit was drawn, (resamples + 1, units)."""
+        key = (kind, units, half)
+        if key not in self._counts:
+            members = np.arange(units) if half is None else np.arange(half, units, 2)
+            generator = np.random.default_rng([self.seed, 1 + sum(map(ord, kind)), units, 2 if half is None else half])
+            drawn = generator.integers(0, len(members), (self.resamples, len(members)))
+            counts = np.zeros((self.resamples + 1, units))
+            counts[0, members] = 1
+            for row in range(self.resamples):
+                counts[row + 1, members] = np.bincount(drawn[row], minlength=len(members))
+            self._counts[key] = counts
+        return self._counts[key]
+
+
+def means(values: Sequence[float], groups: Sequence[int] | None, counts: Array) -> Array:
+    """The mean of the values under each row of counts; with groups, the counts are of groups."""
+    numbers = np.asarray(values, dtype=float)
+    if groups is None:
+        return counts @ numbers / counts.sum(1)
+    members = np.asarray(groups)
+    sums = np.bincount(members, weights=numbers, minlength=counts.shape[1])
+    sizes = np.bincount(members, minlength=counts.shape[1])
+    return counts @ sums / (counts @ sizes)
+
+
+def curve(
+    points: Sequence[Mapping[str, Any]],
+    groups: Sequence[int],
+    gain: Measure,
+    drift: Measure,
+    draws: Draws,
+    half: int | None = None,
+) -> tuple[Array, Array]:
+    """(drifts, gains), each (resamples + 1, points that have both)."""
+    columns: tuple[list[Array], list[Array]] = ([], [])
+    for point in points:
+        found = [measure.read(point) for measure in (drift, gain)]
+        if any(values is None or not values for values in found):
+            continue
+        for column, measure, values in zip(columns, (drift, gain), found, strict=True):
+            own = groups if measure.kind == "pairs" else None
+            units = max(groups) + 1 if measure.kind == "pairs" else len(values)
+            column.append(means(values, own, draws.counts(measure.kind, units, half)))
+    drifts, gains = (np.stack(column, 1) if column else np.zeros((draws.resamples + 1, 0)) for column in columns)
+    return drifts, gains
+
+
+def areas(drifts: Array, gains: Array, limit: float) -> tuple[Array, Array]:
+    """The area, all and lower half, in each resample; equals `area` row by row."""
+    order = np.argsort(drifts, 1, kind="stable")
+    zeros = np.zeros((len(drifts), 1))
+    xs = np.sqrt(np.concatenate([zeros, np.take_along_axis(drifts, order, 1)], 1) / limit)
+    ys = np.maximum.accumulate(np.concatenate([zeros, np.take_along_axis(gains, order, 1)], 1), 1)
+    grid = np.linspace(0, 1, GRID)
+    heights = np.stack([np.interp(grid, *row) for row in zip(xs, ys, strict=True)])
+    return _mean_height(heights), _mean_height(heights[:, : GRID // 2 + 1])
+
+
+def _mean_height(heights: Array) -> Array:
+    """The mean of piecewise linear functions from their values at equal steps."""
+    return (heights.sum(-1) - (heights[..., 0] + heights[..., -1]) / 2) / (heights.shape[-1] - 1)
+
+
+def interval(values: Array) -> tuple[float, float, float]:
+    """The estimate (row 0) with its 95% percentile interval."""
+    finite = values[1:][np.isfinite(values[1:])]
+    low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
+    return float(values[0]), float(low), float(high)

@@ -1,0 +1,109 @@
+"""Losses of every method on pairs, from the same fused statistics: same batches, same code path, same LoRA.
+
+Each takes `TokenStatistics` (B, T) of 2P rows, chosen first, and the mask of response tokens (B, T), and gives the loss
+of each pair (P,), whose mean is minimised. tests/benchmarks compares them with TRL's own on whole models.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qadapter import functional
+from qadapter.config import QAdapterConfig
+from qadapter.fused import TokenStatistics
+from qadapter.objective import implied
+
+PENALTIES = ("reward", "residual", "advantage")
+
+
+def dpo(statistics: TokenStatistics, mask: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Direct preference optimisation (arXiv 2305.18290), with conservative label smoothing."""
+    margins = beta * log_ratio_margins(statistics, mask)
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+
+
+def ipo(statistics: TokenStatistics, mask: Tensor, beta: float) -> Tensor:
+    """Identity preference optimisation (arXiv 2310.12036) on log-ratios a token, as its authors run it."""
+    ratios = functional.log_ratios(statistics.logps, statistics.base_logps, mask) / mask.sum(-1)
+    chosen, rejected = ratios.chunk(2)
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def simpo(statistics: TokenStatistics, mask: Tensor, beta: float, margin: float) -> Tensor:
+    """SimPO (arXiv 2405.14734): log-probabilities a token, no reference, a target margin γ."""
+    chosen, rejected = ((statistics.logps * mask).sum(-1) / mask.sum(-1)).chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected) - margin)
+
+
+def kto(statistics: TokenStatistics, mask: Tensor, beta: float, mismatched: Tensor) -> Tensor:
+    """KTO (arXiv 2402.01306): both answers judged by themselves against a baseline.
+
+    Args:
+        mismatched: log-ratios (B,) of answers to other prompts; their mean, at least 0, is the baseline.
+    """
+    baseline = mismatched.mean().clamp(min=0)
+    chosen, rejected = functional.log_ratios(statistics.logps, statistics.base_logps, mask).chunk(2)
+    return (2 - torch.sigmoid(beta * (chosen - baseline)) - torch.sigmoid(beta * (baseline - rejected))) / 2
+
+
+def token_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
+    """Supervised fine-tuning: contributions (B,) of the rows, whose mean is the mean NLL over the batch's tokens."""
+    return -(statistics.logps * mask).sum(-1) * len(mask) / mask.sum()
+
+
+def replay(statistics: TokenStatistics, mask: Tensor, weight: float) -> Tensor:
+    """Supervised loss of the chosen answers, plus `weight` times that of the base's own, which are the last rows."""
+    parts = (TokenStatistics(*part) for part in zip(*(column.chunk(2) for column in statistics), strict=True))
+    chosen, own = (token_nll(part, rows) for part, rows in zip(parts, mask.chunk(2), strict=True))
+    return (chosen + weight * own) / (1 + weight)
+
+
+def qadapter(
+    statistics: TokenStatistics,
+    mask: Tensor,
+    config: QAdapterConfig,
+    value_at: str = "next",
+    penalty: str = "reward",
+    margin: float = 0.0,
+) -> Tensor:
+    """The package's objective (the defaults of the last three arguments), and the variants that ablations ask for.
+
+    Args:
+        value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does.
+        penalty: what β penalises: the "reward", the "residual" Q, or the "advantage" Q − V(s_t), which is
+            α̃ log π̃ − α₀ log π_b.
+        margin: subtracted from the difference of returns.
+    """
+    q, values, rewards, _ = implied(statistics, mask, config)
+    if value_at == "current":
+        rewards = (q - config.gamma * values) * mask
+    returns = functional.response_returns(rewards, mask, config.length_normalised)
+    penalised = {"reward": rewards, "residual": q, "advantage": (q - values) * mask}[penalty]
+    returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)
+    return functional.preference_loss(
+        returns, functional.reward_penalty(penalised, mask), config.beta, config.label_smoothing
+    )
+
+
+def authors(statistics: TokenStatistics, scored: Tensor, config: QAdapterConfig) -> Tensor:
+    """The authors' released loss, faults and all (see authors.py), from statistics of the tokens that it scores.
+
+    Args:
+        scored: (B, T) True where the token *before* is a response token: `shifted` completion mask.
+    """
+    q = functional.q_values(statistics.logits, statistics.base_logits, config.alpha_tilde, config.alpha_0)
+    values = functional.soft_values(statistics.lse, statistics.base_lse, config.alpha_tilde, config.alpha_0)
+    rewards = (q - config.gamma * values) * scored
+    chosen, rejected = (rewards.sum(-1) / scored.shape[1]).chunk(2)
+    return -F.logsigmoid(chosen - rejected) + config.beta * rewards.square().sum() / scored.sum()
+
+
+def shifted(completion_mask: Tensor) -> Tensor:
+    """The mask (B, T) one token later: from the second response token to the one after the last."""
+    return F.pad(completion_mask[:, :-1], (1, 0))
+
+
+def log_ratio_margins(statistics: TokenStatistics, mask: Tensor) -> Tensor:
+    """Log-ratio of the chosen minus that of the rejected answer, (P,)."""
+    chosen, rejected = functional.log_ratios(statistics.logps, statistics.base_logps, mask).chunk(2)
+    return chosen - rejected

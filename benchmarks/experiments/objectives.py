@@ -1,0 +1,127 @@
+"""From a batch to losses: which rows a method runs, which tokens it scores, and what it needs besides."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.experiments import losses
+from qadapter.functional import kl_divergence, mix_streams
+from qadapter.fused import TokenStatistics, default_chunk_size
+from qadapter.modeling import QAdapterForCausalLM
+
+Batch = Mapping[str, Tensor]
+# (wrapped model, model, batch) -> loss of each pair (P,); the forward goes through the wrapped one.
+Objective = Callable[[torch.nn.Module, QAdapterForCausalLM, Batch], Tensor]
+
+
+def of_statistics(loss: Callable[..., Tensor], **options: object) -> Objective:
+    """The objective of a loss on the statistics of both answers."""
+
+    def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
+        return loss(TokenStatistics(*wrapped(**batch)), response_mask(batch), **options)
+
+    return objective
+
+
+def of_settings(loss: Callable[..., Tensor], **options: object) -> Objective:
+    """Likewise of a loss that takes the adapter's settings."""
+
+    def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
+        config = model.configs[model.adapters[0]]
+        return loss(TokenStatistics(*wrapped(**batch)), response_mask(batch), config, **options)
+
+    return objective
+
+
+def authors(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
+    """The authors' released loss, which scores a shifted set of tokens."""
+    batch = {**batch, "completion_mask": losses.shifted(batch["completion_mask"])}
+    config = model.configs[model.adapters[0]]
+    return losses.authors(TokenStatistics(*wrapped(**batch)), response_mask(batch), config)
+
+
+def supervised(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
+    """Supervised loss of the chosen answers alone; the rejected ones are not run."""
+    batch = chosen_rows(batch)
+    return losses.token_nll(TokenStatistics(*wrapped(**batch)), response_mask(batch))
+
+
+def supervised_with_kl(weight: float) -> Objective:
+    """The same plus `weight` times the mean KL(policy ‖ base) over the chosen answers' tokens, with its gradient."""
+
+    def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
+        batch = chosen_rows(batch)
+        nll, kl = nll_and_kl(model, batch)
+        counts = response_mask(batch).sum()
+        return (nll + weight * kl) * len(nll) / counts
+
+    return objective
+
+
+def kto(beta: float) -> Objective:
+    """KTO, whose baseline takes one more pass without gradient."""
+
+    def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
+        mixed = mismatched(batch)
+        with torch.no_grad():
+            other = TokenStatistics(*wrapped(**mixed))
+            ratios = ((other.logps - other.base_logps) * response_mask(mixed)).sum(-1)
+        return losses.kto(TokenStatistics(*wrapped(**batch)), response_mask(batch), beta, ratios)
+
+    return objective
+
+
+def response_mask(batch: Batch) -> Tensor:
+    """Which columns of the statistics are response tokens, (B, T-1)."""
+    return batch["completion_mask"][:, 1:].bool()
+
+
+def chosen_rows(batch: Batch) -> Batch:
+    """The chosen half of a batch."""
+    return {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()}
+
+
+def mismatched(batch: Batch) -> dict[str, Tensor]:
+    """Each row's prompt with the answer of the row before, cyclically (as TRL pairs them)."""
+    ids, real, response = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+    prompts = [row[(kept == 1) & ~mask.bool()] for row, kept, mask in zip(ids, real, response, strict=True)]
+    answers = [row[mask.bool()] for row, mask in zip(ids, response, strict=True)]
+    answers = [answers[-1], *answers[:-1]]
+    rows = [torch.cat(parts) for parts in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    kept = torch.stack([torch.arange(width, device=ids.device) < len(row) for row in rows])
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=ids.device).unsqueeze(-1)
+    return {
+        "input_ids": torch.stack([F.pad(row, (0, width - len(row))) for row in rows]),
+        "attention_mask": kept.long(),
+        "completion_mask": kept & (torch.arange(width, device=ids.device) >= starts),
+    }
+
+
+def nll_and_kl(model: QAdapterForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums of −log π̃ and of KL(π̃ ‖ π_b) over each row's response tokens, (B,), both differentiable.
+
+    The logits are formed chunk by chunk and again in the backward pass, as in `fused.two_head_statistics`.
+    """
+    adapter = model.adapters[0]
+    streams = model.streams(batch["input_ids"], batch["attention_mask"], adapter)
+    rows, columns = response_mask(batch).nonzero(as_tuple=True)
+    hidden = (streams.adapter[rows, columns], streams.base[rows, columns])
+    targets = batch["input_ids"][rows, columns + 1]
+    coefficients = model.trained_coefficients()[adapter]
+
+    def of_chunk(adapter_rows: Tensor, base_rows: Tensor, target_rows: Tensor) -> tuple[Tensor, Tensor]:
+        base = model.head.logits(base_rows).float()
+        policy = mix_streams([model.head.logits(adapter_rows), base], coefficients)
+        return F.cross_entropy(policy, target_rows, reduction="none"), kl_divergence(policy, base)
+
+    size = default_chunk_size(model.head.linear.weight.shape[0], targets.device)
+    chunks = zip(*(tensor.split(size) for tensor in (*hidden, targets)), strict=True)
+    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    sums = (torch.cat(part) for part in zip(*parts, strict=True))
+    zeros = streams.adapter.new_zeros(len(batch["input_ids"]), dtype=torch.float32)
+    nll, kl = (zeros.index_add(0, rows, part.float()) for part in sums)
+    return nll, kl

@@ -1,0 +1,275 @@
+"""Which cells make up an experiment: settings, methods with their knobs, seeds, and the ablations."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.experiments.cells import Cell
+from benchmarks.experiments.methods import MAIN_KNOBS
+from benchmarks.experiments.settings import DOMAINS, Measuring, Setting, Training
+from qadapter.errors import ConfigError
+
+# Ablations: name -> the variants that are compared, as options of the method that stands before the colon.
+ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "alpha": [("qadapter", {"alpha": alpha}) for alpha in (0.03, 0.1, 0.3, 1.0)],
+    "alpha-ratio": [("qadapter", {"alpha_tilde": 0.1, "alpha_0": 0.1 * ratio}) for ratio in (0.5, 0.8, 1.0, 1.25, 2.0)],
+    "gamma": [("qadapter", {"gamma": gamma}) for gamma in (1.0, 0.99, 0.95, 0.9)],
+    "value": [("qadapter", {"value_at": place}) for place in ("next", "current")],
+    "parametrisation": [
+        ("qadapter", {}),
+        ("qadapter-logits", {"preset": "authors"}),
+        ("qadapter-logits", {"preset": "authors", "value_at": "current"}),
+        ("authors", {}),
+    ],
+    "penalty": [
+        ("qadapter", {"penalty": kind, "beta": beta})
+        for kind in ("reward", "residual", "advantage")
+        for beta in (3.0, 10.0, 30.0)
+    ],
+    "length": [
+        ("qadapter", {"length_normalised": normalised, "beta": beta})
+        for normalised, betas in ((False, (3.0, 10.0)), (True, (0.03, 0.3)))
+        for beta in betas
+    ],
+    "lora": [
+        ("qadapter", {"training.lora_r": rank, "training.lora_layers": layers})
+        for rank, layers in ((2, "all"), (8, "all"), (32, "all"), (8, "upper"), (32, "upper"))
+    ],
+    "noise": [
+        (method, options | {"training.label_noise": noise, "label_smoothing": smoothing})
+        for method, options in (("qadapter", {}), ("dpo", {"beta": 0.1}))
+        for noise in (0.0, 0.1, 0.2, 0.4)
+        for smoothing in ((0.0, noise) if 0 < noise < 0.5 else (0.0,))
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is run and in which order: all methods of a seed before the next seed, so that a stopped run is balanced.
+
+    Args:
+        knobs: {method: its options, one dictionary a cell}.
+        ablations: names in ABLATIONS, run on the first setting.
+        purpose: one sentence for the results page.
+    """
+
+    settings: tuple[Setting, ...]
+    knobs: dict[str, list[dict[str, Any]]]
+    seeds: tuple[int, ...]
+    purpose: str
+    ablations: tuple[str, ...] = ()
+
+    def cells(self) -> Iterator[Cell]:
+        """Each cell once."""
+        seen = set()
+        for cell in (*self._main(), *self._ablations()):
+            if cell.key not in seen:
+                seen.add(cell.key)
+                yield cell
+
+    def _main(self) -> Iterator[Cell]:
+        for seed in self.seeds:
+            for setting in self.settings:
+                for method, variants in self.knobs.items():
+                    for options in variants:
+                        yield Cell.of(setting, method, options, seed)
+
+    def _ablations(self) -> Iterator[Cell]:
+        for seed in self.seeds:
+            for name in self.ablations:
+                for method, options in ABLATIONS[name]:
+                    yield Cell.of(self.settings[0], method, options, seed)
+
+
+def dsp(domain: str, **changes: Any) -> Setting:
+    """A domain of DSP; what the policy should keep is prose, Wikipedia and the last words of LAMBADA."""
+    measuring = Measuring(texts=("prose", "wikitext", "lambada"))
+    return replace(Setting(f"dsp-{domain}", f"dsp/{domain}", measuring=measuring), **changes)
+
+
+def hh(**changes: Any) -> Setting:
+    """HH-RLHF: a base tuned to be helpful is made harmless; what it should keep is helpfulness."""
+    setting = Setting(
+        "hh-harmless",
+        "hh-rlhf/harmless",
+        prepared="hh-rlhf/helpful",
+        retained=("hh-rlhf/helpful",),
+        judge="reward",
+        measuring=Measuring(texts=("prose", "wikitext", "lambada")),
+    )
+    return replace(setting, **changes)
+
+
+def terse(**changes: Any) -> Setting:
+    """Answers of one word against the ability to reason aloud: a preference that conflicts with an ability."""
+    setting = Setting(
+        "terse",
+        "terse",
+        judge="rule:max-words=4",
+        training=Training(epochs=3.0, lora_r=64, learning_rate=5e-4),
+        measuring=Measuring(texts=("prose", "gsm8k", "lambada")),
+        drift_limit=1.0,
+    )
+    return replace(setting, **changes)
+
+
+def smoke() -> Suite:
+    """Every method end to end on a tiny random model."""
+    setting = Setting(
+        "smoke", "builtin", base="tiny", dtype="float32", max_length=400, train_pairs=8, eval_pairs=6,
+        training=Training(pairs_a_step=4, micro_batch=2, learning_rate=3e-3, lora_r=2),
+        measuring=Measuring(
+            strengths=(0.5, 1.0), scales=(0.5,), sampled_strengths=(1.0,), sampled_scales=(0.5,), sampled_prompts=3,
+            max_new_tokens=8, generation_batch=4, batch_tokens=4096, max_text_tokens=32,
+        ),
+    )  # fmt: skip
+    first = {method: knobs[:1] for method, knobs in MAIN_KNOBS.items()}
+    return Suite((setting,), first, (0,), "Every method end to end on a tiny random model: its figures mean nothing.")
+
+
+CPU_MEASURING = Measuring(
+    strengths=(0.25, 0.5, 1.0, 1.5, 2.0, 3.0), scales=(), sampled_strengths=(0.5, 1.0, 2.0), sampled_scales=(),
+    sampled_prompts=24, max_new_tokens=32, generation_batch=24, batch_tokens=1024, texts=("prose",), max_text_tokens=48,
+)  # fmt: skip
+CPU_TRAINING = Training(pairs_a_step=4, micro_batch=4, learning_rate=1e-3, lora_layers="upper")
+CPU_KNOBS: dict[str, list[dict[str, Any]]] = {
+    "qadapter": [{"beta": 10.0}, {"beta": 1.0}],
+    "dpo": [{"beta": 0.3}, {"beta": 0.1}],
+    "authors": [{"beta": 0.1}],
+    "sft": [{}],
+    "sft-kl": [{"weight": 1.0}],
+    "replay": [{"weight": 1.0}],
+    "ipo": [{"beta": 0.3}],
+    "simpo": [{"beta": 2.0, "margin": 1.0}],
+    "kto": [{"beta": 0.1}],
+    "ppo": [{"kl_coefficient": 0.1}],
+}
+
+
+def cpu_settings() -> dict[str, Setting]:
+    """Settings small enough for a CPU: short pairs, few of them."""
+    small: dict[str, Any] = {"max_length": 112, "train_pairs": 96, "eval_pairs": 40}
+    domains = {
+        f"dsp-{domain}": dsp(domain, **small, training=CPU_TRAINING, measuring=CPU_MEASURING) for domain in DOMAINS
+    }
+    polite = Setting("polite", "polite", **small, training=CPU_TRAINING, measuring=CPU_MEASURING)
+    retaining = replace(CPU_MEASURING, retained_pairs=40)
+    helpful = hh(**(small | {"max_length": 128}), training=CPU_TRAINING, measuring=retaining)
+    return domains | {
+        "polite": polite,
+        "hh-harmless": helpful,
+        "terse": terse(
+            max_length=112, train_pairs=96, eval_pairs=40, training=replace(CPU_TRAINING, epochs=2.0, lora_r=32),
+            measuring=replace(CPU_MEASURING, texts=("prose", "gsm8k"), max_text_tokens=128),
+        ),
+    }  # fmt: skip
+
+
+def full_settings() -> dict[str, Setting]:
+    """Settings of the paper's experiments for a GPU."""
+    return {setting.name: setting for setting in (*(dsp(domain) for domain in DOMAINS), hh(), terse())}
+
+
+def dsp_small() -> Suite:
+    """All methods on one domain, small."""
+    purpose = "All methods on one domain with few short pairs, for a CPU."
+    return Suite((cpu_settings()["dsp-entertainment"],), CPU_KNOBS, (0, 1), purpose)
+
+
+def cpu() -> Suite:
+    """All settings with the two methods that matter most, small."""
+    knobs = {name: CPU_KNOBS[name] for name in ("qadapter", "dpo", "sft")}
+    return Suite(tuple(cpu_settings().values()), knobs, (0,), "Every setting with few short pairs, for a CPU.")
+
+
+def ablations_small() -> Suite:
+    """Each ablation on one domain, small."""
+    settings = (cpu_settings()["dsp-entertainment"],)
+    return Suite(settings, {}, (0,), "What each part of the objective does, on few short pairs.", tuple(ABLATIONS))
+
+
+def full() -> Suite:
+    """The paper's experiments: every setting, method and knob, three seeds."""
+    knobs = {method: options for method, options in MAIN_KNOBS.items() if method != "dpo-trl"}
+    purpose = "The paper's experiments and its rivals: every setting, method and knob, three seeds."
+    return Suite(tuple(full_settings().values()), knobs, (0, 1, 2), purpose)
+
+
+def ablations() -> Suite:
+    """Each ablation on one domain, in full size."""
+    settings = (full_settings()["dsp-entertainment"],)
+    return Suite(settings, {}, (0, 1, 2), "What each part of the objective does.", tuple(ABLATIONS))
+
+
+SUITES: dict[str, Callable[[], Suite]] = {
+    "smoke": smoke,
+    "dsp-small": dsp_small,
+    "cpu": cpu,
+    "ablations-small": ablations_small,
+    "full": full,
+    "ablations": ablations,
+}
+
+
+def fast_dtype(dtype: str) -> str:
+    """The dtype to compute in: "auto" is bfloat16 where the machine has instructions for it, else float32.
+
+    Without them a CPU multiplies matrices in bfloat16 ten times more slowly than in float32.
+    """
+    if dtype != "auto":
+        return dtype
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    flags = Path("/proc/cpuinfo")
+    return "bfloat16" if flags.exists() and "avx512_bf16" in flags.read_text(encoding="utf-8") else "float32"
+
+
+def make_suite(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SUITES:
+        raise ConfigError(f"suite {name!r} is unknown: choose one of {', '.join(SUITES)}.")
+    return SUITES[name]()
+
+
+def narrowed(
+    suite: Suite,
+    settings: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    ablations: Sequence[str] = (),
+    base: str | None = None,
+    dtype: str | None = None,
+) -> Suite:
+    """The suite with only the named parts, or with another base.
+
+    Raises:
+        ConfigError: a name that the suite does not have.
+    """
+    known: dict[str, Any] = {setting.name: setting for setting in suite.settings}
+    for kind, names, all_names in (
+        ("setting", settings, known),
+        ("method", methods, suite.knobs),
+        ("ablation", ablations, ABLATIONS),
+    ):
+        for name in names:
+            if name not in all_names:
+                raise ConfigError(f"{kind} {name!r} is not in the suite: choose among {', '.join(all_names)}.")
+    chosen = tuple(known[name] for name in settings) or suite.settings
+    if base is not None:
+        chosen = tuple(replace(setting, base=base) for setting in chosen)
+    chosen = tuple(replace(setting, dtype=dtype or fast_dtype(setting.dtype)) for setting in chosen)
+    return replace(
+        suite,
+        settings=chosen,
+        knobs={name: suite.knobs[name] for name in methods} or ({} if ablations else suite.knobs),
+        seeds=tuple(seeds) or suite.seeds,
+        ablations=tuple(ablations) or suite.ablations,
+    )

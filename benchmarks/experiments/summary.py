@@ -1,0 +1,206 @@
+"""From results files to the figures of the page: areas of methods with their knob tuned, differences from DPO."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve, interval
+from benchmarks.experiments.measure import SCALE, STRENGTH
+
+Result = dict[str, Any]
+FORMS = {"dial": "with the strength dial", "scaled": "with scaled weights (WiSE-FT)", "knob": "by its own knob alone"}
+RIVAL = "dpo"
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A method with its options, trained with one or more seeds."""
+
+    method: str
+    options: str
+    results: tuple[Result, ...]
+
+    @property
+    def label(self) -> str:
+        """Options as text: beta = 10."""
+        options = json.loads(self.options)
+        return ", ".join(f"{name} = {_short(value)}" for name, value in options.items()) or "–"
+
+
+@dataclass(frozen=True)
+class MethodArea:
+    """A method's area, all and lower half, in each resample, and the variants that the two halves chose."""
+
+    method: str
+    form: str
+    whole: Array
+    lower: Array
+    chosen: tuple[str, ...]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by the name of their setting; training that was changed by an option counts as an option."""
+    found: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        found[result["cell"]["setting"]["name"]].append(result)
+    return dict(found)
+
+
+def variants(results: Sequence[Result]) -> list[Variant]:
+    """The variants among the results of a setting, each with all of its seeds, in order of method and options."""
+    commonest = _commonest_training(results)
+    found: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        training = result["cell"]["setting"]["training"]
+        changes = {f"training.{name}": value for name, value in training.items() if value != commonest[name]}
+        options = json.dumps({**result["cell"]["options"], **changes}, sort_keys=True)
+        found[result["cell"]["method"], options].append(result)
+    return [
+        Variant(method, options, tuple(sorted(rows, key=lambda row: row["cell"]["seed"])))
+        for (method, options), rows in sorted(found.items())
+    ]
+
+
+def _commonest_training(results: Sequence[Result]) -> dict[str, Any]:
+    counts: dict[str, int] = defaultdict(int)
+    for result in results:
+        counts[json.dumps(result["cell"]["setting"]["training"], sort_keys=True)] += 1
+    return json.loads(max(counts, key=lambda text: counts[text]))
+
+
+def dial_points(result: Result, form: str) -> list[dict[str, Any]]:
+    """The points of a form: along the dial, or of the scaled weights (full strength belongs to both)."""
+    points = [point for point in result["points"] if point["dial"] == STRENGTH]
+    if form == "dial":
+        return points
+    full = [point for point in points if point["value"] == 1.0]
+    return [*full, *(point for point in result["points"] if point["dial"] == SCALE)]
+
+
+def seed_mean(rows: Sequence[Array], draws: Draws) -> Array:
+    """Mean over seeds of (resamples + 1,) arrays, seeds resampled with the rest."""
+    stacked = np.stack(rows, 1)
+    chosen = draws.seeds[:, : len(rows)] % len(rows)
+    return np.take_along_axis(stacked, chosen, 1).mean(1)
+
+
+def variant_areas(
+    variant: Variant, form: str, gain: Measure, drift: Measure, draws: Draws, half: int | None = None
+) -> tuple[Array, Array]:
+    """The area of a variant's curve, all and lower half, in each resample, mean over seeds."""
+    key = (id(variant), form, gain.name, drift.name, half)
+    if key not in draws.known:
+        rows = []
+        for result in variant.results:
+            curves = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws, half)
+            rows.append(areas(*curves, result["cell"]["setting"]["drift_limit"]))
+        whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
+        draws.known[key] = whole, lower
+    return draws.known[key]
+
+
+def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> list[MethodArea]:
+    """Each method in each form, its knob chosen on one half of the prompts and measured on the other."""
+    methods = list(dict.fromkeys(variant.method for variant in found))
+    rows = []
+    for method in methods:
+        own = [variant for variant in found if variant.method == method]
+        for form in ("dial", "scaled"):
+            if form == "scaled" and not any(_scaled_gain(variant, gain) for variant in own):
+                continue
+            rows.append(_tuned(method, form, own, gain, drift, draws))
+        if len(own) > 1:
+            rows.append(_knob_alone(method, own, gain, drift, draws))
+    return rows
+
+
+def _scaled_gain(variant: Variant, gain: Measure) -> bool:
+    """Whether the gain was measured at any scale of the weights but 1."""
+    points = (point for result in variant.results for point in result["points"] if point["dial"] == SCALE)
+    return any(gain.read(point) is not None for point in points)
+
+
+def _tuned(method: str, form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
+    table = {half: [variant_areas(variant, form, gain, drift, draws, half) for variant in own] for half in HALVES}
+    best = {half: int(np.argmax([whole[0] for whole, _ in table[half]])) for half in HALVES}
+    crossed = [table[half][best[1 - half]] for half in HALVES]
+    whole, lower = (np.mean(part, 0) for part in zip(*crossed, strict=True))
+    chosen = tuple(dict.fromkeys(own[best[half]].label for half in HALVES))
+    return MethodArea(method, form, whole, lower, chosen)
+
+
+def _knob_alone(method: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
+    """The curve through a method's variants at full strength: nothing is chosen."""
+    seeds = min(len(variant.results) for variant in own)
+    parts = []
+    for index in range(seeds):
+        curves = [
+            curve(
+                [point for point in dial_points(v.results[index], "dial") if point["value"] == 1.0],
+                v.results[index]["data"]["groups"], gain, drift, draws,
+            )
+            for v in own
+        ]  # fmt: skip
+        parts.append([np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1)])
+    limit = own[0].results[0]["cell"]["setting"]["drift_limit"]
+    rows = [areas(*part, limit) for part in parts]
+    whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
+    return MethodArea(method, "knob", whole, lower, ())
+
+
+def differences(rows: Sequence[MethodArea]) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
+    """{(method, form): {"whole", "lower", "ratio"}}: against DPO with the dial, paired by resample.
+
+    "ratio" is that of the lower halves. Empty where DPO was not run.
+    """
+    rival = next((row for row in rows if row.method == RIVAL and row.form == "dial"), None)
+    if rival is None:
+        return {}
+    result = {}
+    for row in rows:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(rival.lower > 0, row.lower / rival.lower, np.nan)
+        result[row.method, row.form] = {
+            "whole": interval(row.whole - rival.whole),
+            "lower": interval(row.lower - rival.lower),
+            "ratio": interval(ratio),
+        }
+    return result
+
+
+def number_of_seeds(results: Sequence[Result]) -> int:
+    """How many different seeds there are."""
+    return len({result["cell"]["seed"] for result in results})
+
+
+def point_figures(variant: Variant, dial: str, value: float) -> dict[str, float] | None:
+    """Means over units and seeds of everything at one setting of a dial; None where it was not measured."""
+    rows: list[Mapping[str, float]] = []
+    for result in variant.results:
+        point = next((p for p in result["points"] if p["dial"] == dial and p["value"] == value), None)
+        if point is None:
+            return None
+        rows.append(_flat(point))
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def _flat(point: Mapping[str, Any]) -> dict[str, float]:
+    flat = {name: float(np.mean(values)) for name, values in point["pairs"].items()}
+    for name, figures in point["texts"].items():
+        flat |= {f"{name} {key}": float(np.mean(values)) for key, values in figures.items()}
+    for name, figures in point["retained"].items():
+        flat[f"{name} prefers change"] = float(np.mean(figures["prefers"]) - np.mean(figures["base_prefers"]))
+        flat[f"{name} margin change"] = float(np.mean(figures["margin_gain"]))
+    if "samples" in point:
+        found = point["samples"]
+        flat |= {f"sample {key}": float(np.mean(found[key])) for key in found if found[key]}
+        flat["score gain"] = flat["sample score"] - flat["sample base_score"]
+    return flat

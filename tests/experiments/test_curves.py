@@ -1,0 +1,84 @@
+"""The definitions of the results page: envelope, area, equal drift and equal gain, and resampling."""
+
+import numpy as np
+import pytest
+
+from benchmarks.experiments.curves import (
+    DRIFTS,
+    GAINS,
+    Draws,
+    area,
+    areas,
+    curve,
+    drift_for,
+    envelope,
+    gain_at,
+    interval,
+    means,
+)  # fmt: skip
+
+
+def test_the_envelope_starts_at_the_base_and_never_falls():
+    drifts, gains = envelope([0.4, 0.1, 0.2], [0.2, 0.3, -0.1])
+    assert drifts.tolist() == [0.0, 0.1, 0.2, 0.4]
+    assert gains.tolist() == [0.0, 0.3, 0.3, 0.3]
+
+
+def test_a_gain_that_grows_with_the_root_of_drift_has_half_its_end_as_area():
+    drifts = [0.01, 0.04, 0.09, 0.25]
+    gains = [2 * drift**0.5 for drift in drifts]
+    assert area(drifts, gains, 0.25) == pytest.approx(0.5)  # of a gain of 1 at the limit
+    assert area(drifts, gains, 0.25, until=0.5) == pytest.approx(0.25)
+    assert gain_at(drifts, gains, 0.0625) == pytest.approx(0.5)
+    assert drift_for(drifts, gains, 0.5) == pytest.approx(0.0625)
+
+
+def test_a_curve_that_ends_early_is_flat_from_there_and_one_below_the_base_counts_nothing():
+    assert area([0.0625], [1.0], 0.25) == pytest.approx(0.75)
+    assert area([0.1, 0.2], [-1.0, -2.0], 0.25) == 0.0
+    assert drift_for([0.1], [0.5], 0.6) is None
+    assert drift_for([0.1], [0.5], 0.0) == 0.0
+
+
+def test_areas_of_all_resamples_are_those_of_each():
+    generator = np.random.default_rng(0)
+    drifts, gains = generator.random((5, 4)), generator.normal(size=(5, 4))
+    whole, lower = areas(drifts, gains, 0.25)
+    for row in range(5):
+        assert whole[row] == pytest.approx(area(drifts[row], gains[row], 0.25))
+        assert lower[row] == pytest.approx(area(drifts[row], gains[row], 0.25, until=0.5))
+
+
+def test_means_weigh_groups_by_their_size():
+    values, groups = [1.0, 2.0, 6.0], [0, 0, 1]
+    counts = np.array([[1, 1], [2, 0], [1, 2]])
+    assert means(values, groups, counts).tolist() == pytest.approx([3.0, 1.5, (3 + 12) / 4])
+
+
+def test_draws_keep_the_halves_apart_and_are_the_same_for_every_method():
+    draws, again = Draws(2), Draws(2)
+    counts = draws.counts("pairs", 7, half=1)
+    assert counts[0].tolist() == [0, 1, 0, 1, 0, 1, 0]
+    assert not counts[:, ::2].any()
+    assert (counts.sum(1) == 3).all()
+    assert np.array_equal(counts, again.counts("pairs", 7, half=1))
+    assert len(np.unique(counts[1:], axis=0)) > 5
+
+
+def test_a_curve_leaves_out_points_without_samples():
+    def point(value, sampled):
+        made = {"pairs": {"kl": [value] * 3, "margin_gain": [value, value, 4 * value]}}
+        if sampled:
+            made["samples"] = {"score": [value, 2 * value], "base_score": [0.0, 0.0]}
+        return made
+
+    draws = Draws(1)
+    points = [point(0.1, True), point(0.2, False)]
+    drifts, gains = curve(points, [0, 0, 1], GAINS["score"], DRIFTS["kl"], draws)
+    assert drifts[0].tolist() == pytest.approx([0.1])
+    assert gains[0].tolist() == pytest.approx([0.15])
+    drifts, gains = curve(points, [0, 0, 1], GAINS["margin"], DRIFTS["kl"], draws)
+    assert gains[0].tolist() == pytest.approx([0.2, 0.4])
+    value, low, high = interval(gains[:, 0])
+    assert low <= value <= high
+    assert low < high

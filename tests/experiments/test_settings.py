@@ -1,0 +1,137 @@
+"""The settings that need more than pairs: a base tuned first, a preference to keep, made-up pairs, local files."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.experiments.__main__ import main
+from benchmarks.experiments.cells import Cell, Store
+from benchmarks.experiments.judges import StyleJudge, equal_length_wins, held_out_accuracy, repetition
+from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
+from benchmarks.experiments.runner import Runner
+from benchmarks.experiments.suites import fast_dtype, hh, make_suite, terse
+from benchmarks.experiments.tiny import write_tiny_base
+from qadapter.errors import ConfigError, DataError
+from qadapter.generation import Answer
+from qadapter.modeling.bases import load_tokenizer
+
+SMOKE = make_suite("smoke").settings[0]
+COPIED = ("base", "dtype", "max_length", "train_pairs", "eval_pairs", "training")
+SMALL = {name: getattr(SMOKE, name) for name in COPIED}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of made-up local data."""
+    folder = tmp_path_factory.mktemp("data")
+    for kind in ("harmless", "helpful"):
+        rows = [
+            {"prompt": f"Is {n} {kind}?", "chosen": f"Yes, {n} is {kind}!", "rejected": f"Go away {n}"}
+            for n in range(40)
+        ]
+        write_rows(folder / "pairs" / f"hh_{kind}.jsonl.gz", rows)
+    questions = [{"question": f"What is {n} plus one?", "choices": ["no", str(n + 1)], "gold": 1} for n in range(30)]
+    write_rows(folder / "bench" / "sciq_val.jsonl.gz", questions)
+    write_rows(folder / "bench" / "gsm8k_test.jsonl.gz", [{"question": "1 + 1?", "answer": "1 + 1 = 2"}] * 3)
+    return folder
+
+
+def run(setting, data, folder, method="dpo", options=None):
+    store = Store(folder / "results", folder / "work")
+    cell = Cell.of(setting, method, options or {"beta": 0.1}, 0)
+    Runner(store, data, say=lambda line: None).run([cell])
+    return json.loads(store.path(cell).read_text()), store
+
+
+def test_a_helpful_base_is_made_harmless_and_its_helpfulness_measured(data, tmp_path):
+    measuring = replace(SMOKE.measuring, retained_pairs=3)
+    result, store = run(hh(**SMALL, measuring=measuring), data, tmp_path)
+    assert result["judge"]["name"].startswith("reward model, ")
+    assert len(result["points"][0]["retained"]["hh-rlhf/helpful"]["margin_gain"]) == 3
+    assert result["base"]["prepared"] == "hh-rlhf/helpful"
+    (prepared,) = [path for path in (store.work / "bases").iterdir() if path.name.startswith("prepared")]
+    plain, _ = run(hh(**SMALL, measuring=measuring, prepared=""), data, tmp_path)
+    assert plain["base"]["fingerprint"] != result["base"]["fingerprint"]
+    assert (prepared / "config.json").exists()
+
+
+def test_terse_pairs_are_made_from_the_bases_own_answers(data, tmp_path):
+    measuring = replace(SMOKE.measuring, texts=("gsm8k",))
+    small = SMALL | {"training": replace(SMALL["training"], epochs=1.0)}
+    result, store = run(terse(**small, measuring=measuring), data, tmp_path)
+    assert result["judge"]["name"] == "rule max-words=4"
+    assert len(result["points"][0]["texts"]["gsm8k"]["loss_change"]) == 3
+    (made,) = store.work.rglob("terse.jsonl")
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
+    assert rows[0]["chosen"][0]["content"] == str(int(rows[0]["prompt"][0]["content"].split()[2]) + 1)
+
+
+def test_texts_that_are_not_there_are_named(tmp_path):
+    measuring = replace(SMOKE.measuring, texts=("lambada",))
+    with pytest.raises(DataError, match=r"lambada_test.jsonl.gz is not there: .*Pass --data"):
+        run(replace(SMOKE, measuring=measuring), tmp_path / "none", tmp_path)
+    with pytest.raises(ConfigError, match="judge 'taste': choose style"):
+        run(replace(SMOKE, judge="taste"), tmp_path / "none", tmp_path)
+
+
+def test_pools_share_no_prompt_and_do_not_depend_on_the_seed(data, tmp_path):
+    tokenizer = load_tokenizer(write_tiny_base(tmp_path / "tiny"))
+    pools = load_pools(replace(SMOKE, train_pairs=None, eval_pairs=None), tokenizer, data, tmp_path)
+    prompts = [{json.dumps(pair["prompt"]) for pair in part} for part in (pools.train, pools.held_out, pools.judge)]
+    assert all(prompts)
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert {json.dumps(prompt) for prompt in pools.prompts} >= prompts[1]
+    swapped = with_noise(pools.train_ids, 0.4)
+    changed = [one != other for one, other in zip(pools.train_ids, swapped, strict=True)]
+    assert sum(changed) == round(0.4 * len(changed))
+    assert swapped[changed.index(True)]["chosen_ids"] == pools.train_ids[changed.index(True)]["rejected_ids"]
+
+
+def test_pairs_come_in_rounds_whatever_their_order():
+    pairs = [{"prompt": prompt, "chosen": str(n)} for n, prompt in enumerate("aaabbc")]
+    order = in_rounds(pairs)
+    assert order == in_rounds(pairs[::-1])
+    assert {pair["prompt"] for pair in order[:3]} == {"a", "b", "c"}
+    assert order[-1]["prompt"] == "a"
+
+
+def test_the_style_judge_tells_styles_apart_at_equal_length():
+    def pair(n):
+        said = [{"role": "assistant", "content": text} for text in (f"Wow {n}! Great fun!", f"The figure is {n}.")]
+        return {"prompt": [{"role": "user", "content": str(n)}], "chosen": said[:1], "rejected": said[1:]}
+
+    judge = StyleJudge([pair(n) for n in range(40)], words=8)
+    assert held_out_accuracy(judge, [pair(n) for n in range(100, 120)]) == 1.0
+    fun, dry, long_dry = (Answer(text, True) for text in ("Wow! Great fun!", "The figure is.", "The figure is. Wow!"))
+    assert equal_length_wins(judge, [None] * 2, [fun, long_dry], [dry, dry]) == [1.0, 0.5]
+
+
+def test_repetition_counts_sequences_of_four_words():
+    assert repetition("a b c d") == 0.0
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
+
+
+def test_auto_is_a_dtype_and_a_given_one_stays():
+    assert fast_dtype("auto") in ("float32", "bfloat16")
+    assert fast_dtype("float32") == "float32"
+
+
+def test_stored_samples_can_be_judged_later(tmp_path):
+    results = tmp_path / "results"
+    store = Store(results / "smoke", tmp_path / "work")
+    cell = Cell.of(SMOKE, "sft", {}, 0)
+    Runner(store, tmp_path, say=lambda line: None).run([cell])
+    command = ["judge", "--suite", "smoke", "--judge", "rule:max-words=3", "--results", str(results)]
+    command += ["--work", str(store.work)]
+    assert main(command) == 0
+    judged = json.loads((store.results / "judged" / store.path(cell).name).read_text())
+    assert set(judged["win_rates"]) == {"strength=1", "scale=0.5"}
+    assert main(command) == 1  # nothing is left to judge
