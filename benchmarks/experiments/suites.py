@@ -38,6 +38,7 @@ ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qadapter", {"training.lora_r": rank, "training.lora_layers": layers})
         for rank, layers in ((2, "all"), (8, "all"), (32, "all"), (8, "upper"), (32, "upper"))
     ],
+    "layers": [("qadapter", {"training.lora_layers": layers}) for layers in ("upper", "all")],
     "noise": [
         (method, options | {"training.label_noise": noise, "label_smoothing": smoothing})
         for method, options in (("qadapter", {}), ("dpo", {"beta": 0.1}))
@@ -189,7 +190,7 @@ def cpu() -> Suite:
 def ablations_small() -> Suite:
     """Each ablation on one domain, small."""
     settings = (cpu_settings()["dsp-entertainment"],)
-    return Suite(settings, {}, (0,), "What each part of the objective does, on few short pairs.", tuple(ABLATIONS))
+    return Suite(settings, {}, (0, 1), "What each part of the objective does, on few short pairs.", tuple(ABLATIONS))
 
 
 def full() -> Suite:

@@ -87,7 +87,8 @@ def train_pairs(
 
 def training_arguments(training: Training, seed: int, folder: Path) -> QAdapterTrainingArguments:
     """The optimiser's settings, the same for every method."""
-    return QAdapterTrainingArguments(output_dir=str(folder), **common_arguments(training, seed))
+    # Padded rows: some methods run other sequences than the pairs', and all shall run alike.
+    return QAdapterTrainingArguments(output_dir=str(folder), packing=False, **common_arguments(training, seed))
 
 
 def common_arguments(training: Training, seed: int) -> dict[str, Any]:
