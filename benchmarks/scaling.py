@@ -1,0 +1,100 @@
+"""How memory and time of a training step grow with sequence length, vocabulary, batch and layers: ours and TRL's DPO.
+
+    python benchmarks/scaling.py
+
+A small random Llama on the CPU; one quantity varies at a time. Memory is the counted peak of what a step allocates
+(`allocations.py`), the same on every run; seconds are medians of three steps.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from allocations import PeakAllocations
+from train import our_step, random_pairs, trl_step
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qadapter.plots import line_chart
+
+RESULTS = Path(__file__).parent / "results"
+MIDDLE = {"length": 128, "vocabulary": 16_384, "pairs": 2, "layers": 4}
+AXES = {
+    "length": [64, 128, 256, 512, 1024],
+    "vocabulary": [4_096, 16_384, 65_536, 131_072],
+    "pairs": [1, 2, 4, 8],
+    "layers": [2, 4, 8, 16],
+}
+LABELS = {"length": "tokens a row", "vocabulary": "vocabulary", "pairs": "pairs a step", "layers": "layers"}
+PROMPT = 32
+
+
+def point(axis: str, value: int) -> dict[str, Any]:
+    """MiB and seconds of a step of each contender."""
+    sizes = MIDDLE | {axis: value}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=sizes["layers"],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=sizes["vocabulary"],
+            max_position_embeddings=2048,
+        )
+    )
+    options = argparse.Namespace(device="cpu", checkpointing=False)
+    upper = list(range(sizes["layers"] // 2, sizes["layers"]))
+    steps = {
+        "TRL DPO": trl_step(base, options, None),
+        "ours": our_step(base, options, None, packing=True, trunk=True),
+        "ours, upper half": our_step(base, options, upper, packing=True, trunk=True),
+    }
+    pairs = random_pairs(sizes["pairs"], sizes["length"], PROMPT)
+    result: dict[str, Any] = {axis: value}
+    for name, step in steps.items():
+        step(pairs)
+        with PeakAllocations() as allocations:
+            step(pairs)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            step(pairs)
+            seconds.append(time.perf_counter() - start)
+        result[name] = {
+            "peak_mib": round(allocations.peak / 2**20, 2),
+            "seconds": round(statistics.median(seconds), 4),
+        }
+    return result
+
+
+def main() -> None:
+    figures = {}
+    for axis, values in AXES.items():
+        figures[axis] = [point(axis, value) for value in values]
+        for row in figures[axis]:
+            print(row)
+        names = [name for name in figures[axis][0] if name != axis]
+        lines = {name: [(row[axis], row[name]["peak_mib"]) for row in figures[axis]] for name in names}
+        chart = line_chart(lines, f"Memory of a training step by {LABELS[axis]}", LABELS[axis], "MiB at the peak")
+        (RESULTS / f"scaling_{axis}.svg").write_text(chart)
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl)},
+        "middle": MIDDLE,
+        "figures": figures,
+    }
+    (RESULTS / "scaling.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
