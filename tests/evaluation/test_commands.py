@@ -58,6 +58,12 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert columns["lora"] == columns[first]  # the same LoRA
     assert columns[second]["accuracy"]["value"] == 0.5
     assert "lora@0.5" in printed
+    assert f"lora − {first} " in printed
+    differences = json.loads((tmp_path / "out" / "compare.json").read_text())["differences"]
+    assert len(differences) == 15
+    assert "items" not in (tmp_path / "out" / "compare.json").read_text()
+    (same,) = (entry for entry in differences if (entry["column"], entry["minus"]) == ("lora", first))
+    assert {figure["value"] for figure in same["figures"].values()} == {0.0}
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
 
 

@@ -7,11 +7,12 @@ from models import tiny_tokenizer
 
 from qadapter.evaluation.audit import measure_everything
 from qadapter.evaluation.columns import Column
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject
 from qadapter.evaluation.texts import neutral_texts
+from qadapter.evaluation.workload import Workload
 from qadapter.fused import TokenStatistics
 from qadapter.generation import Answer
 

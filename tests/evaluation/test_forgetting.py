@@ -13,7 +13,8 @@ import torch
 from models import lora, plain_peft, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer
 
 from qadapter import QAdapterConfig, QAdapterError
-from qadapter.evaluation.intervals import bootstrap_mean, mcnemar_exact, paired_difference
+from qadapter.evaluation.intervals import bootstrap_mean, mcnemar_exact
+from qadapter.evaluation.resampling import paired_difference
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 

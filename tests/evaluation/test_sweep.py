@@ -11,13 +11,14 @@ from models import tiny_tokenizer
 from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import Column, strength_columns
 from qadapter.evaluation.drift import measure_texts
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject
 from qadapter.evaluation.sweep import SweepLimits, recommend, run_sweep
 from qadapter.evaluation.sweep_report import HTML_NAME, JSON_NAME, SVG_NAME, page, recommendation, write_sweep
 from qadapter.evaluation.texts import load_pairs, neutral_texts
+from qadapter.evaluation.workload import Workload
 
 STRENGTHS = [0.25, 0.5, 1.0, 1.5]
 

@@ -15,7 +15,7 @@ from typing import Any
 from qadapter.modeling.bases import cache_folder
 
 # Raise it when the meaning of a stored part changes.
-PARTS_VERSION = 1
+PARTS_VERSION = 2
 VERSIONED = ("qadapter", "torch", "transformers", "peft")
 
 
@@ -40,20 +40,28 @@ class PartStore:
         Args:
             keep: whether a computed value is final, and so to be stored.
         """
-        path = self.folder / f"{name}-{fingerprint(inputs)[:32]}.json"
-        if self.reuse and path.is_file():
-            try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # damaged: computed again
-                pass
-            else:
-                self.reused.append(name)
-                return value
+        stored = self.stored(name, inputs)
+        if stored is not None:
+            self.reused.append(name)
+            return stored
         # Through JSON and back, so that a fresh part and a stored one are the same value.
         value = json.loads(json.dumps(jsonable(compute()), allow_nan=False))
         if keep(value):
-            write_ordered_json(path, value)
+            write_ordered_json(self._path(name, inputs), value)
         return value
+
+    def stored(self, name: str, inputs: Any) -> Any | None:
+        """The stored part of that name and these inputs; None if there is none that may be taken."""
+        path = self._path(name, inputs)
+        if not (self.reuse and path.is_file()):
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # damaged: computed again
+            return None
+
+    def _path(self, name: str, inputs: Any) -> Path:
+        return self.folder / f"{name}-{fingerprint(inputs)[:32]}.json"
 
 
 def fingerprint(inputs: Any) -> str:

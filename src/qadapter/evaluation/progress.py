@@ -1,5 +1,6 @@
 """Progress bars with counts and time left, on standard error so that a command's output stays clean."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,7 +31,8 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 @contextmanager
 def tracked() -> Iterator[Track]:
     """A `Track` that shows a bar for each thing being done."""
-    with progress_bar(Console(stderr=True)) as progress:
+    # The stream as it is now: the bars go on while a library's own output is kept from it.
+    with progress_bar(Console(file=sys.stderr)) as progress:
 
         def track(name: str, total: int) -> Advance:
             task = progress.add_task(name, total=total)

@@ -7,11 +7,12 @@ from typing import Any
 from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.environment import environment
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits, drop, kl_figures
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject
+from qadapter.evaluation.workload import Workload
 
 SCHEMA_VERSION = 1
 
@@ -52,12 +53,12 @@ def run_sweep(
     Raises:
         ConfigError: a limit on benchmarks without any benchmark.
     """
-    evaluation = Evaluation(subject, columns, workload, store, track, detailed=[])
     if budget.max_drop is not None and not workload.tasks:
         raise ConfigError("--max-drop needs benchmarks: name them with --tasks, or limit --max-kl.")
-    results: dict[str, Any] = {"pairs": evaluation.pairs(), "neutral": evaluation.neutral(), "tasks": {}}
-    if workload.tasks:
-        results["tasks"] = evaluation.tasks(columns=[column for column in columns if column.alpha_0 is None])
+    evaluation = Evaluation(
+        subject, columns, workload, store, track, detailed=[], limited_tasks=tuple(budget.drops), swept=True
+    )
+    results = {"pairs": evaluation.pairs(), "neutral": evaluation.neutral(), "tasks": evaluation.tasks()}
     points = [point(results, Column(BASE, 0.0)), *(point(results, column) for column in columns)]
     limits = budget.limits(list(results["tasks"]))
     return jsonable(

@@ -65,13 +65,16 @@ def cell(results: Mapping[str, Any], part: str, column: str, figure: str, kind: 
 
 
 def written(interval: Mapping[str, Any] | None, kind: str) -> str:
-    """An interval as text: "77.0% [70.1, 82.9]" or "0.0532 [0.0491, 0.0573]"."""
+    """An interval as text: "77.0% [70.1, 82.9]", "+7.0 [-1.2, +15.3]" (points) or "0.0532 [0.0491, 0.0573]"."""
     if interval is None or interval["value"] is None:
         return "–"
     value, low, high = interval["value"], interval["low"], interval["high"]
     if kind == "rate":
         bounds = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
         return f"{100 * value:.1f}%{bounds}"
+    if kind == "points":
+        bounds = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+        return f"{100 * value:+.1f}{bounds}"
     form = "+.4f" if kind == "change" else ".4f"
     bounds = "" if low is None else f" [{low:{form}}, {high:{form}}]"
     return f"{value:{form}}{bounds}"
@@ -103,7 +106,7 @@ def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
             )
     rows += [_judge_row(judged, columns) for judged in results.get("judged", [])]
     for task, figures in results.get("tasks", {}).items():
-        kind = "rate" if _is_rate(figures) else "number"
+        kind = "rate" if is_rate(figures) else "number"
         cells = [figures["columns"].get(name) for name in (BASE, *columns)]
         rows.append((f"{task} ({figures['metric']}, n = {figures['n']})", *(written(cell, kind) for cell in cells)))
         rows.append(
@@ -116,7 +119,8 @@ def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _is_rate(figures: Mapping[str, Any]) -> bool:
+def is_rate(figures: Mapping[str, Any]) -> bool:
+    """Whether all scores of a benchmark are shares."""
     values = [entry["value"] for entry in figures["columns"].values()]
     return all(value is None or 0 <= value <= 1 for value in values)
 
@@ -163,7 +167,7 @@ def narrow(results: Mapping[str, Any], columns: Sequence[str]) -> tuple[Row, lis
             for _, part, figure, kind in shown
         ]
         for figures in tasks.values():
-            cells.append(short(figures["columns"].get(name), "rate" if _is_rate(figures) else "number"))
+            cells.append(short(figures["columns"].get(name), "rate" if is_rate(figures) else "number"))
         rows.append((name, *cells))
     return header, rows
 
