@@ -7,7 +7,7 @@ import pytest
 from evaluated import write_adapter, write_base
 
 from qadapter import cli
-from qadapter.evaluation import benchmarks
+from qadapter.evaluation import benchmarks, sweep_report
 from qadapter.evaluation.card import BEGIN
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -88,8 +88,17 @@ def test_sweep_writes_into_the_adapter_folder(run, own):
     assert "Recommended strength: 1," in printed
     sweep = json.loads((own / "sweep.json").read_text())
     assert [point["name"] for point in sweep["points"]] == ["base", "0.5", "1", "0.5, alpha_0 0.3", "1, alpha_0 0.3"]
-    assert (own / "sweep.svg").exists()
-    assert (own / "sweep.html").exists()
+    for name in ("sweep.svg", "sweep.html", "sweep.png"):
+        assert str(own / name) in printed
+        assert (own / name).exists()
+
+
+def test_a_sweep_without_pillow_says_what_is_missing(run, own, monkeypatch):
+    monkeypatch.setattr(sweep_report, "find_spec", lambda name: None)
+    code, printed, _ = run("sweep", own, "--strengths", "1")
+    assert code == 0
+    assert "no sweep.png: it needs Pillow, pip install 'qadapter[eval]'" in printed
+    assert not (own / "sweep.png").exists()
 
 
 def test_audit_passes_fails_and_cannot_run(run, own):

@@ -147,6 +147,7 @@ def test_files_of_a_sweep(swept, tmp_path):
     sweep = json.loads((tmp_path / "out" / JSON_NAME).read_text())
     assert sweep["schema_version"] == 1
     assert (tmp_path / "out" / SVG_NAME).read_text().startswith("<svg")
+    assert "recommended: " in (tmp_path / "out" / SVG_NAME).read_text()
     html = (tmp_path / "out" / HTML_NAME).read_text()
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org)", html)
     data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])

@@ -77,13 +77,14 @@ def _sections(audit: Mapping[str, Any]) -> Iterator[str]:
 
 def _plots(audit: Mapping[str, Any]) -> str:
     points = curve(audit)
-    accuracy = curve(audit, "prefers_chosen")
+    accuracy, audited = curve(audit, "prefers_chosen"), audit["settings"]["strength"]
     plots = [
         line_chart(
             {f"strengths {points[0][0]:g} to {points[-1][0]:g}": [(kl, gain) for _, kl, gain in points]},
             "Preference gained against drift",
             "KL(policy ‖ base) on chosen answers, nats a token",
             "margin gained, nats a token",
+            {f"strength {strength:g}": (kl, gain) for strength, kl, gain in points if strength == audited},
         ),
         line_chart(
             {"per token": [(strength, share) for strength, _, share in accuracy]},

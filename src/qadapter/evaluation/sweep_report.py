@@ -1,7 +1,8 @@
-"""sweep.json, sweep.svg and sweep.html, whose plot can be asked for any two figures and for each point's values."""
+"""sweep.json, .svg, .png and .html, whose plot can be asked for any two figures and for each point's values."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from rich.markup import escape as plain
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
 from qadapter.evaluation.part_store import write_ordered_json
 from qadapter.evaluation.tables import Row, print_table, short, written
-from qadapter.plots import line_chart
+from qadapter.plots import Chart, chart, svg
 
-JSON_NAME, SVG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.html"
+JSON_NAME, SVG_NAME, PNG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.png", "sweep.html"
 
 # (key, title, how it is written)
 GAINS = (
@@ -37,11 +38,19 @@ NARROW_FIGURES = (
 )
 
 
-def write_sweep(sweep: Mapping[str, Any], folder: Path) -> None:
-    """The three files in `folder`."""
+def write_sweep(sweep: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The files that were written into `folder`; the PNG only where Pillow is installed."""
+    picture = trade_off(sweep)
     write_ordered_json(folder / JSON_NAME, sweep)
-    (folder / SVG_NAME).write_text(chart(sweep), encoding="utf-8")
+    (folder / SVG_NAME).write_text(svg(picture), encoding="utf-8")
     (folder / HTML_NAME).write_text(page(sweep), encoding="utf-8")
+    names = [JSON_NAME, SVG_NAME, HTML_NAME]
+    if find_spec("PIL") is not None:
+        from qadapter.plots_png import png
+
+        (folder / PNG_NAME).write_bytes(png(picture))
+        names.append(PNG_NAME)
+    return [folder / name for name in names]
 
 
 def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
@@ -87,12 +96,18 @@ def recommendation(sweep: Mapping[str, Any]) -> str:
     return f"Recommended strength: {found['strength']:g}, the largest measured one that fits ({within})."
 
 
-def chart(sweep: Mapping[str, Any]) -> str:
-    """Gain against drift, a line for each alpha_0, as SVG."""
+def trade_off(sweep: Mapping[str, Any]) -> Chart:
+    """Gain against drift, a line for each alpha_0; the recommended point is marked."""
     series: dict[str, list[tuple[float, float]]] = {}
     for name, points in lines(sweep).items():
         series[name] = [(point["kl_chosen"]["value"], point["margin_gain"]["value"]) for point in points]
-    return line_chart(series, "Preference gained against drift", COSTS[0][1], GAINS[0][1])
+    found = sweep["recommended"]
+    marked = {
+        f"recommended: {point['strength']:g}": (point["kl_chosen"]["value"], point["margin_gain"]["value"])
+        for point in sweep["points"]
+        if found is not None and found["fits"] and point["name"] == found["name"]
+    }
+    return chart(series, "Preference gained against drift", COSTS[0][1], GAINS[0][1], marked)
 
 
 def lines(sweep: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -121,7 +136,7 @@ def page(sweep: Mapping[str, Any]) -> str:
     header, rows = rows_of(sweep)
     body = f"""<p>{escape(recommendation(sweep))}</p>
 <p><label>gain <select id="gain"></select></label> <label>cost <select id="cost"></select></label></p>
-<div id="plot">{chart(sweep)}</div><pre id="values">Point at a dot to see its values.</pre>
+<div id="plot">{svg(trade_off(sweep))}</div><pre id="values">Point at a dot to see its values.</pre>
 <h2>Points</h2>{table(header, rows)}
 {folded("Settings", json_block({key: sweep[key] for key in ("budget", "workload", "adapter", "base", "environment")}))}
 <script type="application/json" id="data">{script_data(data)}</script>
