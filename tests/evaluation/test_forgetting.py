@@ -194,6 +194,15 @@ def test_every_setting_of_a_column_reaches_the_model(policy, tmp_path):
     assert answers["full"] != answers["base"]
 
 
+def test_one_pass_for_all_columns_gives_the_same_scores(policy, tmp_path):
+    tasks = [sum_task(tmp_path), letter_task(tmp_path), writing_task(tmp_path)]
+    columns = {str(strength): {"strength": strength} for strength in (0.5, 1.0, 1.5)}
+    apart, shared = (
+        run_tasks(policy, tiny_tokenizer(), tasks, columns, limit=9, shared=shared)["tasks"] for shared in (False, True)
+    )
+    assert shared == apart
+
+
 # -- the figures -----------------------------------------------------------------------------------------------------
 
 

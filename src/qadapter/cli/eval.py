@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qadapter.cli import command_parser
 from qadapter.cli.data import parse_columns
-from qadapter.cli.policies import DTYPES, default_device, pick_dtype, quiet_libraries
+from qadapter.cli.policies import DTYPES, default_device, pick_dtype, quiet_datasets, quiet_libraries
 from qadapter.errors import ConfigError
 from qadapter.evaluation.audit import POLICY
 from qadapter.evaluation.columns import BASE, Column
@@ -151,5 +151,5 @@ def subject_of(path: str, options: argparse.Namespace) -> Subject:
 @contextmanager
 def measuring() -> Iterator[Track]:
     """Quiet libraries, and progress bars on standard error."""
-    with quiet_libraries(), tracked() as track:
+    with quiet_libraries(), quiet_datasets(), tracked() as track:
         yield track

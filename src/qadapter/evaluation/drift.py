@@ -262,7 +262,8 @@ def _block_drift(
             z = torch.add(base, d, alpha=column.strength)  # (n, V)
         else:
             cap = torch.tensor(column.max_kl, device=base.device)
-            z, share = capped_logits(torch.add(base, d, alpha=column.strength), base, cap)
+            capped = capped_logits(torch.add(base, d, alpha=column.strength), base, cap)  # in float32
+            z, share = (value.to(base.dtype) for value in capped)
             strength = column.strength * share
         peak, target = z.amax(-1), z.gather(-1, index).squeeze(-1)
         policy, lse = _distribution(z, peak)
