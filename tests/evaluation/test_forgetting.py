@@ -285,9 +285,13 @@ def test_progress_opens_a_bar_for_each_column_and_fills_it(policy, tmp_path, cap
 
     tasks = [letter_task(tmp_path), writing_task(tmp_path)]
     run_tasks(policy, tiny_tokenizer(), tasks, {"p": {}}, progress=track)
-    assert list(bars) == ["base: likelihoods", "base: answers", "p: likelihoods", "p: answers"]
-    assert bars["base: likelihoods"] == [len(LETTERS)] * 2
-    assert bars["p: answers"] == [7, 7]
+    kinds = ("base: likelihoods", "base: answers", "p: likelihoods", "p: answers")
+    assert list(bars) == [f"letters, {kind}" for kind in kinds]
+    assert bars["letters, base: likelihoods"] == [len(LETTERS)] * 2
+    assert bars["letters, p: answers"] == [7, 7]
+    bars.clear()
+    run_tasks(policy, tiny_tokenizer(), tasks, {"p": {}}, progress=track, shared=True)
+    assert list(bars) == [f"letters, {kind}" for kind in ("all columns: likelihoods", "base: answers", "p: answers")]
     assert "Running" not in capsys.readouterr().err
 
 
@@ -487,6 +491,11 @@ def test_the_benchmark_files_run_offline(policy):
 def test_ifeval_is_checked_by_lm_evals_own_code(policy):
     for module in ("langdetect", "immutabledict"):
         pytest.importorskip(module, reason="needs lm-eval[ifeval]")
+    nltk = pytest.importorskip("nltk", reason="needs lm-eval[ifeval]")
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        pytest.skip("NLTK's punkt_tab is not on this machine")
     result = run_tasks(policy, tiny_tokenizer(), ["ifeval"], {"p": {}}, limit=2, include_path=local_tasks(SHARED))[
         "tasks"
     ]

@@ -31,7 +31,7 @@ def test_likelihoods_equal_those_of_a_pass_for_each_column(policy, monkeypatch):
     for column in COLUMNS:
         with column.applied(policy):
             own = PolicyLM(policy, tiny_tokenizer(), 2, silent, column.name)
-            ours = PolicyLM(policy, tiny_tokenizer(), 2, silent, column.name, shared)
+            ours = PolicyLM(policy, tiny_tokenizer(), 2, silent, column.name, shared=shared)
             expected, found = own.loglikelihood(REQUESTS), ours.loglikelihood(REQUESTS)
         # A cap is found in float32.
         tolerance = 1e-5 if column.max_kl is not None else 1e-9

@@ -94,9 +94,10 @@ def run_loaded(
     settings = _columns(model, columns)
     likelihoods = SharedLikelihoods(model, settings) if shared else None
     results = {}
+    title = next(iter(loaded.groups or loaded.tasks))
     for column in settings:
         with column.applied(model), _as_it_was(model):
-            lm = harness.PolicyLM(model, tokenizer, batch_size, progress or silent, column.name, likelihoods)
+            lm = harness.PolicyLM(model, tokenizer, batch_size, progress or silent, column.name, title, likelihoods)
             results[column.name] = harness.run(lm, loaded, limit, seed, chat_template)
     figures = {}
     for name, task in loaded.tasks.items():

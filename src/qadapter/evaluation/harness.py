@@ -35,8 +35,9 @@ class PolicyLM(HFLM):
 
     Args:
         tokenizer: left as it is; lm-eval works with a copy, since it sets a padding token.
-        title: of the progress bars, `<title>: <kind of request>`.
-        shared: gives the likelihoods of the column called `title`, in place of passes of its own.
+        column: whose settings the model has, by name.
+        task: what is run, for the progress bars.
+        shared: gives the column's likelihoods, in place of passes of its own.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class PolicyLM(HFLM):
         tokenizer: Any,
         batch_size: int,
         track: Track,
-        title: str = "lm-eval",
+        column: str = BASE,
+        task: str = "lm-eval",
         shared: SharedLikelihoods | None = None,
     ) -> None:
-        self.track, self.title, self.shared = track, title, shared
+        self.track, self.column, self.task, self.shared = track, column, task, shared
         with hushed():  # it warns that a model object was given
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
@@ -70,12 +72,14 @@ class PolicyLM(HFLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         if self.shared is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        return self.shared.of(self.title, requests, self.max_length, self.cache_hook.advance)
+        return self.shared.of(self.column, requests, self.max_length, self.cache_hook.advance)
 
     def _show(self, kind: str, requests: Sequence[Any]) -> None:
         """Open a bar that tells of each finished request; shared likelihoods are computed with the base's."""
-        computed = self.shared is None or kind == ANSWERS or self.title == BASE
-        self.set_cache_hook(_Hook((self.track if computed else silent)(f"{self.title}: {kind}", len(requests))))
+        track, column = self.track, self.column
+        if self.shared is not None and kind != ANSWERS:
+            track, column = (track, "all columns") if column == BASE else (silent, column)
+        self.set_cache_hook(_Hook(track(f"{self.task}, {column}: {kind}", len(requests))))
 
 
 class _Hook:
@@ -229,7 +233,7 @@ def run(
     lm: PolicyLM, loaded: LoadedTasks, limit: int | None, seed: int, chat_template: bool = False
 ) -> dict[str, TaskScores]:
     """The scores of every task, by its name; sets the global seeds, as lm-eval does."""
-    with hushed(lm.track, lm.title):
+    with hushed(lm.track, lm.task):
         results = simple_evaluate(
             model=lm,
             tasks=list(loaded.tasks.values()),

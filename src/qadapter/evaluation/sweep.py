@@ -12,9 +12,12 @@ from qadapter.evaluation.gate import Limits, drop, kl_figures
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject
+from qadapter.evaluation.tables import is_rate
 from qadapter.evaluation.workload import Workload
 
 SCHEMA_VERSION = 1
+# Of a benchmark, for the base and for points of another alpha_0, which cannot generate.
+UNCHANGED, NOT_RUN = ({"value": value, "low": None, "high": None} for value in (0.0, None))
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,14 @@ def run_sweep(
             "adapter": {"path": subject.path, "adapters": evaluation.identity["adapters"]},
             "base": evaluation.identity["base"],
             "workload": workload.to_dict(),
+            "tasks": {
+                task: {
+                    "metric": figures["metric"],
+                    "n": figures["n"],
+                    "unit": "points" if is_rate(figures) else "score",
+                }
+                for task, figures in results["tasks"].items()
+            },
             "budget": {"max_kl": limits.max_kl, "max_drop": dict(limits.max_drop)},
             "points": points,
             "recommended": recommend(results, columns, limits),
@@ -93,7 +104,7 @@ def point(results: Mapping[str, Any], column: Column) -> dict[str, Any]:
         "kl_neutral": neutral["kl"],
         "loss_change_neutral": neutral["loss_change"],
         "tasks": {
-            task: figures["differences"].get(name, {"value": 0.0} if name == BASE else {"value": None})
+            task: figures["differences"].get(name, UNCHANGED if name == BASE else NOT_RUN)
             for task, figures in results["tasks"].items()
         },
     }

@@ -84,10 +84,12 @@ def short(interval: Mapping[str, Any] | None, kind: str) -> str:
     """An interval for narrow tables, with its longer half: "77.0 ± 6.9" (percent) or "0.053 ± 0.004"."""
     if interval is None or interval["value"] is None:
         return "–"
-    value, low, high = (None if x is None else x * (100 if kind == "rate" else 1) for x in
-                        (interval["value"], interval.get("low"), interval.get("high")))  # fmt: skip
-    digits = 1 if kind == "rate" else 3
-    sign = "+" if kind == "change" else ""
+    share = kind in ("rate", "points")
+    value, low, high = (
+        None if interval.get(key) is None else interval[key] * (100 if share else 1) for key in ("value", "low", "high")
+    )
+    digits = 1 if share else 3
+    sign = "+" if kind in ("change", "points") else ""
     half = "" if low is None or high is None else f" ± {max(high - value, value - low):.{digits}f}"
     return f"{value:{sign}.{digits}f}{half}"
 
