@@ -39,7 +39,7 @@ BARE_CHUNK = 340  # rows of logits at a time, as scoring has them
 
 
 def bare_passes(model: transformers.PreTrainedModel, texts: Sequence[Text], logits: str) -> None:
-    """Two passes of the plain base over the batches that scoring makes; logits of "no", "answers" or "all" positions."""
+    """Two passes of the plain base over scoring's batches; logits of "no", "answers" or "all" positions."""
     lengths = [len(text.context) + len(text.answer) for text in texts]
     run = model if logits == "all" else model.get_decoder()
     for batch in batches_by_length(lengths, BATCH_TOKENS):
