@@ -120,7 +120,10 @@ def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
     examples = {_key(example["prompt"]): example for example in results["behaviour"]["examples"]}
     shown = [(row, examples[_key(text)]) for text, row in worst.items() if _key(text) in examples]
     if shown:
-        yield "<p>General instructions whose base answer the policy finds least likely, relative to the base.</p>"
+        yield (
+            "<p>General instructions whose base answer the policy finds least likely, relative to the base. "
+            "[…cut] marks an answer that reached the longest length measured.</p>"
+        )
     for row, example in shown:
         note = f"loss {row['loss_change']:+.3f} nats a token, KL {row['kl']:.3f}"
         if row["category"]:
