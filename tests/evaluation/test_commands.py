@@ -50,7 +50,7 @@ def test_eval_prints_a_table_and_writes_all_figures(run, adapter, tmp_path):
 def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, tmp_path):
     lora = shutil.copytree(adapter / "adapters" / "default", tmp_path / "lora")
     code, printed, _ = run("compare", adapter, untouched, lora, "--strengths", "0.5,1", "--base-model", base,
-                           "--output-dir", tmp_path / "out")  # fmt: skip
+                           "--judge", "rule:max-words=3", "--output-dir", tmp_path / "out")  # fmt: skip
     assert code == 0
     columns = json.loads((tmp_path / "out" / "compare.json").read_text())["results"]["pairs"]["columns"]
     first, second = adapter.name, untouched.name
@@ -64,6 +64,10 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert "items" not in (tmp_path / "out" / "compare.json").read_text()
     (same,) = (entry for entry in differences if (entry["column"], entry["minus"]) == ("lora", first))
     assert {figure["value"] for figure in same["figures"].values()} == {0.0}
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("Win rate against the base") == 1  # a row a judge
+    assert page.count("Calibration error") == 1
+    assert "Differences of each two" in page
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
 
 

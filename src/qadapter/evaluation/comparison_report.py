@@ -12,7 +12,7 @@ from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json
-from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, written
+from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, short, written
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "compare.json", "compare.html"
@@ -34,6 +34,7 @@ DIFFERENCES = (
     ("loss_neutral", "loss neutral", "change"),
     ("kl_instructions", "KL instructions", "change"),
 )
+NARROW_DIFFERENCES = ("accuracy", "token_margin", "kl_chosen", "kl_neutral", "loss_neutral")
 DIFFERENCES_NOTE = (
     "Over the same items, with paired 95% intervals: shares in percentage points, everything else in nats a token. "
     "Where the brackets hold 0, these items do not tell the two apart."
@@ -42,19 +43,24 @@ DIFFERENCES_NOTE = (
 SHOWN_DIFFERENCES = 15
 
 
-def difference_rows(comparison: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the differences of each two columns: shares in percentage points, the rest in nats a token."""
-    entries = comparison["differences"]
+def difference_rows(comparison: Mapping[str, Any], narrow: bool = False) -> tuple[Row, list[Row]]:
+    """Header and rows of the differences of each two columns: shares in percentage points, the rest in nats a token.
+
+    Args:
+        narrow: for a terminal: the main figures, with the longer half of their intervals.
+    """
+    entries, write = comparison["differences"], short if narrow else written
+    shown = [row for row in DIFFERENCES if not narrow or row[0] in NARROW_DIFFERENCES]
     judges, tasks = (list(entries[0][part]) if entries else [] for part in ("judged", "tasks"))
-    header = ("later minus earlier", *(title for _, title, _ in DIFFERENCES), *(f"win rate, {name}" for name in judges))
+    header = ("", *(title for _, title, _ in shown), *(f"win rate, {name}" for name in judges), *tasks)
     rates = {task: is_rate(comparison["results"]["tasks"][task]) for task in tasks}
     rows = []
     for entry in entries:
-        cells = [written(entry["figures"][key], kind) for key, _, kind in DIFFERENCES]
-        cells += [written(entry["judged"][judge], "points") for judge in judges]
-        cells += [written(entry["tasks"][task], "points" if rates[task] else "change") for task in tasks]
+        cells = [write(entry["figures"][key], kind) for key, _, kind in shown]
+        cells += [write(entry["judged"][judge], "points") for judge in judges]
+        cells += [write(entry["tasks"][task], "points" if rates[task] else "change") for task in tasks]
         rows.append((f"{entry['column']} − {entry['minus']}", *cells))
-    return (*header, *tasks), rows
+    return header, rows
 
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
@@ -62,9 +68,9 @@ def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
     names = names_of(comparison)
     header, rows = narrow(comparison["results"], names)
     print_table(console, "Gain and cost (± 95%)", header, rows)
-    header, rows = difference_rows(comparison)
+    header, rows = difference_rows(comparison, narrow=True)
     if rows:
-        title = "Differences (paired 95%; shares in points, the rest in nats a token)"
+        title = "Differences (± paired 95%; shares in points, the rest in nats a token)"
         print_table(console, title, header, rows[:SHOWN_DIFFERENCES])
         if len(rows) > SHOWN_DIFFERENCES:
             console.print(f"{len(rows) - SHOWN_DIFFERENCES} more in compare.html and compare.json (--output-dir).")

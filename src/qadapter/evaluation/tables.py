@@ -100,13 +100,10 @@ def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
     for title, part, figure, kind in HEADLINE:
         if part in ("pairs", "chosen") or results.get(part) is not None:
             rows.append((title, *(cell(results, part, name, figure, kind) for name in (BASE, *columns))))
-    for column in columns:
-        ece = results["pairs"]["calibration"].get(column)
-        if ece is not None:
-            rows.append(
-                ("Calibration error of σ(reward margin)", "–", *_at(column, columns, written_number(ece["ece"])))
-            )
-    rows += [_judge_row(judged, columns) for judged in results.get("judged", [])]
+    calibration = results["pairs"]["calibration"]
+    errors = [written_number(calibration[name]["ece"] if name in calibration else None) for name in columns]
+    rows.append(("Calibration error of σ(reward margin)", "–", *errors))
+    rows += _judge_rows(results.get("judged", []), columns)
     for task, figures in results.get("tasks", {}).items():
         kind = "rate" if is_rate(figures) else "number"
         cells = [figures["columns"].get(name) for name in (BASE, *columns)]
@@ -139,17 +136,23 @@ def _difference(difference: Mapping[str, Any] | None, kind: str) -> str:
     return f"{value:+.2f}{bounds}" + (" points" if kind == "rate" else "") + ("" if p is None else f", p = {p:.3g}")
 
 
-def _judge_row(judged: Mapping[str, Any], columns: Sequence[str]) -> Row:
+def _judge_rows(judged: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[Row]:
+    """A row a judge."""
+    cells: dict[str, dict[str, str]] = {}
+    for entry in judged:
+        cells.setdefault(entry["judge"], {})[entry["column"]] = _win_rate(entry)
+    return [
+        (f"Win rate against the base, {judge}", "50%", *(own.get(name, "–") for name in columns))
+        for judge, own in cells.items()
+    ]
+
+
+def _win_rate(judged: Mapping[str, Any]) -> str:
     counts = f"{judged['wins']} won, {judged['ties']} tied, {judged['losses']} lost, {judged['missing']} missing"
     bias = judged.get("order_bias")
     if bias is not None:
         counts += f"; order changed {written(bias, 'rate')}"
-    rate = f"{written(judged['rate'], 'rate')} ({counts})"
-    return (f"Win rate against the base, {judged['judge']}", "50%", *_at(judged["column"], columns, rate))
-
-
-def _at(column: str, columns: Sequence[str], text: str) -> list[str]:
-    return [text if name == column else "–" for name in columns]
+    return f"{written(judged['rate'], 'rate')} ({counts})"
 
 
 def written_number(value: float | None) -> str:
