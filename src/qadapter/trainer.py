@@ -1,5 +1,6 @@
 """The trainer: transformers.Trainer with the objective of `qadapter.functional`, its metrics, and adapter folders."""
 
+import logging
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,17 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from qadapter.data import PreferenceCollator, tokenise_preferences
+from qadapter.data import PackedCollator, PreferenceCollator, tokenise_preferences
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.loading import load_adapter_weights
+from qadapter.modeling.packed import enable_packing
 from qadapter.objective import pair_losses
 from qadapter.training_log import TrainingLogCallback
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,6 +31,9 @@ class QAdapterTrainingArguments(TrainingArguments):
     Args:
         max_length: tokens of prompt and answer together; prompts are cut from the left to fit, answers never.
         max_prompt_length: tokens of the prompt alone; None leaves it to max_length.
+        packing: run each pair's prompt once and put pairs side by side in a row instead of padding them, where the
+            architecture and its attention allow; the loss is the same.
+        share_trunk: run the layers below the first adapted one once for both streams; the loss is the same.
     """
 
     learning_rate: float = 3e-4
@@ -34,6 +41,8 @@ class QAdapterTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     max_length: int | None = field(default=1024, metadata={"help": "Longest prompt and answer together, in tokens."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
+    packing: bool = field(default=True, metadata={"help": "Shared prompts and packed rows instead of padding."})
+    share_trunk: bool = field(default=True, metadata={"help": "Layers below the first adapted one run once."})
 
     def __post_init__(self) -> None:
         if self.fp16:
@@ -66,8 +75,10 @@ class QAdapterTrainer(Trainer):
         if not isinstance(args, QAdapterTrainingArguments):
             raise ConfigError(f"args is a {type(args).__name__}: give QAdapterTrainingArguments.")
         tokenizer = kwargs.get("processing_class")
+        if not args.share_trunk:
+            model.shared_layers = 0
         if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = PreferenceCollator(pad_token_id=padding_token(tokenizer, model))
+            kwargs["data_collator"] = collator_for(model, padding_token(tokenizer, model), args.packing)
         self.tokenisation_reports: dict[str, Any] = {}
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args)
@@ -101,7 +112,7 @@ class QAdapterTrainer(Trainer):
     ) -> Any:
         """Mean loss of the batch's pairs; collects the metrics of train or eval on the device."""
         statistics = TokenStatistics(*model(**inputs))
-        mask = inputs["completion_mask"][:, 1:].bool()
+        mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
         self._collect("train" if model.training else "eval", quantities, mask)
@@ -189,6 +200,15 @@ class QAdapterTrainer(Trainer):
             super()._load_best_model()
         else:
             load_adapter_weights(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
+
+
+def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -> PackedCollator | PreferenceCollator:
+    """The collator of the cheapest batches that the model can run: packed rows, else padded ones."""
+    if packing and enable_packing(model.base):
+        return PackedCollator()
+    if packing:
+        logger.info("%s with this attention cannot run packed rows: batches are padded.", type(model.base).__name__)
+    return PreferenceCollator(pad_token_id=pad_token_id)
 
 
 def padding_token(tokenizer: Any, model: QAdapterForCausalLM) -> int:

@@ -85,6 +85,10 @@ class AdapterArguments:
         default=None,
         metadata={"help": "Names of the layers to adapt; default: all linear layers but the head."},
     )
+    first_adapted_layer: int = field(
+        default=0,
+        metadata={"help": "Adapt this layer and those above only (0: all): faster, smaller, less to learn with."},
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
 
@@ -98,6 +102,7 @@ class AdapterArguments:
             self,
             ("lora_r", self.lora_r >= 1, "must be at least 1"),
             ("lora_alpha", 0 < self.lora_alpha < math.inf, "must be a number above 0"),
+            ("first_adapted_layer", self.first_adapted_layer >= 0, "must be 0 or above"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "must lie in [0, 1)"),
         )
         return LoraConfig(
@@ -344,7 +349,8 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     train_set = tokenised("training pairs", train_set, tokenizer, run.training)
     eval_set = tokenised("held-out pairs", eval_set, tokenizer, run.training)
     set_seed(run.training.seed)  # the trainer seeds too, but the adapter's first weights are drawn here
-    model = QAdapterForCausalLM.from_base(name, run.method, lora, revision=run.model.revision, **options)
+    options |= {"first_adapted_layer": run.adapter.first_adapted_layer, "revision": run.model.revision}
+    model = QAdapterForCausalLM.from_base(name, run.method, lora, **options)
     folder = Path(str(run.training.output_dir))
     if checkpoint is None and run.training.should_save:  # one process of many
         remove_run(folder)

@@ -8,6 +8,7 @@ _EXPORTS = {
     "NAMED_SOURCES": "qadapter.data.sources",
     "CheckReport": "qadapter.data.check_report",
     "Format": "qadapter.data.formats",
+    "PackedCollator": "qadapter.data.packing",
     "PreferenceCollator": "qadapter.data.collator",
     "RowError": "qadapter.data.rows",
     "TokenisationReport": "qadapter.data.tokenisation",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qadapter.data.formats import Format as Format
     from qadapter.data.formats import normalise_row as normalise_row
     from qadapter.data.formats import recognise as recognise
+    from qadapter.data.packing import PackedCollator as PackedCollator
     from qadapter.data.rows import RowError as RowError
     from qadapter.data.sources import NAMED_SOURCES as NAMED_SOURCES
     from qadapter.data.sources import load_preference_dataset as load_preference_dataset

@@ -115,7 +115,10 @@ class PolicyGenerationMixin(GenerationMixin):
     def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:
         """`cache` with the rows of every stream in the order of `beam_idx` (B,); beam search calls it."""
         offsets = torch.arange(self._streams_in_cache, device=beam_idx.device).unsqueeze(1) * len(beam_idx)
-        cache.reorder_cache((offsets + beam_idx).flatten())
+        stacked = (offsets + beam_idx).flatten()
+        shared = self.shared_layers if self.forks(self._streams_in_cache) else 0
+        for index, layer in enumerate(cache.layers):
+            layer.reorder_cache(beam_idx if index < shared else stacked)
         return cache
 
 

@@ -33,6 +33,7 @@ from qadapter.modeling.mixing import (
     last_strength,
     times,
 )
+from qadapter.modeling.packed import PackedRow, layer_windows
 from qadapter.modeling.streams import (
     Stream,
     StreamPlan,
@@ -42,6 +43,7 @@ from qadapter.modeling.streams import (
     repeat_rows,
     with_stream_layers,
 )
+from qadapter.modeling.trunk import ForkRows, FromTrunk, KeepTrunk, share_trunk, with_first_layer
 from qadapter.objective import ImpliedRewards, implied
 
 DEFAULT_ADAPTER = "default"
@@ -96,6 +98,8 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         self._peft = (self._inject(base, peft_configs),)
         self.base = self.peft_model.get_base_model()
         self.head = Head.of(self.base)
+        # Decoder layers below the first adapted one, which all streams share; 0 switches the sharing off.
+        self.shared_layers = share_trunk(self.base, self.plan)
         # The settings of calls that give none.
         self.strength: Any = 1.0
         self.max_kl: Any = None
@@ -128,6 +132,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         base: str | PathLike[str] | PreTrainedModel,
         config: QAdapterConfig | None = None,
         peft_config: LoraConfig | None = None,
+        first_adapted_layer: int = 0,
         **model_kwargs: Any,
     ) -> "QAdapterForCausalLM":
         """A policy with a new adapter on `base`, ready to train; equal to the base before training (residual form).
@@ -136,6 +141,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             base: model id, folder, or a loaded causal LM.
             config: the method's settings.
             peft_config: the adapter; LoRA of rank 8 on all linear layers but the head by default.
+            first_adapted_layer: adapt this decoder layer and those above it only; both streams share the layers below.
             model_kwargs: passed to AutoModelForCausalLM.from_pretrained (dtype, revision, device_map, ...).
         """
         peft_config = peft_config or default_peft_config()
@@ -145,45 +151,82 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             base = load_base(source, **model_kwargs)
         elif model_kwargs:
             raise ConfigError(f"{sorted(model_kwargs)} apply to a model that is loaded by id, not to a given one.")
+        if first_adapted_layer:
+            peft_config = with_first_layer(peft_config, base, first_adapted_layer)
         model = cls(base, {DEFAULT_ADAPTER: config or QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
         model.base_source = source or model.base_source
         return model
 
     # -- streams -----------------------------------------------------------------------------------------------
 
-    def streams(self, input_ids: Tensor, attention_mask: Tensor | None = None, adapter: str | None = None) -> Streams:
+    def streams(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        adapter: str | None = None,
+        **kwargs: Any,
+    ) -> Streams:
         """Final hidden states of the base (without gradient, in eval mode) and of one adapter, for training.
 
-        Two passes, the base first: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order.
-        Positions count real tokens only, so that padding on either side changes nothing.
+        Two passes, the base first: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order. Layers
+        below the first adapted one run in the base's pass only. Without `position_ids`, positions count real tokens
+        only, so that padding on either side changes nothing.
         """
-        position_ids = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        decoder, training = self.base.get_decoder(), self.training
-        with torch.no_grad(), self.plan.running(None):
+        if "position_ids" not in kwargs and isinstance(attention_mask, Tensor):
+            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        decoder, training, trunk = self.base.get_decoder(), self.training, KeepTrunk(self.shared_layers)
+        with torch.no_grad(), self.plan.running(None, layer_pass=trunk):
             decoder.eval()  # no checkpointing, no adapter dropout
             base = decoder(**batch, use_cache=False).last_hidden_state
             decoder.train(training)
         # The resting plan, not a context: activation checkpointing runs the layers again in the backward pass.
         self.plan.blocks = (adapter or self.adapters[0],)
-        return Streams(decoder(**batch, use_cache=False).last_hidden_state, base)
+        rest = None if trunk.states is None else FromTrunk(self.shared_layers, trunk.states)
+        with self.plan.running(*self.plan.blocks, layer_pass=rest):
+            return Streams(decoder(**batch, use_cache=False).last_hidden_state, base)
 
     def token_statistics(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> TokenStatistics:
         """Statistics of every response token under the trained policy and the base; (B, T-1), zero elsewhere.
 
         Column t belongs to token t+1, as with shifted labels: its mask is `completion_mask[:, 1:]`.
         """
-        adapter = self.adapters[0]
-        streams = self.streams(input_ids, attention_mask, adapter)
         mask = completion_mask[:, 1:].bool()
-        # The states before response tokens, among all B·T; finding them is the only time a step reads the device.
+        # The states before response tokens, among all B·T; finding them makes the host wait for the device.
         states = F.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)  # (N,)
+        targets = input_ids.flatten().index_select(0, states + 1)
+        return self._statistics(self.streams(input_ids, attention_mask), states, targets, mask)
+
+    def packed_statistics(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        gather_indices: Tensor,
+        restore_indices: Tensor,
+        sequence_lengths: list[int],
+        state_indices: Tensor,
+        target_ids: Tensor,
+        completion_mask: Tensor,
+    ) -> TokenStatistics:
+        """As `token_statistics`, of the packed row that `PackedCollator` makes; (2P, C), zero outside the mask.
+
+        The base must have been switched to packed attention (`packed.enable_packing`). The slow twin runs the same
+        pairs in padded rows of their own.
+        """
+        packed = PackedRow(gather_indices, restore_indices, sequence_lengths)
+        windows = layer_windows(self.base)
+        streams = self.streams(input_ids, windows, position_ids=position_ids, packed=packed)
+        return self._statistics(streams, state_indices, target_ids, completion_mask)
+
+    def _statistics(self, streams: Streams, states: Tensor, targets: Tensor, mask: Tensor) -> TokenStatistics:
+        """Statistics of the N response tokens that follow the given states, laid out as `mask` (B, C) has it."""
+        adapter = self.adapters[0]
         flat = self.head.statistics(
             adapter,
             streams.adapter.flatten(0, 1).index_select(0, states),  # (N, H)
             streams.base.flatten(0, 1).index_select(0, states),
             self.trained_coefficients()[adapter],
-            input_ids.flatten().index_select(0, states + 1),
+            targets,
             self.plan,
         )
         return TokenStatistics(*(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
@@ -249,6 +292,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         max_kl: float | Tensor | None = None,
         strength_record: list[Tensor] | None = None,
         completion_mask: Tensor | None = None,
+        gather_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | TokenStatistics:
         """The policy's logits (B, T, V), like any causal LM's; or, given `completion_mask`, training statistics.
@@ -265,7 +309,11 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             strength_record: a list to which the strength used at the last position (B,) is appended.
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
+            gather_indices: with it, and what else `PackedCollator` makes, the result is `packed_statistics`.
         """
+        if gather_indices is not None:
+            packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
+            return self.packed_statistics(input_ids, completion_mask=completion_mask, **packed)  # type: ignore[arg-type]
         if completion_mask is not None:
             return self.token_statistics(input_ids, attention_mask, completion_mask)  # type: ignore[arg-type]
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
@@ -303,11 +351,23 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        stacked = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
-        with self.plan.running(*streams):
-            output = self.base.get_decoder()(**stacked, past_key_values=cache, use_cache=use_cache)
+        fork = None
+        if self.forks(len(streams)):
+            fork = ForkRows(self.shared_layers, rows, len(streams))
+        else:
+            batch = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
+        with self.plan.running(*streams, layer_pass=fork):
+            output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
         blocks = output.last_hidden_state.split(rows)
         return dict(zip(streams, blocks, strict=True)), output.past_key_values
+
+    def forks(self, streams: int) -> bool:
+        """Whether a pass of so many streams parts above the first layer, with one cache for all below.
+
+        FlexAttention's block masks cannot be repeated in the middle of a pass.
+        """
+        flexible = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
+        return streams > 1 and self.shared_layers > 0 and not flexible
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""

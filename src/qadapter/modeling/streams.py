@@ -44,16 +44,20 @@ class StreamPlan:
     def __init__(self, *resting: Stream) -> None:
         self.blocks: tuple[Stream, ...] = resting
         self.sizes: tuple[int, ...] | None = None
+        self.layer_pass: Any = None  # a `trunk.LayerPass`, or None: every layer runs as it is
 
     @contextmanager
-    def running(self, *blocks: Stream, sizes: tuple[int, ...] | None = None) -> Iterator[None]:
-        """Within the context, the batch is made of `blocks`, of `sizes` rows each, or all of the same number."""
-        resting = self.blocks, self.sizes
-        self.blocks, self.sizes = blocks, sizes
+    def running(self, *blocks: Stream, sizes: tuple[int, ...] | None = None, layer_pass: Any = None) -> Iterator[None]:
+        """Within the context, the batch is made of `blocks`, of `sizes` rows each, or all of the same number.
+
+        `layer_pass` decides what happens at each decoder layer (see `qadapter.modeling.trunk`).
+        """
+        resting = self.blocks, self.sizes, self.layer_pass
+        self.blocks, self.sizes, self.layer_pass = blocks, sizes, layer_pass
         try:
             yield
         finally:
-            self.blocks, self.sizes = resting
+            self.blocks, self.sizes, self.layer_pass = resting
 
 
 class StreamLinear(LoraLinear):
@@ -160,12 +164,14 @@ def follow_plan(model: nn.Module, plan: StreamPlan) -> None:
 
 
 def repeat_rows(value: Any, times: int, rows: int) -> Any:
-    """`value` for `times` stacked copies of a batch of `rows`: tensors (and dicts of them) are repeated row-wise.
+    """`value` for `times` stacked copies of a batch of `rows`: tensors, in dicts and tuples too, are repeated row-wise.
 
     Tensors whose first dimension is not `rows` (a mask shared by all rows, say) are returned as they are.
     """
     if isinstance(value, dict):
         return {key: repeat_rows(item, times, rows) for key, item in value.items()}
+    if type(value) is tuple:
+        return tuple(repeat_rows(item, times, rows) for item in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != rows:
         return value
     return value.repeat(times, *[1] * (value.dim() - 1))

@@ -1,0 +1,116 @@
+"""Attention over packed pairs: a row that holds each prompt once, attended as if each answer had a row of its own.
+
+The layers work on the row that `PackedCollator` makes; only attention must know that it stands for several sequences.
+It gathers their queries, keys and values, runs SDPA on each sequence alone, causal and without padding, and puts the
+results back in the row's order. It is one more of transformers' attention implementations.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qadapter.data.packing import PackedCollator
+
+PACKED_ATTENTION = "qadapter_packed"
+# Kinds of layers whose tokens meet in attention only.
+ATTENTION_LAYERS = ("full_attention", "sliding_attention")
+
+
+class PackedRow(NamedTuple):
+    """What attention must know of a packed row (see `PackedCollator`)."""
+
+    gather: Tensor
+    restore: Tensor
+    lengths: list[int]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed: PackedRow | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention output (1, S, heads, D) of a packed row; without `packed` that of SDPA.
+
+    With it, the last dimension of `attention_mask` is the window of the layer, 0 for none: what transformers hands
+    each kind of layer as its mask is the one way to tell them apart that works for all architectures.
+    """
+    if packed is None or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = attention_mask.shape[-1]
+    streams = [states.index_select(2, packed.gather).split(packed.lengths, dim=2) for states in (query, key, value)]
+    outputs = [
+        sdpa_attention_forward(module, *sequence, window_mask(sequence[0], window), **kwargs)[0]
+        for sequence in zip(*streams, strict=True)
+    ]
+    return torch.cat(outputs, dim=1).index_select(1, packed.restore), None
+
+
+def window_mask(query: Tensor, window: int) -> Tensor | None:
+    """The mask (T, T) of a sequence longer than the window; None where plain causal attention is the same."""
+    length = query.shape[2]
+    if window == 0 or length <= window:
+        return None
+    places = torch.arange(length, device=query.device)
+    distance = places.unsqueeze(-1) - places
+    return (distance >= 0) & (distance < window)
+
+
+def layer_windows(model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
+    """The decoder's `attention_mask` argument for packed rows: empty tensors whose last dimension is the window."""
+    config: Any = model.config.get_text_config(decoder=True)
+    windows = {"full_attention": 0, "sliding_attention": getattr(config, "sliding_window", None) or 0}
+    kinds = getattr(config, "layer_types", None)
+    masks = {kind: torch.empty(0, 1, 1, window, device=model.device) for kind, window in windows.items()}
+    if not kinds:
+        return masks["sliding_attention"]
+    return {kind: masks[kind] for kind in dict.fromkeys(kinds)}
+
+
+def enable_packing(model: PreTrainedModel) -> bool:
+    """Switch the model from SDPA to attention that can run packed rows; whether it can.
+
+    It cannot where attention is of another implementation, where positions come from the mask (ALiBi), or where layers
+    mix tokens otherwise than by attention; nothing is changed then.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    if config._attn_implementation == PACKED_ATTENTION:
+        return True
+    kinds = getattr(config, "layer_types", None) or ()
+    if config._attn_implementation != "sdpa" or any(kind not in ATTENTION_LAYERS for kind in kinds):
+        return False
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    if _packs(model):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False
+
+
+@torch.no_grad()
+def _packs(model: PreTrainedModel) -> bool:
+    """Whether packed answers of two tokens get the hidden states of rows of their own; True if not loaded yet."""
+    parameter = next(model.parameters())
+    if parameter.device.type == "meta" or parameter.numel() == 0:
+        return True
+    row = PackedCollator()([{"prompt_ids": [1], "chosen_ids": [2, 0], "rejected_ids": [0, 1]}])
+    row = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in row.items()}
+    decoder = model.get_decoder()
+    try:
+        packed = PackedRow(row["gather_indices"], row["restore_indices"], row["sequence_lengths"])
+        batch = {"input_ids": row["input_ids"], "position_ids": row["position_ids"], "use_cache": False}
+        ours = decoder(**batch, attention_mask=layer_windows(model), packed=packed).last_hidden_state[0]
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return False
+    alone = row["input_ids"][0, row["gather_indices"]].view(2, 3)
+    expected = decoder(input_ids=alone, use_cache=False).last_hidden_state.flatten(0, 1)[row["restore_indices"]].float()
+    error = (ours.float() - expected).abs().mean() / expected.abs().mean()
+    return bool(error < (1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2))

@@ -1,0 +1,143 @@
+"""Packed rows: a pair's prompt runs once, and loss and gradients are those of padded rows."""
+
+import pytest
+import torch
+from models import APART, lora, padded, tiny_base, tiny_policy, tiny_trainer, token_ids, token_pairs
+from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
+
+from qadapter.data import PackedCollator, PreferenceCollator
+from qadapter.modeling.packed import enable_packing
+from qadapter.objective import pair_losses
+
+PACKING = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "gpt_neox", "gpt2", "granite", "cohere"]
+
+
+def long_pairs(count=5):
+    """Pairs longer than the tiny models' windows of four tokens."""
+    return [
+        {name: ids * 2 if name == "prompt_ids" else ids for name, ids in pair.items()} for pair in token_pairs(count)
+    ]
+
+
+def padded_loss(policy, pairs):
+    batch = PreferenceCollator(pad_token_id=0)(pairs)
+    return pair_losses(policy(**batch), batch["completion_mask"][:, 1:], APART)[0]
+
+
+def packed_loss(policy, pairs):
+    assert enable_packing(policy.base)
+    batch = PackedCollator()(pairs)
+    return pair_losses(policy(**batch), batch["completion_mask"], APART)[0]
+
+
+@pytest.mark.parametrize("architecture", PACKING)
+def test_loss_and_every_gradient_equal_those_of_padded_rows(architecture):
+    policy = tiny_policy(tiny_base(architecture, dtype=torch.float64))
+    expected = padded_loss(policy, long_pairs())
+    expected.mean().backward()
+    gradients = {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
+    policy.zero_grad()
+    losses = packed_loss(policy, long_pairs())
+    losses.mean().backward()
+    # RMS norms compute in float32 whatever the model's dtype, and sum over rows in another order here.
+    torch.testing.assert_close(losses, expected, rtol=1e-7, atol=1e-9)
+    for name, parameter in policy.adapter_parameters().items():
+        # RMS norms compute in float32 whatever the model's dtype, and sum over rows in another order here.
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-4, atol=1e-6 * float(gradients[name].abs().max())
+        )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
+def test_packing_and_trunk_together_equal_plain_passes(architecture):
+    base = tiny_base(architecture, dtype=torch.float64, num_hidden_layers=4)
+    policy = tiny_policy(base, peft_config=lora(target_modules=["v_proj", "down_proj"], layers_to_transform=[2, 3]))
+    losses = packed_loss(policy, long_pairs())
+    assert policy.shared_layers == 2
+    policy.shared_layers = 0
+    torch.testing.assert_close(losses, padded_loss(policy, long_pairs()), rtol=1e-9, atol=1e-12)
+
+
+def test_statistics_stand_in_the_order_of_padded_rows():
+    policy, pairs = tiny_policy(tiny_base(dtype=torch.float64)), token_pairs(5)
+    row, rows = PackedCollator()(pairs), PreferenceCollator(pad_token_id=0)(pairs)
+    theirs = policy(**rows)
+    assert enable_packing(policy.base)
+    ours = policy(**row)
+    for name, values, expected in zip(ours._fields, ours, theirs, strict=True):
+        lines = zip(values, row["completion_mask"], expected, rows["completion_mask"][:, 1:], strict=True)
+        for line, mask, expected_row, expected_mask in lines:
+            torch.testing.assert_close(line[mask], expected_row[expected_mask], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_a_prompt_stands_once_and_answers_continue_it():
+    pairs = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
+        {"prompt_ids": [11], "chosen_ids": [12], "rejected_ids": [13, 14]},
+    ]
+    row = PackedCollator()(pairs)
+    ids = row["input_ids"][0]
+    assert ids.tolist() == list(range(5, 15))
+    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2]]
+    sequences = [part.tolist() for part in ids[row["gather_indices"]].split(row["sequence_lengths"])]
+    assert sequences == [[5, 6, 7, 8, 9], [11, 12], [5, 6, 10], [11, 13, 14]]
+    assert torch.equal(row["gather_indices"][row["restore_indices"]], torch.arange(10))
+    assert ids[row["state_indices"]].tolist() == [6, 7, 8, 11, 6, 11, 13]
+    assert row["target_ids"].tolist() == [7, 8, 9, 12, 10, 13, 14]
+    assert row["completion_mask"].sum(-1).tolist() == [3, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+        MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_whose_positions_come_from_the_mask_cannot_pack(config):
+    assert not enable_packing(AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_other_attention_than_sdpa_cannot_pack_and_stays(attention):
+    base = tiny_base(attn_implementation=attention)
+    assert not enable_packing(base)
+    assert base.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
+def test_a_model_switched_to_packing_answers_as_before(architecture):
+    policy, inputs = tiny_policy(tiny_base(architecture)), padded(token_ids(9, 5, 7))
+    options = {"max_new_tokens": 7, "do_sample": False, "strength": 0.7, "pad_token_id": 0}
+    logits, text = policy(**inputs).logits, policy.generate(**inputs, **options)
+    assert enable_packing(policy.base)
+    assert torch.equal(policy(**inputs).logits, logits)
+    assert torch.equal(policy.generate(**inputs, **options), text)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_activation_checkpointing_changes_nothing(every):
+    policy = tiny_policy(tiny_base("mistral", num_hidden_layers=4)).train()
+    packed_loss(policy, long_pairs()).mean().backward()
+    expected = {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
+    policy.zero_grad()
+    policy.activation_checkpointing_enable(every_n_layers=every)
+    packed_loss(policy, long_pairs()).mean().backward()
+    for name, parameter in policy.adapter_parameters().items():
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_training_is_the_same_with_and_without(tmp_path, packing):
+    policy = tiny_policy(tiny_base(dtype=torch.float64))
+    trainer = tiny_trainer(policy, tmp_path, max_steps=3, per_device_train_batch_size=3, packing=packing)
+    assert isinstance(trainer.data_collator, PackedCollator if packing else PreferenceCollator)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    other = tiny_policy(tiny_base(dtype=torch.float64))
+    twin = tiny_trainer(other, tmp_path, max_steps=3, per_device_train_batch_size=3, packing=not packing)
+    twin.train()
+    expected = [entry["loss"] for entry in twin.state.log_history if "loss" in entry]
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
