@@ -61,6 +61,21 @@ def test_an_adapter_on_the_head():
     assert_equal_to_definition(policy, strength_columns("policy", [0.5, 1.3]), 1e-11)
 
 
+def test_layers_below_the_adapter_run_once():
+    policy = tiny_policy(
+        config=APART, peft_config=lora(target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    ).double()
+    assert policy.shared_layers == 1
+    runs, columns = [], strength_columns("policy", [0.5, 1.0])
+    layers = policy.base.get_decoder().layers
+    handles = [layer.mlp.register_forward_hook(lambda *_, n=n: runs.append(n)) for n, layer in enumerate(layers)]
+    measure_texts(policy, TEXTS, columns, batch_tokens=10**6)
+    assert runs == [0, 1, 1]
+    for handle in handles:
+        handle.remove()
+    assert_equal_to_definition(policy, columns, 1e-11)
+
+
 def test_compositions_and_weights():
     base = tiny_base()
     model = QAdapterForCausalLM(

@@ -29,6 +29,7 @@ from qadapter.fused import default_chunk_size
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.mixing import capped_logits
 from qadapter.modeling.streams import Stream
+from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 
 # Rows a matmul with the head, relative to training's: without gradients there is memory for more, and on a CPU the
 # head's weights are packed anew for each matmul.
@@ -169,14 +170,17 @@ def _hidden_states(
 ) -> dict[Stream, Tensor]:
     """Final hidden states (N, H) of each stream.
 
-    A pass a stream, all of one shape: an adapter without effect then gives the base's very numbers.
+    A pass a stream, all of one shape: an adapter without effect then gives the base's very numbers. The layers below
+    the first adapted one run once, for the base.
     """
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     states = states.to(model.device)
-    hidden = {}
+    hidden: dict[Stream, Tensor] = {}
+    trunk = KeepTrunk(model.shared_layers)
     for stream in streams:
-        with model.plan.running(stream):
+        layers = trunk if trunk.states is None else FromTrunk(model.shared_layers, trunk.states)
+        with model.plan.running(stream, layer_pass=layers):
             output = model.get_decoder()(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             )
