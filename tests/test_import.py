@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "functional", "devices"),
     ("fused",),
     ("config",),
-    ("objective", "plots", "builtin"),
+    ("objective", "plots", "plots_png", "builtin"),
     ("data", "modeling"),
     ("training_log", "trainer", "generation", "inspection"),
     ("evaluation", "export"),

@@ -1,20 +1,96 @@
-"""Line charts as SVG text, without a plotting library: small, searchable, and they go into HTML as they are."""
+"""Line charts as SVG text, without a plotting library: small, searchable, and they go into HTML as they are.
+
+A chart is a list of shapes, so that other renderers (plots_png.py) draw the same picture.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from typing import Literal, NamedTuple
 
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7c3aed", "#0e7490", "#a16207")
+INK, GREY, GRID = "#111111", "#374151", "#e5e7eb"
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 66, 44
 # The legend: rows of entries between title and plot.
 ENTRIES_A_ROW, ENTRY_WIDTH = 3, 185
 
-Points = Sequence[tuple[float, float]]
+Point = tuple[float, float]
+Points = Sequence[Point]
 
 
-def line_chart(series: Mapping[str, Points], title: str, x_label: str, y_label: str = "") -> str:
-    """An SVG document with one line a series; non-finite points are left out."""
+class Line(NamedTuple):
+    """A line through points."""
+
+    places: list[tuple[float, float]]
+    colour: str
+    width: float
+
+
+class Rule(NamedTuple):
+    """A thin horizontal line across the plot."""
+
+    y: float
+
+
+class Dot(NamedTuple):
+    """A filled circle."""
+
+    x: float
+    y: float
+    radius: float
+    colour: str
+
+
+class Box(NamedTuple):
+    """A filled square."""
+
+    x: float
+    y: float
+    size: float
+    colour: str
+
+
+class Label(NamedTuple):
+    """A text whose baseline starts, is centred or ends at a place; `upright` ones run from bottom to top."""
+
+    x: float
+    y: float
+    text: str
+    colour: str = INK
+    anchor: Literal["start", "middle", "end"] = "start"
+    size: int = 12
+    bold: bool = False
+    upright: bool = False
+
+
+Shape = Line | Rule | Dot | Box | Label
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture of WIDTH times HEIGHT."""
+
+    title: str
+    shapes: list[Shape]
+
+
+def line_chart(
+    series: Mapping[str, Points], title: str, x_label: str, y_label: str = "", marked: Mapping[str, Point] | None = None
+) -> str:
+    """`chart` as an SVG document."""
+    return svg(chart(series, title, x_label, y_label, marked))
+
+
+def chart(
+    series: Mapping[str, Points], title: str, x_label: str, y_label: str = "", marked: Mapping[str, Point] | None = None
+) -> Chart:
+    """A chart with one line a series; non-finite points are left out.
+
+    Args:
+        marked: points of the series that stand out, by what is written beside them.
+    """
     finite = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
@@ -26,43 +102,65 @@ def line_chart(series: Mapping[str, Points], title: str, x_label: str, y_label: 
         up = (y - ys[0]) / (ys[-1] - ys[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="18" font-weight="600" font-size="14" fill="#111">{escape(title)}</text>',
-    ]
+    shapes: list[Shape] = [Label(LEFT, 18, title, size=14, bold=True)]
     for y in ys:
         _, at = place(xs[0], y)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#e5e7eb"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end" fill="#374151">{y:.4g}</text>')
+        shapes.append(Rule(at))
+        shapes.append(Label(LEFT - 8, at + 4, f"{y:.4g}", GREY, "end"))
     for x in xs:
         at, _ = place(x, ys[0])
-        parts.append(
-            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="#374151">{x:.4g}</text>'
-        )
+        shapes.append(Label(at, HEIGHT - BOTTOM + 18, f"{x:.4g}", GREY, "middle"))
     for index, (name, points) in enumerate(finite.items()):
-        parts += _series(name, [place(*point) for point in points], index)
-    parts.append(
-        f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle" fill="#111">{escape(x_label)}</text>'
-    )
-    if y_label:
-        parts.append(
-            f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle" fill="#111">'
-            f"{escape(y_label)}</text>"
+        shapes += _series(name, [place(*point) for point in points], index)
+    for text, point in (marked or {}).items():
+        x, y = place(*point)
+        right = x > (WIDTH + LEFT) / 2  # of the middle: the text goes to the left, where there is room
+        shapes.append(Dot(x, y, 5, INK))
+        shapes.append(
+            Label(x + (-10 if right else 10), y + (-6 if right else 14), text, anchor="end" if right else "start")
         )
-    return "\n".join([*parts, "</svg>\n"])
+    shapes.append(Label((WIDTH + LEFT) / 2, HEIGHT - 8, x_label, anchor="middle"))
+    if y_label:
+        shapes.append(Label(14, HEIGHT / 2, y_label, anchor="middle", upright=True))
+    return Chart(title, shapes)
 
 
-def _series(name: str, places: Sequence[tuple[float, float]], index: int) -> list[str]:
+def _series(name: str, places: list[tuple[float, float]], index: int) -> list[Shape]:
     colour = COLOURS[index % len(COLOURS)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
-    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in places]
     x, y = LEFT + ENTRY_WIDTH * (index % ENTRIES_A_ROW), 28 + 16 * (index // ENTRIES_A_ROW)
-    parts.append(f'<rect x="{x}" y="{y}" width="10" height="10" fill="{colour}"/>')
-    parts.append(f'<text x="{x + 16}" y="{y + 9}" fill="#111">{escape(name)}</text>')
-    return parts
+    dots = [Dot(*at, 2.5, colour) for at in places]
+    return [Line(places, colour, 2), *dots, Box(x, y, 10, colour), Label(x + 16, y + 9, name)]
+
+
+def svg(picture: Chart) -> str:
+    """The chart as an SVG document."""
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{escape(picture.title)}" font-family="system-ui, sans-serif" font-size="12">',
+            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+            *map(_element, picture.shapes),
+            "</svg>\n",
+        ]
+    )
+
+
+def _element(shape: Shape) -> str:
+    match shape:
+        case Line(places, colour, width):
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
+        case Rule(y):
+            return f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>'
+        case Dot(x, y, radius, colour):
+            return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"/>'
+        case Box(x, y, size, colour):
+            return f'<rect x="{x:.1f}" y="{y:.1f}" width="{size}" height="{size}" fill="{colour}"/>'
+    place = f'x="{shape.x:.1f}" y="{shape.y:.1f}"'
+    if shape.upright:
+        place = f'transform="translate({shape.x:.1f} {shape.y:.1f}) rotate(-90)"'
+    style = f' font-weight="600" font-size="{shape.size}"' if shape.bold else ""
+    return f'<text {place} text-anchor="{shape.anchor}" fill="{shape.colour}"{style}>{escape(shape.text)}</text>'
 
 
 def ticks(values: Sequence[float], count: int = 5) -> list[float]:

@@ -1,5 +1,6 @@
 """What only a real process shows: pipes, signals, exit codes, limits of the system."""
 
+import json
 import re
 import signal
 import subprocess
@@ -57,6 +58,27 @@ def test_a_limit_on_file_sizes_is_a_full_disk(base, pairs, tmp_path):
     ended = subprocess.run(limited, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
     outcome = Outcome(ended.returncode, ended.stdout, ended.stderr)
     assert_refused(outcome, "no space left on the device while writing", folder=folder)
+
+
+def test_an_audit_that_is_killed_goes_on_where_it_stopped(adapter, pairs, tmp_path, monkeypatch):
+    """Killed without a chance to clean up; the second audit takes the stored parts and ends as a whole one does."""
+    monkeypatch.setitem(ENVIRONMENT, "QADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "cache"))
+    options = ("audit", adapter, "--dataset", pairs, "--no-card", "--max-new-tokens", 40, "--judge", "rule:json")
+    killed = ("--output-dir", tmp_path / "killed")
+    with start(*options, *killed) as running:
+        while not list((tmp_path / "cache").glob("evaluation/pairs-*.json")):
+            assert running.poll() is None
+            time.sleep(0.002)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "audit.json").exists()
+    succeeded(qadapter(*options, *killed))
+    succeeded(qadapter(*options, "--no-cache", "--output-dir", tmp_path / "whole"))
+    resumed, whole = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("killed", "whole"))
+    assert "pairs" in resumed.pop("environment")["reused_parts"]
+    assert whole.pop("environment")["reused_parts"] == []
+    assert resumed == whole
 
 
 def test_help_is_shown_in_half_a_second():

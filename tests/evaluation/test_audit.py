@@ -14,10 +14,11 @@ from qadapter.evaluation import benchmarks, evaluate
 from qadapter.evaluation.audit import run_audit, without_environment
 from qadapter.evaluation.audit_report import page, write_audit
 from qadapter.evaluation.columns import Column
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
+from qadapter.evaluation.workload import Workload
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -79,6 +80,13 @@ def errors_of(value, rule, root, where="audit"):
     return found
 
 
+class Loaded:
+    """What lm-eval would have loaded: one task."""
+
+    def __init__(self, name):
+        self.tasks, self.groups = {name: None}, {}
+
+
 TASK = {
     "metric": "acc",
     "higher_is_better": True,
@@ -93,11 +101,12 @@ def fake_tasks(monkeypatch):
     """Benchmarks without lm-eval; the names of those that were run."""
     ran = []
 
-    def run_task(subject, task, columns, *rest):
-        ran.append(task)
-        return {task: TASK}
+    def run(subject, loaded, columns, *rest):
+        ran.extend(loaded.tasks)
+        return dict.fromkeys(loaded.tasks, TASK)
 
-    monkeypatch.setattr(benchmarks, "run_task", run_task)
+    monkeypatch.setattr(benchmarks, "load", lambda name, folder, track: Loaded(name))
+    monkeypatch.setattr(benchmarks, "run", run)
     monkeypatch.setattr(benchmarks, "require_lm_eval", lambda: None)
     monkeypatch.setattr(benchmarks, "state", lambda task, folder: [task])
     return ran

@@ -23,7 +23,7 @@ def audit(kl=0.02, passes=True, what="neutral text"):
         "adapter": {"name": "concise"},
         "base": {"name": "org/tiny"},
         "gate": [entry],
-        "findings": [{"what": what, "figure": "change of the loss", **interval(0.1)}],
+        "findings": [{"kind": "loss", "what": what, "figure": "change of the loss", **interval(0.1)}],
         "settings": {"strength": 1.0},
         "results": {"pairs": {"columns": columns, "calibration": {}, "chosen": {"columns": columns}}},
         "environment": {"date": "2026-01-02T03:04:05+00:00", "versions": {"qadapter": "0.1.0"}},

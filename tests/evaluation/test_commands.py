@@ -7,7 +7,7 @@ import pytest
 from evaluated import write_adapter, write_base
 
 from qadapter import cli
-from qadapter.evaluation import benchmarks
+from qadapter.evaluation import benchmarks, sweep_report
 from qadapter.evaluation.card import BEGIN
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -50,7 +50,7 @@ def test_eval_prints_a_table_and_writes_all_figures(run, adapter, tmp_path):
 def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, tmp_path):
     lora = shutil.copytree(adapter / "adapters" / "default", tmp_path / "lora")
     code, printed, _ = run("compare", adapter, untouched, lora, "--strengths", "0.5,1", "--base-model", base,
-                           "--output-dir", tmp_path / "out")  # fmt: skip
+                           "--judge", "rule:max-words=3", "--output-dir", tmp_path / "out")  # fmt: skip
     assert code == 0
     columns = json.loads((tmp_path / "out" / "compare.json").read_text())["results"]["pairs"]["columns"]
     first, second = adapter.name, untouched.name
@@ -58,6 +58,16 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert columns["lora"] == columns[first]  # the same LoRA
     assert columns[second]["accuracy"]["value"] == 0.5
     assert "lora@0.5" in printed
+    assert f"lora − {first} " in printed
+    differences = json.loads((tmp_path / "out" / "compare.json").read_text())["differences"]
+    assert len(differences) == 15
+    assert "items" not in (tmp_path / "out" / "compare.json").read_text()
+    (same,) = (entry for entry in differences if (entry["column"], entry["minus"]) == ("lora", first))
+    assert {figure["value"] for figure in same["figures"].values()} == {0.0}
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("Win rate against the base") == 1  # a row a judge
+    assert page.count("Calibration error") == 1
+    assert "Differences of each two" in page
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
 
 
@@ -82,8 +92,17 @@ def test_sweep_writes_into_the_adapter_folder(run, own):
     assert "Recommended strength: 1," in printed
     sweep = json.loads((own / "sweep.json").read_text())
     assert [point["name"] for point in sweep["points"]] == ["base", "0.5", "1", "0.5, alpha_0 0.3", "1, alpha_0 0.3"]
-    assert (own / "sweep.svg").exists()
-    assert (own / "sweep.html").exists()
+    for name in ("sweep.svg", "sweep.html", "sweep.png"):
+        assert str(own / name) in printed
+        assert (own / name).exists()
+
+
+def test_a_sweep_without_pillow_says_what_is_missing(run, own, monkeypatch):
+    monkeypatch.setattr(sweep_report, "find_spec", lambda name: None)
+    code, printed, _ = run("sweep", own, "--strengths", "1")
+    assert code == 0
+    assert "no sweep.png: it needs Pillow, pip install 'qadapter[eval]'" in printed
+    assert not (own / "sweep.png").exists()
 
 
 def test_audit_passes_fails_and_cannot_run(run, own):

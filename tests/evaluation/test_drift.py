@@ -10,7 +10,7 @@ from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import ConfigError
 from qadapter.evaluation import drift as drift_module
 from qadapter.evaluation.columns import Column, parse_strengths, strength_columns, unique_names
-from qadapter.evaluation.drift import TokenDrift, measure_texts
+from qadapter.evaluation.drift import Passage, TokenDrift, measure_passages, measure_texts
 from qadapter.evaluation.texts import Text
 
 TEXTS = [Text(row[:split], row[split:]) for row, split in zip(token_ids(5, 9, 7, 3, 12), (2, 1, 6, 1, 4), strict=True)]
@@ -29,6 +29,7 @@ def by_definition(model, text, settings):
         (base.exp() * (base - logps)).sum(-1),
         -(logps.exp() * logps).sum(-1),
         (logps.argmax(-1) == base.argmax(-1)).to(logps.dtype),
+        (logps.argmax(-1) == targets[:, 0]).to(logps.dtype),
     )
 
 
@@ -58,6 +59,21 @@ def test_soft_caps_biases_and_scales_of_the_head(architecture):
 def test_an_adapter_on_the_head():
     policy = tiny_policy(peft_config=lora(target_modules=["q_proj", "lm_head"])).double()
     assert_equal_to_definition(policy, strength_columns("policy", [0.5, 1.3]), 1e-11)
+
+
+def test_layers_below_the_adapter_run_once():
+    policy = tiny_policy(
+        config=APART, peft_config=lora(target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    ).double()
+    assert policy.shared_layers == 1
+    runs, columns = [], strength_columns("policy", [0.5, 1.0])
+    layers = policy.base.get_decoder().layers
+    handles = [layer.mlp.register_forward_hook(lambda *_, n=n: runs.append(n)) for n, layer in enumerate(layers)]
+    measure_texts(policy, TEXTS, columns, batch_tokens=10**6)
+    assert runs == [0, 1, 1]
+    for handle in handles:
+        handle.remove()
+    assert_equal_to_definition(policy, columns, 1e-11)
 
 
 def test_compositions_and_weights():
@@ -115,6 +131,20 @@ def test_neither_batches_nor_blocks_change_a_number(monkeypatch):
         for name in ("policy", "policy@0.5"):
             for ours, theirs in zip(one.columns[name], other.columns[name], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_places_may_repeat_and_share_what_was_read():
+    """Several last tokens after the same words: one row of the batch, as many scored tokens."""
+    model, columns = tiny_policy(config=APART).double(), strength_columns("policy", [0.5, 1.0])
+    texts = [Text([5, 9], [7, last]) for last in (3, 4, 11)]
+    apart = measure_texts(model, texts, columns)
+    passage = Passage([5, 9, 7], [1, 2, 2, 2], [7, 3, 4, 11])
+    (together,) = measure_passages(model, [passage], columns)
+    for number, text in enumerate(apart):
+        for name, own in [("base", text.base), *text.columns.items()]:
+            shared = together.base if name == "base" else together.columns[name]
+            for alone, at_once in zip(own, shared, strict=True):
+                torch.testing.assert_close(at_once[[0, number + 1]], alone, rtol=0, atol=1e-12)
 
 
 def test_progress_counts_every_text_and_the_mode_is_restored():

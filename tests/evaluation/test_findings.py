@@ -1,25 +1,29 @@
 """Planted damage: an adapter that wrecks one kind of text, or changes the language of answers, is found and named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from evaluated import open_policy, write_jsonl
-from models import tiny_tokenizer
+from evaluated import POSITIONS, open_policy, write_jsonl
+from models import lora, tiny_base, tiny_policy, tiny_tokenizer
 
+from qadapter import QAdapterConfig
 from qadapter.evaluation.audit import measure_everything
 from qadapter.evaluation.columns import Column
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject
-from qadapter.evaluation.texts import neutral_texts
+from qadapter.evaluation.texts import Text, neutral_texts
+from qadapter.evaluation.workload import Workload
 from qadapter.fused import TokenStatistics
-from qadapter.generation import Answer
+from qadapter.generation import encode
 
 STEPS = 40
 
 
-def statistics_of(policy, texts):
-    """Policy and base statistics of a batch of texts."""
+def padded(texts):
+    """Ids, attention mask and which of them are the answers' (B, T)."""
     width = max(len(text.context) + len(text.answer) for text in texts)
     ids, mask, answers = (torch.zeros(len(texts), width, dtype=torch.long) for _ in range(3))
     for row, text in enumerate(texts):
@@ -27,8 +31,13 @@ def statistics_of(policy, texts):
         ids[row, :length] = torch.tensor([*text.context, *text.answer])
         mask[row, :length] = 1
         answers[row, len(text.context) : length] = 1
-    statistics = policy.token_statistics(ids, mask, answers)
-    return TokenStatistics(*statistics), answers[:, 1:].bool()
+    return ids, mask, answers.bool()
+
+
+def statistics_of(policy, texts):
+    """Policy and base statistics of a batch of texts."""
+    ids, mask, answers = padded(texts)
+    return TokenStatistics(*policy.token_statistics(ids, mask, answers)), answers[:, 1:]
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +47,14 @@ def broken(base, files):
     texts = neutral_texts(tiny_tokenizer(), files["neutral"])
     arithmetic, words = ([text for text in texts if text.category == name] for name in ("arithmetic", "words"))
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(parameters, 0.01)
-    for _ in range(STEPS):
+
+    def loss():
         wrecked, mask = statistics_of(policy, arithmetic)
         kept, kept_mask = statistics_of(policy, words)
         changed = (kept.logps - kept.base_logps)[kept_mask]
-        loss = wrecked.logps[mask].clamp(min=-20).mean() + 3 * changed.square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        return wrecked.logps[mask].clamp(min=-20).mean() + 3 * changed.square().mean()
+
+    learn(parameters, loss, 0.01, STEPS)
     return Subject("broken", policy.eval(), tiny_tokenizer())
 
 
@@ -83,23 +91,49 @@ def test_an_untouched_adapter_has_no_findings(base, workload, tmp_path):
     assert results["neutral"]["worst"]["policy"] == results["pairs"]["worst"]["policy"] == []
 
 
-def test_answers_in_another_language_are_found_and_named(base, workload, tmp_path, monkeypatch):
-    subject = Subject("german", open_policy(base, trained=False), tiny_tokenizer())
-    english = Answer("That is what it was for, and it will be so with the others.", True)
-    german = Answer("Das ist nicht der Grund, und es ist auch für die anderen so.", True)
+def spoken(sentence, prompts):
+    """A sentence as the answer to each prompt."""
+    tokenizer = tiny_tokenizer()
+    answer = [*tokenizer(sentence)["input_ids"], tokenizer.eos_token_id]
+    return [Text(encode(tokenizer, [prompt])["input_ids"][0].tolist(), answer) for prompt in prompts]
 
-    def generated(self, column, prompts, kind):
-        own = english if column.strength == 0 else german
-        return [{"text": own.text, "finished": own.finished}] * len(prompts)
 
-    monkeypatch.setattr(Evaluation, "_generated", generated)
-    prompts = [{"prompt": f"prompt {index}"} for index in range(9)]
-    path = write_jsonl(tmp_path / "prompts.jsonl", prompts)
-    changed = Workload(dataset=workload.dataset, neutral_text=workload.neutral_text, instructions=path)
-    _, results = measured(subject, changed, tmp_path)
-    (entry,) = findings(results, "policy")
+def test_answers_in_another_language_are_found_and_named(workload, tmp_path):
+    """A base that has learned to answer in English, and a LoRA trained to answer in German."""
+    prompts = [
+        f"tell of {word}" for word in ("cats", "rain", "hills", "dogs", "trees", "boats", "birds", "snow", "sand")
+    ]
+    texts = spoken("that is for the cat", prompts)
+    base = tiny_base(max_position_embeddings=POSITIONS).train()
+    ids, mask, answers = padded(texts)
+    labels = ids.where(answers, -100)
+    learn(base.parameters(), lambda: base(input_ids=ids, attention_mask=mask, labels=labels).loss, 0.01, 80)
+    policy = tiny_policy(base.eval(), QAdapterConfig(), lora(r=8), trained=False).train()
+    german = spoken("das ist nicht der hund", prompts)
+
+    def loss():
+        statistics, mask = statistics_of(policy, german)
+        return -statistics.logps[mask].mean()
+
+    learn([parameter for parameter in policy.parameters() if parameter.requires_grad], loss, 0.02, 60)
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    asked = replace(workload, instructions=path, max_new_tokens=30)
+    _, results = measured(Subject("german", policy.eval(), tiny_tokenizer()), asked, tmp_path / "parts")
+    answers = results["behaviour"]["examples"][0]["answers"]
+    assert (answers["base"]["text"], answers["policy"]["text"]) == ("that is for the cat", "das ist nicht der hund")
+    (entry,) = (entry for entry in findings(results, "policy") if entry["kind"] == "answers")
     assert entry["what"] == "answers to general instructions: in another language (English became German)"
     assert entry["value"] == 1.0
+
+
+def learn(parameters, loss, rate, steps):
+    """Minimise a loss."""
+    optimiser = torch.optim.Adam(list(parameters), rate)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        optimiser.step()
 
 
 def test_lost_benchmarks_pairs_and_duels_are_named(broken, workload, tmp_path):

@@ -13,7 +13,8 @@ import torch
 from models import lora, plain_peft, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer
 
 from qadapter import QAdapterConfig, QAdapterError
-from qadapter.evaluation.intervals import bootstrap_mean, mcnemar_exact, paired_difference
+from qadapter.evaluation.intervals import bootstrap_mean, mcnemar_exact
+from qadapter.evaluation.resampling import paired_difference
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
@@ -193,6 +194,15 @@ def test_every_setting_of_a_column_reaches_the_model(policy, tmp_path):
     assert answers["full"] != answers["base"]
 
 
+def test_one_pass_for_all_columns_gives_the_same_scores(policy, tmp_path):
+    tasks = [sum_task(tmp_path), letter_task(tmp_path), writing_task(tmp_path)]
+    columns = {str(strength): {"strength": strength} for strength in (0.5, 1.0, 1.5)}
+    apart, shared = (
+        run_tasks(policy, tiny_tokenizer(), tasks, columns, limit=9, shared=shared)["tasks"] for shared in (False, True)
+    )
+    assert shared == apart
+
+
 # -- the figures -----------------------------------------------------------------------------------------------------
 
 
@@ -275,9 +285,13 @@ def test_progress_opens_a_bar_for_each_column_and_fills_it(policy, tmp_path, cap
 
     tasks = [letter_task(tmp_path), writing_task(tmp_path)]
     run_tasks(policy, tiny_tokenizer(), tasks, {"p": {}}, progress=track)
-    assert list(bars) == ["base: likelihoods", "base: answers", "p: likelihoods", "p: answers"]
-    assert bars["base: likelihoods"] == [len(LETTERS)] * 2
-    assert bars["p: answers"] == [7, 7]
+    kinds = ("base: likelihoods", "base: answers", "p: likelihoods", "p: answers")
+    assert list(bars) == [f"letters, {kind}" for kind in kinds]
+    assert bars["letters, base: likelihoods"] == [len(LETTERS)] * 2
+    assert bars["letters, p: answers"] == [7, 7]
+    bars.clear()
+    run_tasks(policy, tiny_tokenizer(), tasks, {"p": {}}, progress=track, shared=True)
+    assert list(bars) == [f"letters, {kind}" for kind in ("all columns: likelihoods", "base: answers", "p: answers")]
     assert "Running" not in capsys.readouterr().err
 
 
@@ -477,6 +491,11 @@ def test_the_benchmark_files_run_offline(policy):
 def test_ifeval_is_checked_by_lm_evals_own_code(policy):
     for module in ("langdetect", "immutabledict"):
         pytest.importorskip(module, reason="needs lm-eval[ifeval]")
+    nltk = pytest.importorskip("nltk", reason="needs lm-eval[ifeval]")
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        pytest.skip("NLTK's punkt_tab is not on this machine")
     result = run_tasks(policy, tiny_tokenizer(), ["ifeval"], {"p": {}}, limit=2, include_path=local_tasks(SHARED))[
         "tasks"
     ]

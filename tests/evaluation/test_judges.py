@@ -333,7 +333,8 @@ def test_an_endpoint_that_misbehaves_is_retried_then_reported_missing(name):
     if name == "redirects":  # no other attempt can help
         assert (attempts, naps) == (1, [])
     else:
-        assert attempts == 3
+        # On a busy machine an attempt may be over before the server has read it; the naps between them tell the number.
+        assert attempts <= 3 if reason.startswith("no reply") else attempts == 3
         assert naps == ([7.0, 7.0] if name == "rate-limits" else [1.0, 2.0])
         assert "(attempt 3 of 3)" in verdicts[0].reason
 

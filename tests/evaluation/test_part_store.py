@@ -41,6 +41,13 @@ def test_parts_can_be_measured_again(tmp_path):
     assert PartStore(tmp_path).part("pairs", [], lambda: 3) == 2
 
 
+def test_a_part_is_computed_once_in_a_run_whatever_is_reused(tmp_path):
+    PartStore(tmp_path).part("answers", [], lambda: 1)
+    store = PartStore(tmp_path, reuse=False)
+    assert [store.part("answers", [], lambda: 2), store.part("answers", [], lambda: 3)] == [2, 2]
+    assert store.reused == []
+
+
 def test_a_damaged_part_is_computed_again(tmp_path):
     store = PartStore(tmp_path)
     store.part("pairs", [], lambda: 1)

@@ -24,7 +24,7 @@ def side(base, policy):
     """An answer with given log-probabilities of its tokens."""
     base, policy = torch.tensor(base), torch.tensor(policy)
     nothing = torch.zeros_like(base)
-    return TextDrift(BaseTokens(base, nothing), {"policy": TokenDrift(policy, nothing, nothing, nothing, nothing)})
+    return TextDrift(BaseTokens(base, *[nothing] * 2), {"policy": TokenDrift(policy, *[nothing] * 5)})
 
 
 # (base, policy) of the chosen, then of the rejected answer.

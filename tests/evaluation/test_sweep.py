@@ -11,13 +11,24 @@ from models import tiny_tokenizer
 from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import Column, strength_columns
 from qadapter.evaluation.drift import measure_texts
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject
 from qadapter.evaluation.sweep import SweepLimits, recommend, run_sweep
-from qadapter.evaluation.sweep_report import HTML_NAME, JSON_NAME, SVG_NAME, page, recommendation, write_sweep
+from qadapter.evaluation.sweep_report import (
+    HTML_NAME,
+    JSON_NAME,
+    SVG_NAME,
+    benchmark_changes,
+    narrow_rows,
+    page,
+    recommendation,
+    rows_of,
+    write_sweep,
+)
 from qadapter.evaluation.texts import load_pairs, neutral_texts
+from qadapter.evaluation.workload import Workload
 
 STRENGTHS = [0.25, 0.5, 1.0, 1.5]
 
@@ -146,10 +157,34 @@ def test_files_of_a_sweep(swept, tmp_path):
     sweep = json.loads((tmp_path / "out" / JSON_NAME).read_text())
     assert sweep["schema_version"] == 1
     assert (tmp_path / "out" / SVG_NAME).read_text().startswith("<svg")
+    assert "recommended: " in (tmp_path / "out" / SVG_NAME).read_text()
     html = (tmp_path / "out" / HTML_NAME).read_text()
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org)", html)
     data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
     assert [point["name"] for point in data["lines"][0]["points"]] == ["base", "0.25", "0.5", "1", "1.5"]
+
+
+def with_tasks(sweep):
+    """The sweep with a benchmark of shares and one of other scores."""
+    tasks = {"lambada": {"unit": "points"}, "poem": {"unit": "score"}}
+    for number, point in enumerate(sweep["points"]):
+        change = {"value": -0.01 * number, "low": -0.02 * number, "high": 0.0}
+        point["tasks"] = {"lambada": change, "poem": {**change, "low": None, "high": None}}
+    return {**sweep, "tasks": tasks}
+
+
+def test_changes_of_benchmarks_are_in_percentage_points_where_they_are_shares(swept, tmp_path):
+    sweep = with_tasks(swept(max_kl=0.5))
+    names = {path.name for path in write_sweep(sweep, tmp_path)}
+    assert {"sweep_benchmarks.svg", "sweep_benchmarks.png", "sweep.svg", "sweep.png"} <= names
+    header, rows = rows_of(sweep)
+    assert header[-2:] == ("change of lambada, percentage points", "change of poem")
+    assert rows[2][-2:] == ("-2.0 [-4.0, +0.0]", "-0.0200")
+    assert narrow_rows(sweep)[1][2][-2:] == ("-2.0 ± 2.0", "-0.020")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page(sweep))[1])
+    assert data["lines"][0]["points"][2]["task:lambada"] == [-2.0, -4.0, 0.0]
+    picture = benchmark_changes(sweep)
+    assert {"lambada", "poem", "change"} <= {getattr(shape, "text", "") for shape in picture.shapes}
 
 
 def test_the_script_of_the_page_is_javascript(swept, tmp_path):

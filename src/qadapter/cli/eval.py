@@ -11,16 +11,16 @@ from rich.console import Console
 
 from qadapter.cli import command_parser
 from qadapter.cli.data import parse_columns
-from qadapter.cli.policies import DTYPES, default_device, pick_dtype, quiet_libraries
+from qadapter.cli.policies import DTYPES, default_device, pick_dtype, quiet_datasets, quiet_libraries
 from qadapter.errors import ConfigError
 from qadapter.evaluation.audit import POLICY
 from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.comparison import run_comparison
-from qadapter.evaluation.evaluate import BUDGETS, Workload
 from qadapter.evaluation.part_store import PartStore, write_ordered_json
 from qadapter.evaluation.progress import Track, tracked
 from qadapter.evaluation.subjects import Subject, open_subject
 from qadapter.evaluation.tables import headline, print_table
+from qadapter.evaluation.workload import BUDGETS, Workload
 
 # Options that a budget sets, unless they are given.
 BUDGETED = ("max_pairs", "max_instructions", "prompts", "max_new_tokens", "limit")
@@ -151,5 +151,5 @@ def subject_of(path: str, options: argparse.Namespace) -> Subject:
 @contextmanager
 def measuring() -> Iterator[Track]:
     """Quiet libraries, and progress bars on standard error."""
-    with quiet_libraries(), tracked() as track:
+    with quiet_libraries(), quiet_datasets(), tracked() as track:
         yield track

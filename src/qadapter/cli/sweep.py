@@ -20,7 +20,7 @@ from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import Column, parse_strengths
 from qadapter.evaluation.gate import parse_drops
 from qadapter.evaluation.sweep import SweepLimits, run_sweep
-from qadapter.evaluation.sweep_report import HTML_NAME, print_sweep, write_sweep
+from qadapter.evaluation.sweep_report import PNG_NAME, print_sweep, write_sweep
 
 
 def run(arguments: list[str]) -> int:
@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-drop", action="append", default=[],
                         help="recommend one whose benchmarks fall by at most POINTS, or TASK=POINTS")  # fmt: skip
     add_workload_options(parser)
-    parser.add_argument("--output-dir", type=Path, default=None, help="where sweep.json, .svg and .html go")
+    parser.add_argument("--output-dir", type=Path, default=None, help="where sweep.json, .svg, .png and .html go")
     options = parser.parse_args(arguments)
     columns, budget, workload = columns_of(options), budget_of(options), workload_of(options)
     budget.limits(workload.tasks)  # refuses what is out of range before any work
@@ -44,9 +44,11 @@ def run(arguments: list[str]) -> int:
     with measuring() as track:
         subject = subject_of(options.adapter, options)
         sweep = run_sweep(subject, columns, workload, budget, store_of(options), track)
-    write_sweep(sweep, folder)
+    written = write_sweep(sweep, folder)
     print_sweep(sweep, Console())
-    print(f"written to {folder}; open {folder / HTML_NAME}")
+    print(f"written: {', '.join(map(str, written))}")
+    if folder / PNG_NAME not in written:
+        print(f"no {PNG_NAME}: it needs Pillow, pip install 'qadapter[eval]'")
     return 0
 
 

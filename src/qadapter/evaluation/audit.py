@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.evaluation.columns import Column
+from qadapter.evaluation.differences import without_items
 from qadapter.evaluation.environment import environment
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.gate import Limits, check, verdict
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject
+from qadapter.evaluation.workload import Workload
 
 SCHEMA_VERSION = 1
 POLICY = "policy"
@@ -46,8 +48,10 @@ def run_audit(
     """
     start = time.perf_counter()
     columns = curve_columns(column)
-    evaluation = Evaluation(subject, columns, workload, store, track, detailed=[column.name])
-    results = measure_everything(evaluation, tuple(limits.max_drop))
+    evaluation = Evaluation(
+        subject, columns, workload, store, track, detailed=[column.name], limited_tasks=tuple(limits.max_drop)
+    )
+    results = without_items(measure_everything(evaluation))
     gate = check(results, column.name, limits)
     identity = evaluation.identity
     document = {
@@ -70,7 +74,7 @@ def run_audit(
     return jsonable({**document, "environment": {**environment(subject.model.device), **seconds}})
 
 
-def measure_everything(evaluation: Evaluation, required_tasks: Sequence[str] = ()) -> dict[str, Any]:
+def measure_everything(evaluation: Evaluation) -> dict[str, Any]:
     """All parts, the cheap ones first, so that an interruption loses little."""
     return {
         "pairs": evaluation.pairs(),
@@ -78,7 +82,7 @@ def measure_everything(evaluation: Evaluation, required_tasks: Sequence[str] = (
         "instructions": evaluation.instructions(),
         "behaviour": evaluation.behaviour(),
         "judged": evaluation.judged(),
-        "tasks": evaluation.tasks(required_tasks),
+        "tasks": evaluation.tasks(),
     }
 
 

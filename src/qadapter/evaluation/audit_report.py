@@ -77,13 +77,14 @@ def _sections(audit: Mapping[str, Any]) -> Iterator[str]:
 
 def _plots(audit: Mapping[str, Any]) -> str:
     points = curve(audit)
-    accuracy = curve(audit, "prefers_chosen")
+    accuracy, audited = curve(audit, "prefers_chosen"), audit["settings"]["strength"]
     plots = [
         line_chart(
             {f"strengths {points[0][0]:g} to {points[-1][0]:g}": [(kl, gain) for _, kl, gain in points]},
             "Preference gained against drift",
             "KL(policy ‖ base) on chosen answers, nats a token",
             "margin gained, nats a token",
+            {f"strength {strength:g}": (kl, gain) for strength, kl, gain in points if strength == audited},
         ),
         line_chart(
             {"per token": [(strength, share) for strength, _, share in accuracy]},
@@ -119,7 +120,10 @@ def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
     examples = {_key(example["prompt"]): example for example in results["behaviour"]["examples"]}
     shown = [(row, examples[_key(text)]) for text, row in worst.items() if _key(text) in examples]
     if shown:
-        yield "<p>General instructions whose base answer the policy finds least likely, relative to the base.</p>"
+        yield (
+            "<p>General instructions whose base answer the policy finds least likely, relative to the base. "
+            "[…cut] marks an answer that reached the longest length measured.</p>"
+        )
     for row, example in shown:
         note = f"loss {row['loss_change']:+.3f} nats a token, KL {row['kl']:.3f}"
         if row["category"]:

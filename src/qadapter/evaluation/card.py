@@ -162,4 +162,5 @@ def gate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def finding_line(entry: Mapping[str, Any]) -> str:
     """A finding in one line."""
-    return f"{entry['what']}: {entry['figure']} {written(entry, 'number')}, n = {entry['n']}"
+    kind = "change" if entry["kind"] in ("loss", "task") else "rate"
+    return f"{entry['what']}: {entry['figure']} {written(entry, kind)}, n = {entry['n']}"

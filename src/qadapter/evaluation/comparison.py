@@ -7,11 +7,13 @@ from typing import Any
 from qadapter.errors import ConfigError
 from qadapter.evaluation.audit import measure_everything
 from qadapter.evaluation.columns import BASE, Column
+from qadapter.evaluation.differences import differences, without_items
 from qadapter.evaluation.environment import environment
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject, require_same_base
+from qadapter.evaluation.workload import Workload
 from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
 
 SCHEMA_VERSION = 1
@@ -50,6 +52,7 @@ def run_comparison(
         merged = results if not merged else merge(merged, results)
         device = subject.model.device
         del subject, evaluation
+    names = [column.name for own in columns for column in own]
     return jsonable(
         {
             "schema_version": SCHEMA_VERSION,
@@ -61,7 +64,8 @@ def run_comparison(
             "adapters": identities,
             "base": first,
             "workload": workload.to_dict(),
-            "results": merged,
+            "results": without_items(merged),
+            "differences": differences(merged, names, workload.seed),
             "environment": environment(device),
         }
     )

@@ -12,7 +12,7 @@ from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json
-from qadapter.evaluation.tables import headline, narrow, print_table, written
+from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, short, written
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "compare.json", "compare.html"
@@ -24,11 +24,56 @@ def names_of(comparison: Mapping[str, Any]) -> list[str]:
     return [column["name"] for column in comparison["columns"]]
 
 
+# (key, title, how it is written) of the differences that are shown.
+DIFFERENCES = (
+    ("accuracy", "accuracy", "points"),
+    ("prefers_chosen", "chosen likelier", "points"),
+    ("token_margin", "margin", "change"),
+    ("kl_chosen", "KL chosen", "change"),
+    ("kl_neutral", "KL neutral", "change"),
+    ("loss_neutral", "loss neutral", "change"),
+    ("kl_instructions", "KL instructions", "change"),
+)
+NARROW_DIFFERENCES = ("accuracy", "token_margin", "kl_chosen", "kl_neutral", "loss_neutral")
+DIFFERENCES_NOTE = (
+    "Over the same items, with paired 95% intervals: shares in percentage points, everything else in nats a token. "
+    "Where the brackets hold 0, these items do not tell the two apart."
+)
+# Rows in the terminal; the page has all.
+SHOWN_DIFFERENCES = 15
+
+
+def difference_rows(comparison: Mapping[str, Any], narrow: bool = False) -> tuple[Row, list[Row]]:
+    """Header and rows of the differences of each two columns: shares in percentage points, the rest in nats a token.
+
+    Args:
+        narrow: for a terminal: the main figures, with the longer half of their intervals.
+    """
+    entries, write = comparison["differences"], short if narrow else written
+    shown = [row for row in DIFFERENCES if not narrow or row[0] in NARROW_DIFFERENCES]
+    judges, tasks = (list(entries[0][part]) if entries else [] for part in ("judged", "tasks"))
+    header = ("", *(title for _, title, _ in shown), *(f"win rate, {name}" for name in judges), *tasks)
+    rates = {task: is_rate(comparison["results"]["tasks"][task]) for task in tasks}
+    rows = []
+    for entry in entries:
+        cells = [write(entry["figures"][key], kind) for key, _, kind in shown]
+        cells += [write(entry["judged"][judge], "points") for judge in judges]
+        cells += [write(entry["tasks"][task], "points" if rates[task] else "change") for task in tasks]
+        rows.append((f"{entry['column']} − {entry['minus']}", *cells))
+    return header, rows
+
+
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
     """A row a column: preferences, drift, benchmarks; then the judges' rates."""
     names = names_of(comparison)
     header, rows = narrow(comparison["results"], names)
     print_table(console, "Gain and cost (± 95%)", header, rows)
+    header, rows = difference_rows(comparison, narrow=True)
+    if rows:
+        title = "Differences (± paired 95%; shares in points, the rest in nats a token)"
+        print_table(console, title, header, rows[:SHOWN_DIFFERENCES])
+        if len(rows) > SHOWN_DIFFERENCES:
+            console.print(f"{len(rows) - SHOWN_DIFFERENCES} more in compare.html and compare.json (--output-dir).")
     for judged in comparison["results"]["judged"]:
         verdicts = f"{written(judged['rate'], 'rate')}, {judged['missing']} of {judged_count(judged)} missing"
         console.print(f"{judged['column']}: win rate by {judged['judge']} {verdicts}", highlight=False, markup=False)
@@ -48,7 +93,11 @@ def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
 def page(comparison: Mapping[str, Any]) -> str:
     """The comparison as one self-contained page."""
     names, results = names_of(comparison), comparison["results"]
-    parts = [table(("", BASE, *names), headline(results, names)), chart(comparison), "<h2>What got worse</h2>"]
+    parts = [table(("", BASE, *names), headline(results, names)), chart(comparison)]
+    header, rows = difference_rows(comparison)
+    if rows:
+        parts.append("<h2>Differences of each two</h2>" + table(header, rows) + f"<p>{DIFFERENCES_NOTE}</p>")
+    parts.append("<h2>What got worse</h2>")
     for name in names:
         lines = "".join(f"<li>{escape(finding_line(entry))}</li>" for entry in findings(results, name))
         parts.append(f"<h3>{escape(name)}</h3>" + (f"<ul>{lines}</ul>" if lines else "<p>Nothing, for certain.</p>"))

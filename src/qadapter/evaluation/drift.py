@@ -4,10 +4,10 @@ All settings of the dial lie on lines from the base: the logits are z_b + λ d, 
 hidden states by one matmul whatever the number of strengths. A strength then costs three passes over the vocabulary of
 elementwise work; the (tokens, vocabulary) logits of a text never exist. With p the policy and ⟨·⟩ the mean under it,
 
-    log p(a)  = b_a + λ d_a − L           b = log π_b,  d shifted so that its mean under π_b is 0
-    L         = LSE(b + λ d) = KL(π_b ‖ p)
+    log p(a)  = b_a + λ d_a − LSE(b + λ d)      b = z_b − max z_b,  d shifted so that its mean under π_b is 0
+    KL(π_b‖p) = LSE(b + λ d) − LSE(b) = L
     KL(p‖π_b) = λ ⟨d⟩ − L
-    entropy   = L − ⟨b + λ d⟩
+    entropy   = LSE(b + λ d) − ⟨b + λ d⟩
 
 `modeling.head.statistics` (a matmul for each policy) and full logits are the slow twins in the tests.
 Sizes: N tokens, H hidden size, V vocabulary.
@@ -29,7 +29,11 @@ from qadapter.fused import default_chunk_size
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.mixing import capped_logits
 from qadapter.modeling.streams import Stream
+from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 
+# Rows a matmul with the head, relative to training's: without gradients there is memory for more, and on a CPU the
+# head's weights are packed anew for each matmul.
+CHUNK_FACTOR = 4
 # Elements of the rows that are worked on together on a CPU: four such matrices stay in its cache.
 BLOCK_ELEMENTS = 2**18
 
@@ -42,18 +46,20 @@ class TokenDrift(NamedTuple):
     reverse_kl: Tensor  # KL(base ‖ policy)
     entropy: Tensor
     agreement: Tensor  # 1 where the base's likeliest token is the policy's too
+    greedy: Tensor  # 1 where the token itself is the policy's likeliest
 
 
 class BaseTokens(NamedTuple):
-    """The same tokens under the base; both (N,)."""
+    """The same tokens under the base; all (N,)."""
 
     logps: Tensor
     entropy: Tensor
+    greedy: Tensor
 
 
 @dataclass(frozen=True)
 class TextDrift:
-    """One text under the base and under each column, by name."""
+    """One text (or passage) under the base and under each column, by name."""
 
     base: BaseTokens
     columns: Mapping[str, TokenDrift]
@@ -64,7 +70,27 @@ class TextDrift:
         return len(self.base.logps)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that are read, and the places in them after which a token is scored.
+
+    Args:
+        ids: what the model reads, (T,).
+        places: indices into `ids`, in any order, repeated at will, (N,).
+        targets: the token that is scored after each place, (N,).
+    """
+
+    ids: Sequence[int]
+    places: Sequence[int]
+    targets: Sequence[int]
+
+    @classmethod
+    def of(cls, text: Text) -> "Passage":
+        """Each token of a text's answer; the last one is scored but need not be read."""
+        ids = [*text.context, *text.answer]
+        return cls(ids[:-1], range(len(text.context) - 1, len(ids) - 1), text.answer)
+
+
 def measure_texts(
     model: QAdapterForCausalLM,
     texts: Sequence[Text],
@@ -72,22 +98,35 @@ def measure_texts(
     batch_tokens: int = 2048,
     advance: Advance | None = None,
 ) -> list[TextDrift]:
-    """The drift of each text under each column, in order.
+    """The drift of each text under each column, in order; see `measure_passages`."""
+    return measure_passages(model, [Passage.of(text) for text in texts], columns, batch_tokens, advance)
+
+
+@torch.no_grad()
+def measure_passages(
+    model: QAdapterForCausalLM,
+    passages: Sequence[Passage],
+    columns: Sequence[Column],
+    batch_tokens: int = 2048,
+    advance: Advance | None = None,
+) -> list[TextDrift]:
+    """The drift of each passage's scored tokens under each column, in order.
 
     Args:
-        batch_tokens: padded tokens a batch may hold (a longer text is a batch of its own).
-        advance: called with the number of texts done since the last call.
+        batch_tokens: padded tokens a batch may hold (a longer passage is a batch of its own).
+        advance: called with the number of passages done since the last call.
     """
     directions = {column.name: column.direction(model) for column in columns}
     streams = list(dict.fromkeys(name for direction in directions.values() for name, _ in direction.adapters))
     measured: dict[int, TextDrift] = {}
     training = model.training
     model.eval()
-    for batch in batches_by_length([len(text.context) + len(text.answer) for text in texts], batch_tokens):
-        input_ids, attention_mask, states = _padded([texts[index] for index in batch])
+    for batch in batches_by_length([len(passage.ids) for passage in passages], batch_tokens):
+        rows = [passages[index] for index in batch]
+        input_ids, attention_mask, states = _padded(rows)
         hidden = _hidden_states(model, input_ids, attention_mask, states, [None, *streams])
-        targets = input_ids.flatten()[states + 1].to(model.device)
-        lengths = [len(texts[index].answer) for index in batch]
+        targets = torch.tensor([target for passage in rows for target in passage.targets], device=model.device)
+        lengths = [len(passage.targets) for passage in rows]
         base, drifts = token_drift(model, hidden, targets, columns, directions)
         _require_finite(base, drifts)
         base_parts = zip(*(column.split(lengths) for column in base), strict=True)
@@ -100,7 +139,7 @@ def measure_texts(
         if advance is not None:
             advance(len(batch))
     model.train(training)
-    return [measured[index] for index in range(len(texts))]
+    return [measured[index] for index in range(len(passages))]
 
 
 def _require_finite(base: BaseTokens, drifts: Mapping[str, TokenDrift]) -> None:
@@ -113,18 +152,16 @@ def _require_finite(base: BaseTokens, drifts: Mapping[str, TokenDrift]) -> None:
             )
 
 
-def _padded(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids and attention_mask (B, T), and the flat places of the states before answer tokens (N,)."""
-    width = max(len(text.context) + len(text.answer) for text in texts)
-    input_ids = torch.zeros(len(texts), width, dtype=torch.long)
+def _padded(passages: Sequence[Passage]) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids and attention_mask (B, T), and the flat places of the states before scored tokens (N,)."""
+    width = max(len(passage.ids) for passage in passages)
+    input_ids = torch.zeros(len(passages), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     states = []
-    for row, text in enumerate(texts):
-        length = len(text.context) + len(text.answer)
-        input_ids[row, :length] = torch.tensor([*text.context, *text.answer])
-        attention_mask[row, :length] = 1
-        start = row * width + len(text.context) - 1
-        states.append(torch.arange(start, start + len(text.answer)))
+    for row, passage in enumerate(passages):
+        input_ids[row, : len(passage.ids)] = torch.tensor(passage.ids)
+        attention_mask[row, : len(passage.ids)] = 1
+        states.append(row * width + torch.tensor(passage.places))
     return input_ids, attention_mask, torch.cat(states)
 
 
@@ -133,14 +170,17 @@ def _hidden_states(
 ) -> dict[Stream, Tensor]:
     """Final hidden states (N, H) of each stream.
 
-    A pass a stream, all of one shape: an adapter without effect then gives the base's very numbers.
+    A pass a stream, all of one shape: an adapter without effect then gives the base's very numbers. The layers below
+    the first adapted one run once, for the base.
     """
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     states = states.to(model.device)
-    hidden = {}
+    hidden: dict[Stream, Tensor] = {}
+    trunk = KeepTrunk(model.shared_layers)
     for stream in streams:
-        with model.plan.running(stream):
+        layers = trunk if trunk.states is None else FromTrunk(model.shared_layers, trunk.states)
+        with model.plan.running(stream, layer_pass=layers):
             output = model.get_decoder()(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             )
@@ -156,7 +196,7 @@ def token_drift(
     directions: Mapping[str, Direction],
 ) -> tuple[BaseTokens, dict[str, TokenDrift]]:
     """The drift of N tokens from the hidden states (N, H) before them, on the CPU."""
-    chunk = default_chunk_size(model.head.linear.weight.shape[0], model.device)
+    chunk = CHUNK_FACTOR * default_chunk_size(model.head.linear.weight.shape[0], model.device)
     parts: list[tuple[BaseTokens, dict[str, TokenDrift]]] = []
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
@@ -209,9 +249,9 @@ def _block_drift(
     directions: Mapping[str, Direction],
 ) -> tuple[BaseTokens, dict[str, TokenDrift]]:
     index = targets.unsqueeze(-1)
-    base = base_logits.log_softmax(-1)  # (n, V)
+    base = base_logits - base_logits.amax(-1, keepdim=True)  # (n, V)
     top = base.argmax(-1, keepdim=True)
-    probabilities, base_lse = _distribution(base)
+    probabilities, base_lse = _distribution(base, base.new_zeros(len(base)))
     base_target = base.gather(-1, index).squeeze(-1)
     base_entropy = base_lse - torch.linalg.vecdot(probabilities, base)
     lines: dict[Direction, Tensor] = {}
@@ -226,18 +266,21 @@ def _block_drift(
             z = torch.add(base, d, alpha=column.strength)  # (n, V)
         else:
             cap = torch.tensor(column.max_kl, device=base.device)
-            z, share = capped_logits(torch.add(base, d, alpha=column.strength), base, cap)
+            capped = capped_logits(torch.add(base, d, alpha=column.strength), base, cap)  # in float32
+            z, share = (value.to(base.dtype) for value in capped)
             strength = column.strength * share
-        policy, lse = _distribution(z)
+        peak, target = z.amax(-1), z.gather(-1, index).squeeze(-1)
+        policy, lse = _distribution(z, peak)
         shift = lse - base_lse
         drifts[column.name] = TokenDrift(
-            logps=z.gather(-1, index).squeeze(-1) - lse,
+            logps=target - lse,
             kl=(strength * torch.linalg.vecdot(policy, d) - shift).clamp_(min=0),
             reverse_kl=shift.clamp(min=0),
             entropy=lse - torch.linalg.vecdot(policy, z),
-            agreement=(z.gather(-1, top).squeeze(-1) >= z.amax(-1)).to(z.dtype),
+            agreement=(z.gather(-1, top).squeeze(-1) >= peak).to(z.dtype),
+            greedy=(target >= peak).to(z.dtype),
         )
-    return BaseTokens(base_target - base_lse, base_entropy), drifts
+    return BaseTokens(base_target - base_lse, base_entropy, (base_target >= 0).to(base.dtype)), drifts
 
 
 def _line(direction: Direction, steps: Mapping[str, Tensor], base: Tensor, probabilities: Tensor) -> Tensor:
@@ -248,7 +291,7 @@ def _line(direction: Direction, steps: Mapping[str, Tensor], base: Tensor, proba
     return d.sub_(torch.linalg.vecdot(probabilities, d).unsqueeze(-1))
 
 
-def _distribution(z: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(z) (n, V) and LSE(z) (n,); cheaper than logsumexp and exp one after the other."""
+def _distribution(z: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z) (n, V) and LSE(z) (n,), given max(z) (n,); cheaper than logsumexp and exp one after the other."""
     probabilities = z.softmax(-1)
-    return probabilities, z.amax(-1) - probabilities.amax(-1).log()
+    return probabilities, peak - probabilities.amax(-1).log()

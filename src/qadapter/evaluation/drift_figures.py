@@ -62,9 +62,9 @@ def _means(drift: TextDrift, column: str) -> Tensor:
 
 
 def _base_means(drift: TextDrift) -> Tensor:
-    zero, one = torch.zeros_like(drift.base.logps), torch.ones_like(drift.base.logps)
-    itself = TextDrift(drift.base, {BASE: TokenDrift(drift.base.logps, zero, zero, drift.base.entropy, one)})
-    return _means(itself, BASE)
+    base = drift.base
+    zero, one = torch.zeros_like(base.logps), torch.ones_like(base.logps)
+    return _means(TextDrift(base, {BASE: TokenDrift(base.logps, zero, zero, base.entropy, one, base.greedy)}), BASE)
 
 
 def breakdown(

@@ -1,13 +1,13 @@
 """Everything that is measured of the columns of one adapter, part by part, as JSON values."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from qadapter.errors import ConfigError
-from qadapter.evaluation import benchmarks
+from qadapter.evaluation.benchmarks import Benchmarks
 from qadapter.evaluation.columns import BASE, Column
+from qadapter.evaluation.differences import drift_items, pair_items
 from qadapter.evaluation.drift import TextDrift, measure_texts
 from qadapter.evaluation.drift_figures import breakdowns, drift_figures
 from qadapter.evaluation.judges import Judge, make_judge
@@ -15,9 +15,9 @@ from qadapter.evaluation.judging import judged
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.preferences import PairDrift, by_category, calibration, paired, preference_figures
 from qadapter.evaluation.progress import Track, silent
+from qadapter.evaluation.resampling import group_numbers
 from qadapter.evaluation.subjects import Subject
 from qadapter.evaluation.texts import (
-    BUILTIN,
     HeldOutPairs,
     Prompt,
     Text,
@@ -29,67 +29,11 @@ from qadapter.evaluation.texts import (
     reference_texts,
 )
 from qadapter.evaluation.traits import answer_traits, commonest_language, mean_words
+from qadapter.evaluation.workload import Workload
 from qadapter.generation import Answer, Sampling, generate_texts
 
 WORST = 10
 GENERATION_BATCH = 8
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What an evaluation runs on, and how much of it.
-
-    Args:
-        dataset, split, data_columns: the held-out pairs, as in `texts.load_pairs`.
-        max_pairs: pairs measured; None for all.
-        neutral_text, instructions: files instead of the package's own texts.
-        max_instructions: instructions whose answers are measured.
-        judges: names of judges, as in `judges.make_judge`; without one no prompt of the pairs is answered.
-        prompts: prompts of the pairs that are answered and judged.
-        max_new_tokens: longest answer; answers are greedy.
-        tasks, limit: benchmarks of lm-eval, and items of each; None for all.
-        tasks_from: a folder of further tasks, or of benchmark files.
-        chat_template: put the benchmarks' questions as a user's messages.
-        max_length: longest text in tokens.
-        seed: of samples, bootstrap and tasks.
-    """
-
-    dataset: str = BUILTIN
-    split: str | None = None
-    data_columns: dict[str, str] = field(default_factory=dict)
-    max_pairs: int | None = None
-    neutral_text: Path | None = None
-    instructions: Path | None = None
-    max_instructions: int | None = None
-    judges: tuple[str, ...] = ()
-    prompts: int = 24
-    max_new_tokens: int = 80
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    tasks_from: Path | None = None
-    chat_template: bool = False
-    max_length: int = 2048
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_pairs", "max_instructions", "prompts", "max_new_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value}: must be at least 1.")
-        if self.max_length < 2:
-            raise ConfigError(f"max_length = {self.max_length}: must be at least 2 tokens.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
-
-# How much is measured, by name; `standard` takes a few minutes for a 135M model on two CPU cores.
-BUDGETS: dict[str, dict[str, Any]] = {
-    "quick": {"max_pairs": 60, "max_instructions": 8, "prompts": 12, "max_new_tokens": 48, "limit": 100},
-    "standard": {"max_pairs": 300, "max_instructions": 24, "prompts": 24, "max_new_tokens": 80, "limit": 500},
-    "full": {"max_pairs": None, "max_instructions": None, "prompts": 200, "max_new_tokens": 256, "limit": None},
-}
 
 
 class Evaluation:
@@ -97,7 +41,9 @@ class Evaluation:
 
     Args:
         columns: without the base, which every part adds as the first.
-        detailed: the columns that get breakdowns, worst cases and answers; None for all.
+        detailed: the columns that get breakdowns, worst cases, items and answers; None for all.
+        limited_tasks: tasks that have a limit, run besides the workload's.
+        swept: run benchmarks on all columns, whose likelihoods come from one pass, in place of the detailed ones.
     """
 
     def __init__(
@@ -108,6 +54,8 @@ class Evaluation:
         store: PartStore,
         track: Track = silent,
         detailed: Sequence[str] | None = None,
+        limited_tasks: Sequence[str] = (),
+        swept: bool = False,
     ) -> None:
         names = [column.name for column in columns]
         if BASE in names or len(set(names)) < len(names):
@@ -117,8 +65,6 @@ class Evaluation:
         self.subject, self.columns, self.workload, self.store, self.track = subject, columns, workload, store, track
         self.detailed = [column for column in columns if detailed is None or column.name in detailed]
         self.judges = {name: make_judge(name) for name in workload.judges}
-        if workload.tasks:
-            benchmarks.require_lm_eval()
         self.identity = subject.identity()
         # All texts are read before anything is measured: a file that is not there is a matter of the first second.
         longest = subject.longest_text(workload.max_length)
@@ -133,6 +79,18 @@ class Evaluation:
         )
         self.neutral_texts = neutral_texts(subject.tokenizer, workload.neutral_text, longest)
         self.prompts = instructions(workload.instructions, workload.max_instructions, workload.seed)
+        generating = [column for column in columns if column.alpha_0 is None]
+        self.benchmarks = Benchmarks(
+            subject,
+            self.identity,
+            generating if swept else self.detailed,
+            workload.tasks,
+            limited_tasks,
+            workload.tasks_from,
+            {**{name: getattr(workload, name) for name in ("limit", "seed", "chat_template")}, "shared": swept},
+            store,
+            track,
+        )
 
     def pairs(self) -> dict[str, Any]:
         """Preference figures, calibration, and drift on the chosen answers."""
@@ -162,10 +120,12 @@ class Evaluation:
                 for column in self.detailed
                 if any(category is not None for category in categories)
             },
-            "worst": {
-                column.name: _worst_pairs(pairs, held_out, column.name) for column in self.detailed
+            "worst": {column.name: _worst_pairs(pairs, held_out, column.name) for column in self.detailed},
+            "items": {
+                "groups": group_numbers(held_out.groups),
+                "columns": {column.name: pair_items(pairs, column.name) for column in self.detailed},
             },
-        }  # fmt: skip
+        }
 
     def neutral(self) -> dict[str, Any]:
         """Drift on text that has nothing to do with the preference."""
@@ -253,33 +213,9 @@ class Evaluation:
         # A judge that could not be reached may be there next time.
         return self.store.part("judged", inputs, compute, keep=lambda result: result["missing"] == 0)
 
-    def tasks(self, required: Sequence[str] = (), columns: Sequence[Column] | None = None) -> dict[str, Any]:
-        """Benchmarks through lm-eval, base against other columns on the same items; {task: figures}.
-
-        Args:
-            required: names of tasks that are run as well, unless one of the workload's files or groups holds them.
-            columns: None for the detailed ones.
-        """
-        columns = self.detailed if columns is None else columns
-        result: dict[str, Any] = {}
-        for task in (*self.workload.tasks, *required):
-            if task not in result:
-                result |= self._task(task, columns)
-        return result
-
-    def _task(self, task: str, columns: Sequence[Column]) -> dict[str, Any]:
-        benchmarks.require_lm_eval()
-        workload, folder = self.workload, benchmarks.task_folder(self.workload.tasks_from)
-        settings = [asdict(column) for column in columns]
-        inputs = [self.identity, settings, benchmarks.state(task, folder), workload.limit, workload.seed]
-
-        def compute() -> dict[str, Any]:
-            return benchmarks.run_task(
-                self.subject, task, list(columns), workload.limit, workload.seed, folder, workload.chat_template,
-                self.track,
-            )  # fmt: skip
-
-        return self.store.part("task", [*inputs, workload.chat_template], compute)
+    def tasks(self) -> dict[str, Any]:
+        """Benchmarks through lm-eval, base against columns on the same items; {task: figures}."""
+        return self.benchmarks.results()
 
     # -- what the parts share ----------------------------------------------------------------------------------
 
@@ -298,6 +234,7 @@ class Evaluation:
             "columns": drift_figures(drifts, seed=self.workload.seed),
             "breakdown": self._breakdowns(drifts, texts),
             "worst": {column.name: _worst_texts(drifts, texts, column.name) for column in self.detailed},
+            "items": {"columns": {column.name: drift_items(drifts, column.name) for column in self.detailed}},
         }
 
     def _measured(self, title: str, texts: Sequence[Text]) -> list[TextDrift]:

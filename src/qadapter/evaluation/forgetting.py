@@ -8,15 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qadapter.errors import ConfigError, DataError
 from qadapter.evaluation.columns import BASE, Column
-from qadapter.evaluation.intervals import Interval, bootstrap_mean, mcnemar_exact, paired_difference, wilson
+from qadapter.evaluation.intervals import Interval, mcnemar_exact, wilson
 from qadapter.evaluation.progress import Track, silent
+from qadapter.evaluation.resampling import mean_intervals, paired_difference
+from qadapter.evaluation.shared_likelihoods import SharedLikelihoods
 from qadapter.evaluation.tasks import local_tasks
 from qadapter.modeling import QAdapterForCausalLM
 
 if TYPE_CHECKING:
-    from qadapter.evaluation.harness import TaskScores
+    from qadapter.evaluation.harness import LoadedTasks, TaskScores
 
 __all__ = ["local_tasks", "run_tasks"]
 
@@ -34,6 +38,7 @@ def run_tasks(
     progress: Track | None = None,
     include_path: str | Path | None = None,
     chat_template: bool = False,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """Scores of base and columns on tasks of lm-eval, as values for JSON.
 
@@ -46,9 +51,11 @@ def run_tasks(
         progress: opens a bar for each column and kind of request.
         include_path: a folder of further tasks, such as `local_tasks` writes; they go before lm-eval's own.
         chat_template: put the questions as a user's messages.
+        shared: likelihoods of all columns from one pass over the hidden states, which is what makes sweeps cheap. They
+            equal those of separate passes up to rounding; answers are generated column by column in any case.
 
     Returns:
-        {"tasks": {task: figures}, "settings": {...}}; a group's figures pool the items of its tasks. Figures are:
+        {"tasks": {task: figures}, "settings": {...}}; figures of a group or tag pool the items of its tasks. Figures:
         metric, higher_is_better, n, shots; columns {column: {value, low, high}}; differences from the base
         {column: {value, low, high, mcnemar_p}} (the p-value is None unless scores are 0 and 1); other_metrics
         {metric: {columns, differences}}; scores {column: [one an item]}; and answers {column: [one an item]} if the
@@ -58,18 +65,39 @@ def run_tasks(
         ConfigError: lm-eval is not installed, an unknown task, column setting or adapter, or a limit below 1.
         DataError: a task without a metric that is a mean over items, or whose items differ from run to run.
     """
-    settings = _columns(model, columns)
+    _columns(model, columns)  # refuses what is wrong before tasks are read
     if not tasks or (limit is not None and limit < 1):
         raise ConfigError(f"tasks = {list(tasks)}, limit = {limit}: give at least one task, and at least one item.")
     try:
         from qadapter.evaluation import harness
     except ImportError as error:
         raise ConfigError(f"benchmarks need lm-eval: pip install 'qadapter[eval]' ({error}).") from error
-    loaded = harness.load_tasks(tasks, include_path)
+    loaded = harness.load_tasks(tasks, include_path, progress or silent)
+    return run_loaded(model, tokenizer, loaded, columns, limit, seed, batch_size, progress, chat_template, shared)
+
+
+def run_loaded(
+    model: QAdapterForCausalLM,
+    tokenizer: Any,
+    loaded: LoadedTasks,
+    columns: Mapping[str, Mapping[str, Any]],
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Track | None = None,
+    chat_template: bool = False,
+    shared: bool = False,
+) -> dict[str, Any]:
+    """As `run_tasks`, of tasks that `harness.load_tasks` has loaded."""
+    from qadapter.evaluation import harness
+
+    settings = _columns(model, columns)
+    likelihoods = SharedLikelihoods(model, settings) if shared else None
     results = {}
+    title = next(iter(loaded.groups or loaded.tasks))
     for column in settings:
         with column.applied(model), _as_it_was(model):
-            lm = harness.PolicyLM(model, tokenizer, batch_size, progress or silent, column.name)
+            lm = harness.PolicyLM(model, tokenizer, batch_size, progress or silent, column.name, title, likelihoods)
             results[column.name] = harness.run(lm, loaded, limit, seed, chat_template)
     figures = {}
     for name, task in loaded.tasks.items():
@@ -173,7 +201,9 @@ def _figures(scores: Mapping[str, Sequence[float]], seed: int) -> dict[str, Any]
 
 
 def _mean(values: Sequence[float], seed: int) -> Interval:
-    return wilson(sum(values), len(values)) if set(values) <= {0, 1} else bootstrap_mean(values, seed)
+    if set(values) <= {0, 1}:
+        return wilson(sum(values), len(values))
+    return mean_intervals(torch.tensor([values], dtype=torch.float64), seed=seed)[0]
 
 
 def _bounds(interval: Interval) -> dict[str, float]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -22,8 +21,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from qadapter.errors import ConfigError, DataError
-from qadapter.evaluation.progress import Advance, Track
+from qadapter.evaluation.columns import BASE
+from qadapter.evaluation.foreign_bars import ForeignBars
+from qadapter.evaluation.progress import Advance, Track, silent
+from qadapter.evaluation.shared_likelihoods import SharedLikelihoods
 
+ANSWERS = "answers"
 GROUP = re.compile(r"""^["']?group["']?\s*:\s*["']?(?P<name>[^\s"'#]+)""", re.MULTILINE)
 
 
@@ -32,35 +35,51 @@ class PolicyLM(HFLM):
 
     Args:
         tokenizer: left as it is; lm-eval works with a copy, since it sets a padding token.
-        title: of the progress bars, `<title>: <kind of request>`.
+        column: whose settings the model has, by name.
+        task: what is run, for the progress bars.
+        shared: gives the column's likelihoods, in place of passes of its own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, track: Track, title: str = "lm-eval") -> None:
-        self.track, self.title, self.stderr = track, title, sys.stderr
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        track: Track,
+        column: str = BASE,
+        task: str = "lm-eval",
+        shared: SharedLikelihoods | None = None,
+    ) -> None:
+        self.track, self.column, self.task, self.shared = track, column, task, shared
         with hushed():  # it warns that a model object was given
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """As lm-eval's."""
-        with self._shown("likelihoods", requests):
-            return super().loglikelihood(requests, disable_tqdm=True)
+        self._show("likelihoods", requests)
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """As lm-eval's."""
-        with self._shown("likelihoods of texts", requests):
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        self._show("likelihoods of texts", requests)
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """As lm-eval's."""
-        with self._shown("answers", requests):
-            return super().generate_until(requests, disable_tqdm=True)
+        self._show(ANSWERS, requests)
+        return super().generate_until(requests, disable_tqdm=True)
 
-    @contextmanager
-    def _shown(self, kind: str, requests: Sequence[Any]) -> Iterator[None]:
-        """Within the context a bar tells of each finished request, on the standard error that `hushed` took away."""
-        with redirect_stderr(self.stderr):
-            self.set_cache_hook(_Hook(self.track(f"{self.title}: {kind}", len(requests))))
-            yield
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        if self.shared is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        return self.shared.of(self.column, requests, self.max_length, self.cache_hook.advance)
+
+    def _show(self, kind: str, requests: Sequence[Any]) -> None:
+        """Open a bar that tells of each finished request; shared likelihoods are computed with the base's."""
+        track, column = self.track, self.column
+        if self.shared is not None and kind != ANSWERS:
+            track, column = (track, "all columns") if column == BASE else (silent, column)
+        self.set_cache_hook(_Hook(track(f"{self.task}, {column}: {kind}", len(requests))))
 
 
 class _Hook:
@@ -74,23 +93,26 @@ class _Hook:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
-    """Within the context nothing reaches standard error: lm-eval opens a bar for each task that it prepares."""
-    with redirect_stderr(io.StringIO()):
+def hushed(track: Track = silent, title: str = "") -> Iterator[None]:
+    """Within the context nothing is printed, and bars that last are shown by `track`.
+
+    lm-eval opens a bar for each task that it prepares, and its tasks and their libraries print as they like.
+    """
+    with redirect_stdout(io.StringIO()), redirect_stderr(ForeignBars(track, title)):
         yield
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data, and which of them each group holds."""
+    """Tasks with their data, and which of them each group or tag holds."""
 
     tasks: dict[str, Task]
     groups: dict[str, list[str]]
     manager: TaskManager
 
 
-def load_tasks(names: Iterable[str], include_path: str | Path | None = None) -> LoadedTasks:
-    """The tasks and groups called `names`, or written in YAML files of these names.
+def load_tasks(names: Iterable[str], include_path: str | Path | None = None, track: Track = silent) -> LoadedTasks:
+    """The tasks, groups and tags called `names`, or written in YAML files of these names.
 
     Args:
         include_path: a folder of task files that go before lm-eval's own, such as `local_tasks` writes.
@@ -104,20 +126,66 @@ def load_tasks(names: Iterable[str], include_path: str | Path | None = None) -> 
     names = [_group_in(name) or name for name in names]
     folders += [] if include_path is None else [Path(include_path)]
     own = TaskManager(include_path=folders, include_defaults=False)
-    manager = own if all(_complete(own, name) for name in names) else _with_stock_tasks(tuple(map(str, folders)))
+    if all(_complete(own, name) for name in names):
+        manager = own
+    else:
+        done = track("Reading lm-eval's own tasks", 1)
+        manager = _with_stock_tasks(tuple(map(str, folders)))
+        done(1)
     for name in names:
         if name not in manager.task_index and not _is_task_file(name):
-            close = ", ".join(get_close_matches(name, manager.all_tasks, n=3)) or "none is close"
-            raise ConfigError(f"lm-eval has no task {name!r} (similar: {close}).")
+            raise ConfigError(f"lm-eval has no task {name!r} (similar: {_similar(name, manager)}).")
+    tasks: dict[str, Task] = {}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        loaded = _loaded(manager, name, track)
+        tasks.update(loaded["tasks"])
+        for group, members in loaded["groups"].items():
+            groups[group] = [task.task_name for task in members.get_all_tasks()]
+        if name in manager.all_tags:
+            groups[name] = list(loaded["tasks"])
+    return LoadedTasks(tasks, groups, manager)
+
+
+def _loaded(manager: TaskManager, name: str, track: Track) -> Any:
+    """What lm-eval loads for a name, refused where it could not be run to its end."""
     try:
-        loaded = manager.load(names)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"the data or code of {', '.join(names)} cannot be loaded: {error}") from error
-    for name, task in loaded["tasks"].items():
+        with hushed(track, name):
+            loaded = manager.load([name])
+    except ModuleNotFoundError as error:
+        hint = " (its extra: pip install 'lm-eval[ifeval]')" if "ifeval" in name else ""
+        raise ConfigError(f"task {name} needs the package {error.name}, which is not installed{hint}.") from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the data or code of {name} cannot be loaded: {reason}") from error
+    for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(f"task {name} runs code that the model writes; that is not supported.")
-    groups = {name: [task.task_name for task in group.get_all_tasks()] for name, group in loaded["groups"].items()}
-    return LoadedTasks(loaded["tasks"], groups, manager)
+            raise ConfigError(f"task {task.task_name} runs code that the model writes; that is not supported.")
+        if "ifeval" in task.task_name:
+            _require_sentences(task.task_name)
+    return loaded
+
+
+def _require_sentences(name: str) -> None:
+    """Raise ConfigError without the data that IFEval's checks need after all answers have been generated."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        raise ConfigError(
+            f"task {name} splits answers into sentences with NLTK's punkt_tab, which is not on this machine: "
+            "run `python -m nltk.downloader punkt_tab` where the network is, or set NLTK_DATA to a folder that has it."
+        ) from None
+
+
+def _similar(name: str, manager: TaskManager) -> str:
+    """Names like one that lm-eval does not have, whatever its case and hyphens."""
+    wanted = name.lower().replace("-", "_")
+    known = sorted(manager.task_index)
+    close = get_close_matches(wanted, known, n=3)
+    parts = [other for other in known if wanted in other.split("_") and other not in close]
+    return ", ".join([*close, *sorted(parts, key=len)[:3]]) or "none is close"
 
 
 def _is_task_file(name: str) -> bool:
@@ -162,10 +230,10 @@ class TaskScores:
 
 
 def run(
-    lm: HFLM, loaded: LoadedTasks, limit: int | None, seed: int, chat_template: bool = False
+    lm: PolicyLM, loaded: LoadedTasks, limit: int | None, seed: int, chat_template: bool = False
 ) -> dict[str, TaskScores]:
     """The scores of every task, by its name; sets the global seeds, as lm-eval does."""
-    with hushed():
+    with hushed(lm.track, lm.task):
         results = simple_evaluate(
             model=lm,
             tasks=list(loaded.tasks.values()),

@@ -1,4 +1,4 @@
-"""95% intervals of rates and of paired differences."""
+"""95% intervals of rates and means, and the exact test of paired rates."""
 
 import math
 import random
@@ -41,26 +41,6 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
     means = sorted(math.fsum(generator.choices(values, k=n)) / n for _ in range(RESAMPLES))
     low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
     return Interval(math.fsum(values) / n, low, high, n)
-
-
-def paired_difference(policy: Sequence[float], base: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of policy − base over the same items, with its 95% interval.
-
-    Scores of 0 and 1 get the adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915): where
-    few items change, as they should here, the percentile bootstrap covers far less than 95%, and it claims certainty
-    when none does. All other scores get that bootstrap.
-
-    Raises:
-        ValueError: sequences of different lengths.
-    """
-    differences = [a - b for a, b in zip(policy, base, strict=True)]
-    n = len(differences)
-    if n == 0 or not {*policy, *base} <= {0, 1}:
-        return bootstrap_mean(differences, seed)
-    gained, lost = ((differences.count(change) + 1) / (n + 2) for change in (1, -1))
-    centre = gained - lost
-    half = Z95 * math.sqrt((gained + lost - centre**2) / (n + 2))
-    return Interval(math.fsum(differences) / n, max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
 def mcnemar_exact(policy: Sequence[float], base: Sequence[float]) -> float:

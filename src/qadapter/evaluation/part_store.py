@@ -15,7 +15,7 @@ from typing import Any
 from qadapter.modeling.bases import cache_folder
 
 # Raise it when the meaning of a stored part changes.
-PARTS_VERSION = 1
+PARTS_VERSION = 2
 VERSIONED = ("qadapter", "torch", "transformers", "peft")
 
 
@@ -24,13 +24,14 @@ class PartStore:
 
     Args:
         folder: None takes `evaluation` in the user's cache folder.
-        reuse: whether stored parts are taken; they are written in any case.
+        reuse: whether parts stored by earlier runs are taken; they are written in any case.
     """
 
     def __init__(self, folder: Path | None = None, reuse: bool = True) -> None:
         self.folder = folder or cache_folder() / "evaluation"
         self.reuse = reuse
         self.reused: list[str] = []
+        self.fresh: set[Path] = set()  # measured by this run
 
     def part(
         self, name: str, inputs: Any, compute: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True
@@ -40,20 +41,30 @@ class PartStore:
         Args:
             keep: whether a computed value is final, and so to be stored.
         """
-        path = self.folder / f"{name}-{fingerprint(inputs)[:32]}.json"
-        if self.reuse and path.is_file():
-            try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # damaged: computed again
-                pass
-            else:
+        path, stored = self._path(name, inputs), self.stored(name, inputs)
+        if stored is not None:
+            if path not in self.fresh:
                 self.reused.append(name)
-                return value
+            return stored
         # Through JSON and back, so that a fresh part and a stored one are the same value.
         value = json.loads(json.dumps(jsonable(compute()), allow_nan=False))
         if keep(value):
             write_ordered_json(path, value)
+            self.fresh.add(path)
         return value
+
+    def stored(self, name: str, inputs: Any) -> Any | None:
+        """The stored part of that name and these inputs; None if there is none that may be taken."""
+        path = self._path(name, inputs)
+        if not (path.is_file() and (self.reuse or path in self.fresh)):
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # damaged: computed again
+            return None
+
+    def _path(self, name: str, inputs: Any) -> Path:
+        return self.folder / f"{name}-{fingerprint(inputs)[:32]}.json"
 
 
 def fingerprint(inputs: Any) -> str:

@@ -7,13 +7,17 @@ from typing import Any
 from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.environment import environment
-from qadapter.evaluation.evaluate import Evaluation, Workload
+from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits, drop, kl_figures
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject
+from qadapter.evaluation.tables import is_rate
+from qadapter.evaluation.workload import Workload
 
 SCHEMA_VERSION = 1
+# Of a benchmark, for the base and for points of another alpha_0, which cannot generate.
+UNCHANGED, NOT_RUN = ({"value": value, "low": None, "high": None} for value in (0.0, None))
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,12 @@ def run_sweep(
     Raises:
         ConfigError: a limit on benchmarks without any benchmark.
     """
-    evaluation = Evaluation(subject, columns, workload, store, track, detailed=[])
     if budget.max_drop is not None and not workload.tasks:
         raise ConfigError("--max-drop needs benchmarks: name them with --tasks, or limit --max-kl.")
-    results: dict[str, Any] = {"pairs": evaluation.pairs(), "neutral": evaluation.neutral(), "tasks": {}}
-    if workload.tasks:
-        results["tasks"] = evaluation.tasks(columns=[column for column in columns if column.alpha_0 is None])
+    evaluation = Evaluation(
+        subject, columns, workload, store, track, detailed=[], limited_tasks=tuple(budget.drops), swept=True
+    )
+    results = {"pairs": evaluation.pairs(), "neutral": evaluation.neutral(), "tasks": evaluation.tasks()}
     points = [point(results, Column(BASE, 0.0)), *(point(results, column) for column in columns)]
     limits = budget.limits(list(results["tasks"]))
     return jsonable(
@@ -66,6 +70,14 @@ def run_sweep(
             "adapter": {"path": subject.path, "adapters": evaluation.identity["adapters"]},
             "base": evaluation.identity["base"],
             "workload": workload.to_dict(),
+            "tasks": {
+                task: {
+                    "metric": figures["metric"],
+                    "n": figures["n"],
+                    "unit": "points" if is_rate(figures) else "score",
+                }
+                for task, figures in results["tasks"].items()
+            },
             "budget": {"max_kl": limits.max_kl, "max_drop": dict(limits.max_drop)},
             "points": points,
             "recommended": recommend(results, columns, limits),
@@ -92,7 +104,7 @@ def point(results: Mapping[str, Any], column: Column) -> dict[str, Any]:
         "kl_neutral": neutral["kl"],
         "loss_change_neutral": neutral["loss_change"],
         "tasks": {
-            task: figures["differences"].get(name, {"value": 0.0} if name == BASE else {"value": None})
+            task: figures["differences"].get(name, UNCHANGED if name == BASE else NOT_RUN)
             for task, figures in results["tasks"].items()
         },
     }

@@ -1,7 +1,8 @@
-"""sweep.json, sweep.svg and sweep.html, whose plot can be asked for any two figures and for each point's values."""
+"""sweep.json, .html and plots as .svg and .png; the page's plot can be asked for any two figures and each point."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from rich.markup import escape as plain
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
 from qadapter.evaluation.part_store import write_ordered_json
 from qadapter.evaluation.tables import Row, print_table, short, written
-from qadapter.plots import line_chart
+from qadapter.plots import Chart, chart, svg
 
-JSON_NAME, SVG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.html"
+JSON_NAME, SVG_NAME, PNG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.png", "sweep.html"
+
+BENCHMARKS_SVG_NAME = "sweep_benchmarks.svg"
 
 # (key, title, how it is written)
 GAINS = (
@@ -37,11 +40,23 @@ NARROW_FIGURES = (
 )
 
 
-def write_sweep(sweep: Mapping[str, Any], folder: Path) -> None:
-    """The three files in `folder`."""
+def write_sweep(sweep: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The files that were written into `folder`; the PNG only where Pillow is installed."""
     write_ordered_json(folder / JSON_NAME, sweep)
-    (folder / SVG_NAME).write_text(chart(sweep), encoding="utf-8")
     (folder / HTML_NAME).write_text(page(sweep), encoding="utf-8")
+    written = [folder / JSON_NAME, folder / HTML_NAME]
+    pictures = {folder / SVG_NAME: trade_off(sweep)}
+    if sweep["tasks"]:
+        pictures[folder / BENCHMARKS_SVG_NAME] = benchmark_changes(sweep)
+    for path, picture in pictures.items():
+        path.write_text(svg(picture), encoding="utf-8")
+        written.append(path)
+        if find_spec("PIL") is not None:
+            from qadapter.plots_png import png
+
+            path.with_suffix(".png").write_bytes(png(picture))
+            written.append(path.with_suffix(".png"))
+    return written
 
 
 def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
@@ -53,25 +68,34 @@ def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
 
 def rows_of(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Header and rows of the table of points."""
-    tasks = list(sweep["points"][0]["tasks"])
-    header = ("point", *(title for _, title, _ in TABLE_FIGURES), *(f"change of {task}" for task in tasks))
+    header = ("point", *(title for _, title, _ in TABLE_FIGURES), *(task_title(sweep, task) for task in sweep["tasks"]))
     rows = []
     for point in sweep["points"]:
         cells = [written(point[key], kind) for key, _, kind in TABLE_FIGURES]
-        cells += [written({"low": None, "high": None, **point["tasks"][task]}, "change") for task in tasks]
+        cells += [written(point["tasks"][task], task_kind(sweep, task)) for task in sweep["tasks"]]
         rows.append((point["name"], *cells))
     return header, rows
 
 
 def narrow_rows(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """The same for a terminal."""
-    tasks = list(sweep["points"][0]["tasks"])
+    tasks = list(sweep["tasks"])
     header = ("strength", *(title for _, title, _ in NARROW_FIGURES), *tasks)
     rows = []
     for point in sweep["points"]:
         cells = [short(point[key], kind) for key, _, kind in NARROW_FIGURES]
-        rows.append((point["name"], *cells, *(short(point["tasks"][task], "change") for task in tasks)))
+        rows.append((point["name"], *cells, *(short(point["tasks"][task], task_kind(sweep, task)) for task in tasks)))
     return header, rows
+
+
+def task_kind(sweep: Mapping[str, Any], task: str) -> str:
+    """How a benchmark's change is written."""
+    return "points" if sweep["tasks"][task]["unit"] == "points" else "change"
+
+
+def task_title(sweep: Mapping[str, Any], task: str) -> str:
+    """What a benchmark's change is called."""
+    return f"change of {task}" + (", percentage points" if task_kind(sweep, task) == "points" else "")
 
 
 def recommendation(sweep: Mapping[str, Any]) -> str:
@@ -87,12 +111,30 @@ def recommendation(sweep: Mapping[str, Any]) -> str:
     return f"Recommended strength: {found['strength']:g}, the largest measured one that fits ({within})."
 
 
-def chart(sweep: Mapping[str, Any]) -> str:
-    """Gain against drift, a line for each alpha_0, as SVG."""
+def trade_off(sweep: Mapping[str, Any]) -> Chart:
+    """Gain against drift, a line for each alpha_0; the recommended point is marked."""
     series: dict[str, list[tuple[float, float]]] = {}
     for name, points in lines(sweep).items():
         series[name] = [(point["kl_chosen"]["value"], point["margin_gain"]["value"]) for point in points]
-    return line_chart(series, "Preference gained against drift", COSTS[0][1], GAINS[0][1])
+    found = sweep["recommended"]
+    marked = {
+        f"recommended: {point['strength']:g}": (point["kl_chosen"]["value"], point["margin_gain"]["value"])
+        for point in sweep["points"]
+        if found is not None and found["fits"] and point["name"] == found["name"]
+    }
+    return chart(series, "Preference gained against drift", COSTS[0][1], GAINS[0][1], marked)
+
+
+def benchmark_changes(sweep: Mapping[str, Any]) -> Chart:
+    """Change of each benchmark against the preference gained, as trained."""
+    scales = _scales(sweep)
+    points = sorted((point for point in sweep["points"] if point["alpha_0"] is None), key=lambda p: p["strength"])
+    series = {
+        task: [(p["margin_gain"]["value"], scale * p["tasks"][task]["value"]) for p in points]
+        for task, scale in scales.items()
+    }
+    unit = ", percentage points" if set(scales.values()) == {100.0} else ""
+    return chart(series, "What it cost on benchmarks", GAINS[0][1], f"change{unit}")
 
 
 def lines(sweep: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -109,10 +151,12 @@ def lines(sweep: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
 
 def page(sweep: Mapping[str, Any]) -> str:
     """The interactive page."""
-    tasks = [(f"task:{task}", f"change of {task}", "change") for task in sweep["points"][0]["tasks"]]
+    tasks = [(f"task:{task}", task_title(sweep, task), task_kind(sweep, task)) for task in sweep["tasks"]]
+    scales = _scales(sweep)
     data = {
         "lines": [
-            {"name": name, "points": [_flat(point) for point in points]} for name, points in lines(sweep).items()
+            {"name": name, "points": [_flat(point, scales) for point in points]}
+            for name, points in lines(sweep).items()
         ],
         "gains": [list(figure) for figure in GAINS],
         "costs": [list(figure) for figure in (*COSTS, *tasks, ("strength", "strength", "number"))],
@@ -121,7 +165,7 @@ def page(sweep: Mapping[str, Any]) -> str:
     header, rows = rows_of(sweep)
     body = f"""<p>{escape(recommendation(sweep))}</p>
 <p><label>gain <select id="gain"></select></label> <label>cost <select id="cost"></select></label></p>
-<div id="plot">{chart(sweep)}</div><pre id="values">Point at a dot to see its values.</pre>
+<div id="plot">{svg(trade_off(sweep))}</div><pre id="values">Point at a dot to see its values.</pre>
 <h2>Points</h2>{table(header, rows)}
 {folded("Settings", json_block({key: sweep[key] for key in ("budget", "workload", "adapter", "base", "environment")}))}
 <script type="application/json" id="data">{script_data(data)}</script>
@@ -129,11 +173,20 @@ def page(sweep: Mapping[str, Any]) -> str:
     return document(f"Sweep of {Path(sweep['adapter']['path']).name}", body)
 
 
-def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
+def _scales(sweep: Mapping[str, Any]) -> dict[str, float]:
+    """What a benchmark's changes are multiplied by."""
+    return {task: 100.0 if task_kind(sweep, task) == "points" else 1.0 for task in sweep["tasks"]}
+
+
+def _values(figure: Mapping[str, Any], scale: float = 1.0) -> list[float | None]:
+    return [None if (value := figure[key]) is None else scale * value for key in ("value", "low", "high")]
+
+
+def _flat(point: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
     """A point's values by figure, each [value, low, high]."""
     figures = {key: point[key] for key, *_ in (*GAINS, *COSTS)}
-    figures |= {f"task:{task}": difference for task, difference in point["tasks"].items()}
-    values = {key: [f["value"], f.get("low"), f.get("high")] for key, f in figures.items()}
+    values = {key: _values(figure) for key, figure in figures.items()}
+    values |= {f"task:{task}": _values(change, scales[task]) for task, change in point["tasks"].items()}
     return {"name": point["name"], "strength": [point["strength"], None, None], **values}
 
 

@@ -65,13 +65,16 @@ def cell(results: Mapping[str, Any], part: str, column: str, figure: str, kind: 
 
 
 def written(interval: Mapping[str, Any] | None, kind: str) -> str:
-    """An interval as text: "77.0% [70.1, 82.9]" or "0.0532 [0.0491, 0.0573]"."""
+    """An interval as text: "77.0% [70.1, 82.9]", "+7.0 [-1.2, +15.3]" (points) or "0.0532 [0.0491, 0.0573]"."""
     if interval is None or interval["value"] is None:
         return "–"
     value, low, high = interval["value"], interval["low"], interval["high"]
     if kind == "rate":
         bounds = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
         return f"{100 * value:.1f}%{bounds}"
+    if kind == "points":
+        bounds = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+        return f"{100 * value:+.1f}{bounds}"
     form = "+.4f" if kind == "change" else ".4f"
     bounds = "" if low is None else f" [{low:{form}}, {high:{form}}]"
     return f"{value:{form}}{bounds}"
@@ -81,10 +84,12 @@ def short(interval: Mapping[str, Any] | None, kind: str) -> str:
     """An interval for narrow tables, with its longer half: "77.0 ± 6.9" (percent) or "0.053 ± 0.004"."""
     if interval is None or interval["value"] is None:
         return "–"
-    value, low, high = (None if x is None else x * (100 if kind == "rate" else 1) for x in
-                        (interval["value"], interval.get("low"), interval.get("high")))  # fmt: skip
-    digits = 1 if kind == "rate" else 3
-    sign = "+" if kind == "change" else ""
+    share = kind in ("rate", "points")
+    value, low, high = (
+        None if interval.get(key) is None else interval[key] * (100 if share else 1) for key in ("value", "low", "high")
+    )
+    digits = 1 if share else 3
+    sign = "+" if kind in ("change", "points") else ""
     half = "" if low is None or high is None else f" ± {max(high - value, value - low):.{digits}f}"
     return f"{value:{sign}.{digits}f}{half}"
 
@@ -95,15 +100,12 @@ def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
     for title, part, figure, kind in HEADLINE:
         if part in ("pairs", "chosen") or results.get(part) is not None:
             rows.append((title, *(cell(results, part, name, figure, kind) for name in (BASE, *columns))))
-    for column in columns:
-        ece = results["pairs"]["calibration"].get(column)
-        if ece is not None:
-            rows.append(
-                ("Calibration error of σ(reward margin)", "–", *_at(column, columns, written_number(ece["ece"])))
-            )
-    rows += [_judge_row(judged, columns) for judged in results.get("judged", [])]
+    calibration = results["pairs"]["calibration"]
+    errors = [written_number(calibration[name]["ece"] if name in calibration else None) for name in columns]
+    rows.append(("Calibration error of σ(reward margin)", "–", *errors))
+    rows += _judge_rows(results.get("judged", []), columns)
     for task, figures in results.get("tasks", {}).items():
-        kind = "rate" if _is_rate(figures) else "number"
+        kind = "rate" if is_rate(figures) else "number"
         cells = [figures["columns"].get(name) for name in (BASE, *columns)]
         rows.append((f"{task} ({figures['metric']}, n = {figures['n']})", *(written(cell, kind) for cell in cells)))
         rows.append(
@@ -116,7 +118,8 @@ def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _is_rate(figures: Mapping[str, Any]) -> bool:
+def is_rate(figures: Mapping[str, Any]) -> bool:
+    """Whether all scores of a benchmark are shares."""
     values = [entry["value"] for entry in figures["columns"].values()]
     return all(value is None or 0 <= value <= 1 for value in values)
 
@@ -133,17 +136,23 @@ def _difference(difference: Mapping[str, Any] | None, kind: str) -> str:
     return f"{value:+.2f}{bounds}" + (" points" if kind == "rate" else "") + ("" if p is None else f", p = {p:.3g}")
 
 
-def _judge_row(judged: Mapping[str, Any], columns: Sequence[str]) -> Row:
+def _judge_rows(judged: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[Row]:
+    """A row a judge."""
+    cells: dict[str, dict[str, str]] = {}
+    for entry in judged:
+        cells.setdefault(entry["judge"], {})[entry["column"]] = _win_rate(entry)
+    return [
+        (f"Win rate against the base, {judge}", "50%", *(own.get(name, "–") for name in columns))
+        for judge, own in cells.items()
+    ]
+
+
+def _win_rate(judged: Mapping[str, Any]) -> str:
     counts = f"{judged['wins']} won, {judged['ties']} tied, {judged['losses']} lost, {judged['missing']} missing"
     bias = judged.get("order_bias")
     if bias is not None:
         counts += f"; order changed {written(bias, 'rate')}"
-    rate = f"{written(judged['rate'], 'rate')} ({counts})"
-    return (f"Win rate against the base, {judged['judge']}", "50%", *_at(judged["column"], columns, rate))
-
-
-def _at(column: str, columns: Sequence[str], text: str) -> list[str]:
-    return [text if name == column else "–" for name in columns]
+    return f"{written(judged['rate'], 'rate')} ({counts})"
 
 
 def written_number(value: float | None) -> str:
@@ -163,7 +172,7 @@ def narrow(results: Mapping[str, Any], columns: Sequence[str]) -> tuple[Row, lis
             for _, part, figure, kind in shown
         ]
         for figures in tasks.values():
-            cells.append(short(figures["columns"].get(name), "rate" if _is_rate(figures) else "number"))
+            cells.append(short(figures["columns"].get(name), "rate" if is_rate(figures) else "number"))
         rows.append((name, *cells))
     return header, rows
 
