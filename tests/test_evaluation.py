@@ -19,6 +19,7 @@ from qadapter.evaluation.rules import follows_house_style, sentence_count
 from qadapter.evaluation.scoring import (
     PairScore,
     Score,
+    batches_by_beginning,
     batches_by_length,
     drift_summary,
     pair_summary,
@@ -259,10 +260,21 @@ def test_texts_without_context_or_answer_are_refused(policy, context, answer):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 120))
 def test_batches_hold_each_text_once_and_keep_to_their_size(lengths, batch_tokens):
-    batches = list(batches_by_length(lengths, batch_tokens))
+    batches = list(batches_by_length([[0] * length for length in lengths], batch_tokens))
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= batch_tokens
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=20), st.integers(1, 30))
+def test_batches_of_texts_that_begin_alike_hold_each_once_and_keep_to_their_size(texts, batch_tokens):
+    batches = list(batches_by_beginning(texts, batch_tokens))
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(texts)))
+    assert [texts[index] for index in order] == sorted(texts)
+    for batch in batches:
+        assert len(batch) == 1 or sum(len(texts[index]) for index in batch) <= batch_tokens
 
 
 def score(logps, base_logps=-6.0, tokens=2, kl=0.0):

@@ -339,7 +339,7 @@ def test_text_is_tokenised_and_its_report_kept(policy, tmp_path):
     tokenizer = tiny_tokenizer()
     trainer = QAdapterTrainer(
         model=policy,
-        args=QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True),
+        args=QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, packing=False),
         train_dataset=Dataset.from_list(TEXT_PAIRS),
         eval_dataset={"first": Dataset.from_list(TEXT_PAIRS[:2]), "second": Dataset.from_list(TEXT_PAIRS[1:])},
         processing_class=tokenizer,

@@ -1,6 +1,7 @@
 """Drift of tokens under many settings at once, against full logits of separate passes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from qadapter.evaluation import drift as drift_module
 from qadapter.evaluation.columns import Column, parse_strengths, strength_columns, unique_names
 from qadapter.evaluation.drift import Passage, TokenDrift, measure_passages, measure_texts
 from qadapter.evaluation.texts import Text
+from qadapter.modeling.packed import enable_packing
 
 TEXTS = [Text(row[:split], row[split:]) for row, split in zip(token_ids(5, 9, 7, 3, 12), (2, 1, 6, 1, 4), strict=True)]
 LOGITS_FORM = QAdapterConfig(parametrisation="logits", alpha_tilde=2.0, alpha_0=0.7)
@@ -61,11 +63,23 @@ def test_an_adapter_on_the_head():
     assert_equal_to_definition(policy, strength_columns("policy", [0.5, 1.3]), 1e-11)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_neox"])
+def test_packed_rows_give_what_padded_rows_give(architecture, monkeypatch):
+    policy, columns = tiny_policy(tiny_base(architecture)).double(), strength_columns("policy", [0.5, 1.0])
+    alike = [*TEXTS, *(replace(text, answer=[*text.answer, 5]) for text in TEXTS)]
+    packed = measure_texts(policy, alike, columns, batch_tokens=30)
+    monkeypatch.setattr(drift_module, "enable_packing", lambda model: False)
+    for ours, theirs in zip(packed, measure_texts(policy, alike, columns), strict=True):
+        torch.testing.assert_close(ours.base.logps, theirs.base.logps, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours.columns, theirs.columns, rtol=1e-5, atol=1e-6)
+
+
 def test_layers_below_the_adapter_run_once():
     policy = tiny_policy(
         config=APART, peft_config=lora(target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
     ).double()
     assert policy.shared_layers == 1
+    assert enable_packing(policy.base)  # it tries the model, which would count
     runs, columns = [], strength_columns("policy", [0.5, 1.0])
     layers = policy.base.get_decoder().layers
     handles = [layer.mlp.register_forward_hook(lambda *_, n=n: runs.append(n)) for n, layer in enumerate(layers)]

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import APART, lora, padded, tiny_base, tiny_policy, tiny_trainer, token_ids, token_pairs
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from qadapter.data import PackedCollator, PreferenceCollator
+from qadapter.data.packing import PackedSequences
 from qadapter.modeling.packed import enable_packing
 from qadapter.objective import pair_losses
 
@@ -70,21 +73,32 @@ def test_statistics_stand_in_the_order_of_padded_rows():
             torch.testing.assert_close(line[mask], expected_row[expected_mask], rtol=1e-9, atol=1e-10, msg=name)
 
 
-def test_a_prompt_stands_once_and_answers_continue_it():
+def test_what_sequences_begin_with_stands_once():
     pairs = [
-        {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
-        {"prompt_ids": [11], "chosen_ids": [12], "rejected_ids": [13, 14]},
+        {"prompt_ids": [1, 5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [7, 10]},
+        {"prompt_ids": [1, 11], "chosen_ids": [12], "rejected_ids": [13, 14]},
     ]
-    row = PackedCollator()(pairs)
-    ids = row["input_ids"][0]
-    assert ids.tolist() == list(range(5, 15))
-    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2]]
-    sequences = [part.tolist() for part in ids[row["gather_indices"]].split(row["sequence_lengths"])]
-    assert sequences == [[5, 6, 7, 8, 9], [11, 12], [5, 6, 10], [11, 13, 14]]
-    assert torch.equal(row["gather_indices"][row["restore_indices"]], torch.arange(10))
-    assert ids[row["state_indices"]].tolist() == [6, 7, 8, 11, 6, 11, 13]
-    assert row["target_ids"].tolist() == [7, 8, 9, 12, 10, 13, 14]
-    assert row["completion_mask"].sum(-1).tolist() == [3, 1, 1, 2]
+    batch = PackedCollator()(pairs)
+    ids = batch["input_ids"][0]
+    assert ids.tolist() == [1, 5, 6, 7, 8, 9, 11, 12, 10, 13, 14]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 1, 2, 4, 2, 3]]
+    sequences = [part.tolist() for part in ids[batch["gather_indices"]].split(batch["sequence_lengths"])]
+    assert sequences == [[1, 5, 6, 7, 8, 9], [1, 11, 12], [1, 5, 6, 7, 10], [1, 11, 13, 14]]
+    assert torch.equal(batch["gather_indices"][batch["restore_indices"]], torch.arange(11))
+    assert ids[batch["state_indices"]].tolist() == [6, 7, 8, 11, 6, 7, 11, 13]
+    assert batch["target_ids"].tolist() == [7, 8, 9, 12, 7, 10, 13, 14]
+    assert batch["completion_mask"].sum(-1).tolist() == [3, 1, 2, 2]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=7))
+def test_any_sequences_can_be_read_off_their_row(sequences):
+    packed = PackedSequences.of(sequences)
+    row = packed.input_ids[0]
+    parts = row[packed.gather_indices].split(packed.sequence_lengths)
+    assert [part.tolist() for part in parts] == sequences
+    positions = packed.position_ids[0][packed.gather_indices].split(packed.sequence_lengths)
+    assert [part.tolist() for part in positions] == [list(range(len(ids))) for ids in sequences]
+    assert len(row) == len({tuple(ids[: end + 1]) for ids in sequences for end in range(len(ids))})
 
 
 @pytest.mark.parametrize(

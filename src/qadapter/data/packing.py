@@ -1,74 +1,75 @@
-"""Batches of preference pairs without padding: all of them in one row, each pair's prompt once.
+"""Batches without padding: all sequences in one row, and what several of them begin with in it only once.
 
-The row is [prompt, chosen, rejected, next prompt, ...]; both answers continue at the position after their prompt.
-Everything that works token by token runs on this row. Attention runs on the sequences that the row stands for, prompt
-and answer each (`qadapter.modeling.packed`). `PreferenceCollator` makes the padded rows that this equals.
+Both answers of a pair share the prompt, and all prompts share what the chat template puts first. Everything that works
+token by token runs on the row; attention runs on the sequences that the row stands for (`qadapter.modeling.packed`).
+`PreferenceCollator` makes the padded rows that this equals.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qadapter.data.collator import require_columns
 
 SIDES = ("chosen_ids", "rejected_ids")
 
 
+class PackedSequences(NamedTuple):
+    """Sequences of M tokens together in a row of S tokens."""
+
+    input_ids: Tensor  # (1, S)
+    position_ids: Tensor  # (1, S)
+    gather_indices: Tensor  # (M,), where in the row each token of the sequences stands, one sequence after the other
+    restore_indices: Tensor  # (S,), where in the sequences each token of the row stands
+    sequence_lengths: list[int]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> "PackedSequences":
+        """Each sequence shares its beginning with the earlier one that agrees with it the longest."""
+        row: list[int] = []
+        places: list[list[int]] = []
+        for number, ids in enumerate(sequences):
+            shared, leader = max(((_agreement(ids, sequences[i]), i) for i in range(number)), default=(0, 0))
+            start = len(row) - shared
+            row.extend(ids[shared:])
+            places.append([*(places[leader][:shared] if shared else ()), *range(start + shared, start + len(ids))])
+        gather = torch.tensor([place for sequence in places for place in sequence])
+        restore, positions = torch.empty(2, len(row), dtype=torch.long)
+        restore[gather] = torch.arange(len(gather))  # what is shared is read off any of its sequences: they agree
+        positions[gather] = torch.tensor([position for sequence in places for position in range(len(sequence))])
+        lengths = [len(sequence) for sequence in sequences]
+        return cls(torch.tensor([row]), positions.unsqueeze(0), gather, restore, lengths)
+
+
+def _agreement(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at the beginning."""
+    for place, (token, other) in enumerate(zip(ids, others, strict=False)):
+        if token != other:
+            return place
+    return min(len(ids), len(others))
+
+
 @dataclass(frozen=True)
 class PackedCollator:
-    """Packs P tokenised pairs into one row of S tokens.
+    """Packs P tokenised pairs into one row.
 
-    The 2P sequences, all chosen then all rejected, have M tokens (prompts counted twice) and N response tokens, the
-    longest response C. Gives
-        input_ids, position_ids: (1, S) long.
-        gather_indices: (M,) long, where in the row each token of the sequences stands.
-        restore_indices: (S,) long, where in the sequences each token of the row stands.
-        sequence_lengths: 2P ints.
+    The sequences are all prompts with their chosen answers, then all with their rejected ones. With N response tokens,
+    the longest response C, gives the fields of `PackedSequences` and
         state_indices, target_ids: (N,) long, each response token and where in the row the state before it stands.
         completion_mask: (2P, C) bool, which of the columns each response has.
     """
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         require_columns(pairs)
-        sequences, responses = _places(pairs)
-        ids = [token for pair in pairs for part in ("prompt_ids", *SIDES) for token in pair[part]]
-        gather = torch.tensor([place for sequence in sequences for place in sequence])  # (M,)
-        restore = torch.empty(len(ids), dtype=torch.long)
-        restore[gather] = torch.arange(len(gather))  # a prompt is read off either of its sequences: they agree there
-        positions = torch.empty(len(ids), dtype=torch.long)
-        positions[gather] = torch.tensor([position for sequence in sequences for position in range(len(sequence))])
-        lengths = torch.tensor([len(response) for response in responses])
-        states = [
-            place
-            for sequence, response in zip(sequences, responses, strict=True)
-            for place in sequence[len(sequence) - len(response) - 1 : -1]
-        ]
-        return {
-            "input_ids": torch.tensor(ids).unsqueeze(0),
-            "position_ids": positions.unsqueeze(0),
-            "gather_indices": gather,
-            "restore_indices": restore,
-            "sequence_lengths": [len(sequence) for sequence in sequences],
-            "state_indices": torch.tensor(states),
-            "target_ids": torch.tensor([ids[place] for response in responses for place in response]),
+        sides = [(pair["prompt_ids"], pair[side]) for side in SIDES for pair in pairs]
+        packed = PackedSequences.of([[*prompt, *answer] for prompt, answer in sides])
+        places = packed.gather_indices.split(packed.sequence_lengths)
+        lengths = torch.tensor([len(answer) for _, answer in sides])
+        return packed._asdict() | {
+            "state_indices": torch.cat([s[len(p) - 1 : -1] for s, (p, _) in zip(places, sides, strict=True)]),
+            "target_ids": torch.cat([torch.tensor(answer) for _, answer in sides]),
             "completion_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(-1),
         }
-
-
-def _places(pairs: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[range]]:
-    """Where in the row the tokens of each sequence, and of its response alone, stand: chosen, then rejected."""
-    sequences: dict[str, list[list[int]]] = {side: [] for side in SIDES}
-    responses: dict[str, list[range]] = {side: [] for side in SIDES}
-    end = 0
-    for pair in pairs:
-        prompt = range(end, end + len(pair["prompt_ids"]))
-        end = prompt.stop
-        for side in SIDES:
-            response = range(end, end + len(pair[side]))
-            end = response.stop
-            sequences[side].append([*prompt, *response])
-            responses[side].append(response)
-    chosen, rejected = SIDES
-    return sequences[chosen] + sequences[rejected], responses[chosen] + responses[rejected]

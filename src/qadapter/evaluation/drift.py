@@ -15,19 +15,21 @@ Sizes: N tokens, H hidden size, V vocabulary.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qadapter.data.packing import PackedSequences
 from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import Column, Direction
 from qadapter.evaluation.progress import Advance
-from qadapter.evaluation.scoring import batches_by_length
+from qadapter.evaluation.scoring import batches_by_beginning, batches_by_length
 from qadapter.evaluation.texts import Text
 from qadapter.fused import default_chunk_size
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.mixing import capped_logits
+from qadapter.modeling.packed import enable_packing, packed_batch
 from qadapter.modeling.streams import Stream
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 
@@ -113,7 +115,7 @@ def measure_passages(
     """The drift of each passage's scored tokens under each column, in order.
 
     Args:
-        batch_tokens: padded tokens a batch may hold (a longer passage is a batch of its own).
+        batch_tokens: tokens a batch may hold, padding included (a longer passage is a batch of its own).
         advance: called with the number of passages done since the last call.
     """
     directions = {column.name: column.direction(model) for column in columns}
@@ -121,10 +123,11 @@ def measure_passages(
     measured: dict[int, TextDrift] = {}
     training = model.training
     model.eval()
-    for batch in batches_by_length([len(passage.ids) for passage in passages], batch_tokens):
+    packs = enable_packing(model.base)
+    batches = batches_by_beginning if packs else batches_by_length
+    for batch in batches([passage.ids for passage in passages], batch_tokens):
         rows = [passages[index] for index in batch]
-        input_ids, attention_mask, states = _padded(rows)
-        hidden = _hidden_states(model, input_ids, attention_mask, states, [None, *streams])
+        hidden = _hidden_states(model, *(_packed if packs else _padded)(model, rows), [None, *streams])
         targets = torch.tensor([target for passage in rows for target in passage.targets], device=model.device)
         lengths = [len(passage.targets) for passage in rows]
         base, drifts = token_drift(model, hidden, targets, columns, directions)
@@ -152,8 +155,16 @@ def _require_finite(base: BaseTokens, drifts: Mapping[str, TokenDrift]) -> None:
             )
 
 
-def _padded(passages: Sequence[Passage]) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids and attention_mask (B, T), and the flat places of the states before scored tokens (N,)."""
+def _packed(model: QAdapterForCausalLM, passages: Sequence[Passage]) -> tuple[dict[str, Any], Tensor]:
+    """The decoder's arguments for all passages in one row, and the places of the states before scored tokens (N,)."""
+    sequences = PackedSequences.of([passage.ids for passage in passages])
+    of_passages = sequences.gather_indices.split(sequences.sequence_lengths)
+    states = [places[list(passage.places)] for places, passage in zip(of_passages, passages, strict=True)]
+    return packed_batch(model.base, sequences), torch.cat(states)
+
+
+def _padded(model: QAdapterForCausalLM, passages: Sequence[Passage]) -> tuple[dict[str, Any], Tensor]:
+    """Likewise with a padded row for each passage; the places are those among all B·T tokens."""
     width = max(len(passage.ids) for passage in passages)
     input_ids = torch.zeros(len(passages), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -162,28 +173,26 @@ def _padded(passages: Sequence[Passage]) -> tuple[Tensor, Tensor, Tensor]:
         input_ids[row, : len(passage.ids)] = torch.tensor(passage.ids)
         attention_mask[row, : len(passage.ids)] = 1
         states.append(row * width + torch.tensor(passage.places))
-    return input_ids, attention_mask, torch.cat(states)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}, torch.cat(states)
 
 
 def _hidden_states(
-    model: QAdapterForCausalLM, input_ids: Tensor, attention_mask: Tensor, states: Tensor, streams: Sequence[Stream]
+    model: QAdapterForCausalLM, batch: dict[str, Any], states: Tensor, streams: Sequence[Stream]
 ) -> dict[Stream, Tensor]:
     """Final hidden states (N, H) of each stream.
 
     A pass a stream, all of one shape: an adapter without effect then gives the base's very numbers. The layers below
     the first adapted one run once, for the base.
     """
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     states = states.to(model.device)
     hidden: dict[Stream, Tensor] = {}
     trunk = KeepTrunk(model.shared_layers)
     for stream in streams:
         layers = trunk if trunk.states is None else FromTrunk(model.shared_layers, trunk.states)
         with model.plan.running(stream, layer_pass=layers):
-            output = model.get_decoder()(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )
+            output = model.get_decoder()(**batch, use_cache=False)
         hidden[stream] = output.last_hidden_state.flatten(0, 1).index_select(0, states)
     return hidden
 

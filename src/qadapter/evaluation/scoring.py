@@ -67,7 +67,7 @@ def score_texts(
     scores: dict[int, Score] = {}
     training = model.training
     model.eval()
-    for batch in batches_by_length([len(context) + len(answer) for context, answer in texts], batch_tokens):
+    for batch in batches_by_length([[*context, *answer] for context, answer in texts], batch_tokens):
         statistics, mask = _statistics(model, [texts[index] for index in batch])
         for row, index in enumerate(batch):
             kept = mask[row]
@@ -96,14 +96,28 @@ def _statistics(model: QAdapterForCausalLM, texts: Sequence[Any]) -> tuple[Token
     return TokenStatistics(*(column.cpu() for column in statistics)), completion_mask[:, 1:]
 
 
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
+def batches_by_length(texts: Sequence[Sequence[int]], batch_tokens: int) -> Iterable[list[int]]:
     """Indices in batches of similar length whose padded size stays within `batch_tokens`."""
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+    for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
+        if batch and len(texts[batch[0]]) * (len(batch) + 1) > batch_tokens:
             yield batch
             batch = []
         batch.append(index)
+    if batch:
+        yield batch
+
+
+def batches_by_beginning(texts: Sequence[Sequence[int]], batch_tokens: int) -> Iterable[list[int]]:
+    """Indices in batches of at most `batch_tokens` in all, texts that begin alike beside each other."""
+    batch: list[int] = []
+    held = 0
+    for index in sorted(range(len(texts)), key=lambda index: list(texts[index])):
+        if batch and held + len(texts[index]) > batch_tokens:
+            yield batch
+            batch, held = [], 0
+        batch.append(index)
+        held += len(texts[index])
     if batch:
         yield batch
 

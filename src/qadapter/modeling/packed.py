@@ -1,6 +1,6 @@
-"""Attention over packed pairs: a row that holds each prompt once, attended as if each answer had a row of its own.
+"""Attention over packed rows: common beginnings stand once, attended as if each sequence had a row of its own.
 
-The layers work on the row that `PackedCollator` makes; only attention must know that it stands for several sequences.
+The layers work on the row that `PackedSequences` makes; only attention must know that it stands for several sequences.
 It gathers their queries, keys and values, runs SDPA on each sequence alone, causal and without padding, and puts the
 results back in the row's order. It is one more of transformers' attention implementations.
 """
@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qadapter.data.packing import PackedCollator
+from qadapter.data.packing import PackedSequences
 
 PACKED_ATTENTION = "qadapter_packed"
 # Kinds of layers whose tokens meet in attention only.
@@ -21,7 +21,7 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
 
 class PackedRow(NamedTuple):
-    """What attention must know of a packed row (see `PackedCollator`)."""
+    """What attention must know of a packed row (see `PackedSequences`)."""
 
     gather: Tensor
     restore: Tensor
@@ -74,6 +74,18 @@ def layer_windows(model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
     return {kind: masks[kind] for kind in dict.fromkeys(kinds)}
 
 
+def packed_batch(model: PreTrainedModel, sequences: PackedSequences) -> dict[str, Any]:
+    """The decoder's arguments for a packed row, on the model's device."""
+    *tensors, lengths = sequences
+    input_ids, position_ids, gather, restore = (tensor.to(model.device) for tensor in tensors)
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": layer_windows(model),
+        "packed": PackedRow(gather, restore, lengths),
+    }
+
+
 def enable_packing(model: PreTrainedModel) -> bool:
     """Switch the model from SDPA to attention that can run packed rows; whether it can.
 
@@ -101,16 +113,13 @@ def _packs(model: PreTrainedModel) -> bool:
     parameter = next(model.parameters())
     if parameter.device.type == "meta" or parameter.numel() == 0:
         return True
-    row = PackedCollator()([{"prompt_ids": [1], "chosen_ids": [2, 0], "rejected_ids": [0, 1]}])
-    row = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in row.items()}
-    decoder = model.get_decoder()
+    alone, decoder = torch.tensor([[1, 2, 0], [1, 0, 1]]), model.get_decoder()
+    sequences = PackedSequences.of(alone.tolist())
     try:
-        packed = PackedRow(row["gather_indices"], row["restore_indices"], row["sequence_lengths"])
-        batch = {"input_ids": row["input_ids"], "position_ids": row["position_ids"], "use_cache": False}
-        ours = decoder(**batch, attention_mask=layer_windows(model), packed=packed).last_hidden_state[0]
+        ours = decoder(**packed_batch(model, sequences), use_cache=False).last_hidden_state[0]
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         return False
-    alone = row["input_ids"][0, row["gather_indices"]].view(2, 3)
-    expected = decoder(input_ids=alone, use_cache=False).last_hidden_state.flatten(0, 1)[row["restore_indices"]].float()
+    rows = decoder(input_ids=alone.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
+    expected = rows[sequences.restore_indices.to(model.device)].float()
     error = (ours.float() - expected).abs().mean() / expected.abs().mean()
     return bool(error < (1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2))

@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter.config import QAdapterConfig
+from qadapter.data.packing import PackedSequences
 from qadapter.errors import ConfigError
 from qadapter.functional import composed_coefficients, mix_coefficients
 from qadapter.fused import TokenStatistics
@@ -33,7 +34,7 @@ from qadapter.modeling.mixing import (
     last_strength,
     times,
 )
-from qadapter.modeling.packed import PackedRow, layer_windows
+from qadapter.modeling.packed import packed_batch
 from qadapter.modeling.streams import (
     Stream,
     StreamPlan,
@@ -213,9 +214,8 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         The base must have been switched to packed attention (`packed.enable_packing`). The slow twin runs the same
         pairs in padded rows of their own.
         """
-        packed = PackedRow(gather_indices, restore_indices, sequence_lengths)
-        windows = layer_windows(self.base)
-        streams = self.streams(input_ids, windows, position_ids=position_ids, packed=packed)
+        sequences = PackedSequences(input_ids, position_ids, gather_indices, restore_indices, sequence_lengths)
+        streams = self.streams(**packed_batch(self.base, sequences))
         return self._statistics(streams, state_indices, target_ids, completion_mask)
 
     def _statistics(self, streams: Streams, states: Tensor, targets: Tensor, mask: Tensor) -> TokenStatistics:
