@@ -97,8 +97,7 @@ class QAdapterModel(nn.Module, SupportsQuant):
         weights = reader.read(weights)
         for updates in self.policy.updates.values() if self.merges else ():
             weights = merged(weights, updates)
-        skip = ["lm_head."] if self.tied else None
-        loaded = AutoWeightsLoader(self, skip_prefixes=skip).load_weights(weights, mapper=self.top_mapper)
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.top_mapper)
         check_fingerprint(reader.fingerprint(), self.policy, vllm_model=self.config.name_or_path)
         return loaded
 
