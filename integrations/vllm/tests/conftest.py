@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
 
-import torch._dynamo  # noqa: E402
+import torch._dynamo
 
 # The sampler's small compiled functions would cost the compiler's time in every engine; the model is compiled, in the
 # test that is about it.

@@ -119,3 +119,15 @@ def cache_tokens(llm):
     """How many tokens the engine's key-value cache holds."""
     config = llm.llm_engine.vllm_config.cache_config
     return config.num_gpu_blocks * config.block_size
+
+
+def answers_at(llm, rows, strengths, tokens=16):
+    """Greedy answers of one batch with a strength for each row."""
+    from vllm import SamplingParams
+
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True, extra_args=extra)
+        for extra in ({} if strength is None else {"qadapter_strength": strength} for strength in strengths)
+    ]
+    inputs = [{"prompt_token_ids": row} for row in rows]
+    return [output.outputs[0] for output in llm.generate(inputs, parameters, use_tqdm=False)]

@@ -60,7 +60,7 @@ def test_a_changed_adapter_is_refused(folders):
 
 
 def test_another_family_is_refused(tmp_path, folders):
-    other, base = tiny_folder(tmp_path, "qwen3")
+    _, base = tiny_folder(tmp_path, "qwen3")
     with pytest.raises(AdapterFormatError, match="trained on .*, a LlamaForCausalLM; this base is a Qwen3ForCausalLM"):
         start(base, **overridden(folders[1], "QAdapterQwen3ForCausalLM"))
 
@@ -68,8 +68,9 @@ def test_another_family_is_refused(tmp_path, folders):
 def test_another_base_of_the_family_is_refused(tmp_path, folders):
     tiny_base("llama", seed=9, **SIZES).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(AdapterFormatError, match="the base model differs: trained on"), engine(
-        tmp_path / "other", **overridden(folders[1])
+    with (
+        pytest.raises(AdapterFormatError, match="the base model differs: trained on"),
+        engine(tmp_path / "other", **overridden(folders[1])),
     ):
         pass
 
@@ -81,9 +82,9 @@ def test_a_probe_that_is_not_met_is_refused(folders):
     token = next(iter(manifest["probe"]["logps"]["default"]))
     manifest["probe"]["logps"]["default"][token] -= 0.1
     path.write_text(json.dumps(manifest))
-    with pytest.raises(AdapterFormatError, match="adapter 'default' gives other log-prob.*off by 0.1, allowed 0.005"):
-        with engine(base, **overridden(adapter)):
-            pass
+    match = "adapter 'default' gives other log-prob.*off by 0.1, allowed 0.005"
+    with pytest.raises(AdapterFormatError, match=match), engine(base, **overridden(adapter)):
+        pass
     with pytest.warns(UserWarning, match="gives other log-prob"), engine(base, **overridden(adapter, verify=False)):
         pass
 

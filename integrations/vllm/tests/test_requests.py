@@ -1,45 +1,34 @@
 """Requests beside each other, with strengths of their own, or ended midway; and the memory that they take."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from models import lora
-from served import MIXED, UPPER, assert_same, cache_tokens, engine, exported, greedy, prompts, tiny_folder
-
-STRENGTHS = [0.0, 1.0, 0.3, -0.5, 1.7, 1.0]
-
-
-def answers_at(llm, rows, strengths, tokens=16):
-    """Greedy answers of one batch with a strength for each row."""
-    from vllm import SamplingParams
-
-    parameters = [
-        SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True, extra_args=extra)
-        for extra in ({} if strength is None else {"qadapter_strength": strength} for strength in strengths)
-    ]
-    inputs = [{"prompt_token_ids": row} for row in rows]
-    return [output.outputs[0] for output in llm.generate(inputs, parameters, use_tqdm=False)]
+from served import MIXED, UPPER, answers_at, assert_same, cache_tokens, engine, exported, greedy, prompts, tiny_folder
+from vllm.exceptions import VLLMValidationError
 
 
-def test_each_request_has_its_own_strength(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    policy, _ = tiny_folder(tmp_path)
-    rows = prompts(*MIXED)
-    with engine(exported(policy, tmp_path / "out"), max_num_batched_tokens=32) as llm:
-        answers = answers_at(llm, rows, STRENGTHS)
-        for row, answer, strength in zip(rows, answers, STRENGTHS, strict=True):
-            assert_same(policy, [row], [answer], strength=strength)
-        # The same prompts again: their prefixes are cached, the strengths are others, slots are used again.
-        answers = answers_at(llm, rows, [None, 0.2, None, 1.0, 0.0, None])
-        for row, answer, strength in zip(rows, answers, [0.7, 0.2, 0.7, 1.0, 0.0, 0.7], strict=True):
-            assert_same(policy, [row], [answer], strength=strength)
-        with pytest.raises(ValueError, match="must be a finite number"):
-            answers_at(llm, rows[:1], [float("nan")])
+def test_each_request_has_its_own_strength_on_the_v2_runner():
+    """In a process of its own: Triton's interpreter must be chosen before anything is imported."""
+    cases = Path(__file__).with_name("v2_runner_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    outcome = subprocess.run(command, env=os.environ | v2_environment(), capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 0, outcome.stdout[-4000:]
+    assert "3 passed" in outcome.stdout
+
+
+def v2_environment():
+    return {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
 def test_a_strength_that_the_engine_would_ignore_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     policy, _ = tiny_folder(tmp_path)
     with engine(exported(policy, tmp_path / "out")) as llm:
-        with pytest.raises(ValueError, match="needs vLLM's V2 model runner"):
+        with pytest.raises(VLLMValidationError, match="needs vLLM's V2 model runner"):
             answers_at(llm, prompts(5), [0.5])
         assert len(answers_at(llm, prompts(5), [None], tokens=3)[0].token_ids) == 3
 

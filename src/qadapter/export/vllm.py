@@ -49,8 +49,8 @@ def export_vllm(
         )
     if not Head.of(model.base).shared:
         raise ConfigError(
-            f"{architecture}: its head has a bias, a soft cap or an adapter, so that streams cannot be mixed before it. "
-            "Use `qadapter serve`."
+            f"{architecture}: its head has a bias, a soft cap or an adapter, so that streams cannot be mixed before "
+            "it. Use `qadapter serve`."
         )
     source = base_folder(model)
 

@@ -42,8 +42,8 @@ class V1Guard(V1LogitsProcessor):
         """Refuse every request with a strength of its own."""
         if requested_strength(sampling_params) is not None:
             raise ValueError(
-                f"{NAME} needs vLLM's V2 model runner (start the server with VLLM_USE_V2_MODEL_RUNNER=1); this server's "
-                "strength is fixed."
+                f"{NAME} needs vLLM's V2 model runner (start the server with VLLM_USE_V2_MODEL_RUNNER=1); "
+                "this server's strength is fixed."
             )
 
     def is_argmax_invariant(self) -> bool:
@@ -83,6 +83,6 @@ class FixedGuard(StrengthGuard):
         """Refuse every request with a strength of its own."""
         if requested_strength(sampling_params) is not None:
             raise ValueError(
-                f"{NAME}: this server runs one stream, at one strength. Start it with \"dial\": true in the model's "
+                f'{NAME}: this server runs one stream, at one strength. Start it with "dial": true in the model\'s '
                 "qadapter entry to choose the strength with each request."
             )

@@ -98,8 +98,8 @@ def packed_update(layer: LinearBase, updates: list[LoraUpdate | None], name: str
             b = _share(b, 0, size, layer.tp_rank // copies, layer.tp_size // copies, name)
         if a.shape[1] != _inputs(layer) or b.shape[0] != size:
             raise ConfigError(
-                f"{name}: the update is {tuple(update.lora_b.shape)} x {tuple(update.lora_a.shape)}, which does not fit "
-                "the base's layer: it is another model."
+                f"{name}: the update is {tuple(update.lora_b.shape)} x {tuple(update.lora_a.shape)}, which does not "
+                "fit the base's layer: it is another model."
             )
         before = sum(sizes[:index])
         lora_a.append(a)

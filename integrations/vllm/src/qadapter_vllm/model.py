@@ -72,7 +72,7 @@ class QAdapterModel(nn.Module, SupportsQuant):
         return self.mix(self.model(input_ids, positions, intermediate_tensors, inputs_embeds), strength)
 
     def mix(self, hidden: Tensor, strength: Tensor | float | None = None) -> Tensor:
-        """Σ_s c_s h_s (N, H) of the streams' states (S·N, H), in float32: bf16 sums would cost 1e-3 in log-probability."""
+        """Σ_s c_s h_s (N, H) of the streams' states (S·N, H), in float32: bf16 sums cost 1e-3 in log-probability."""
         strength = self.policy.settings.strength if strength is None else strength
         if isinstance(strength, Tensor):
             strength = strength.unsqueeze(-1)  # (N, 1)

@@ -49,8 +49,8 @@ class Settings:
         entry = getattr(hf_config, "qadapter", None)
         if not isinstance(entry, Mapping):
             raise ConfigError(
-                "the model's config has no `qadapter` entry. Serve a folder that `qadapter export --format vllm` wrote, "
-                'or pass --hf-overrides \'{"architectures": ["QAdapter..."], "qadapter": {"adapter": "FOLDER"}}\'.'
+                "the model's config has no `qadapter` entry. Serve a folder that `qadapter export --format vllm` "
+                'wrote, or pass --hf-overrides \'{"architectures": ["QAdapter..."], "qadapter": {"adapter": "FOLDER"}}\'.'
             )
         if unknown := sorted(set(entry) - set(KEYS)):
             raise ConfigError(f"the config's qadapter entry has the unknown keys {unknown}; known are {list(KEYS)}.")

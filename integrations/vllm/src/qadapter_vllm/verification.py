@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qadapter.errors import AdapterFormatError
+from qadapter.functional import mix_coefficients
 from qadapter.modeling.bases import WeightSample, combined_fingerprint, weight_sample
 from qadapter.modeling.manifest import Manifest
 from qadapter.modeling.probe import OTHER_DTYPE_FACTOR, PROBE_TOLERANCE
@@ -75,21 +76,19 @@ def check_probe(model: "QAdapterModel") -> None:
                 part = f"adapter {stored_name!r}" if stored_name else "base model"
                 refuse(
                     f"{root}: the {part} gives other log-probabilities than when it was saved (off by {error:.3g}, "
-                    f"allowed {allowed:g}): a file, the quantisation or the software differs. Serve the original files.",
+                    f"allowed {allowed:g}): a file, the quantisation or the software differs. Serve the original.",
                     policy.settings.verify,
                 )
 
 
 def _coefficients(policy: Policy, name: str | None, manifest: Manifest, stored_name: str) -> list[float] | None:
     """Weights of the running streams that give the trained policy of an adapter ("": the base), None if none do."""
-    from qadapter.functional import mix_coefficients
-
     wanted: dict[str | None, float] = {None: 1.0}
     if stored_name:
         config = manifest.configs[stored_name]
         mix = mix_coefficients(config["parametrisation"], config["alpha_tilde"], config["alpha_0"])
         wanted = {stream: c for stream, c in ((name, mix.adapter), (None, mix.base)) if c}
-    if stored_name and name is None or not set(wanted) <= set(policy.streams):
+    if (stored_name and name is None) or not set(wanted) <= set(policy.streams):
         return None
     return [wanted.get(stream, 0.0) for stream in policy.streams]
 
