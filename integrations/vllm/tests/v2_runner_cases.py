@@ -11,8 +11,7 @@ import triton.backends
 
 triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 
-from models import lora
-from served import MIXED, UPPER, answers_at, assert_same, engine, exported, prompts, tiny_folder
+from served import MIXED, answers_at, assert_same, engine, exported, prompts, tiny_folder
 from test_parity import ALIKE
 from vllm.exceptions import VLLMValidationError
 
@@ -43,14 +42,5 @@ def test_one_stream_refuses_strengths_unless_the_dial_is_kept(tmp_path):
             answers_at(llm, rows[:1], [0.5])
         assert_same(policy, rows, answers_at(llm, rows, [None] * 6), strength=1.0)
     with engine(folder, hf_overrides={"qadapter": {"dial": True}}) as llm:
-        for row, answer, strength in zip(rows, answers_at(llm, rows, STRENGTHS), STRENGTHS, strict=True):
-            assert_same(policy, [row], [answer], strength=strength)
-
-
-def test_drafts_are_verified_under_each_requests_strength(tmp_path):
-    policy, _ = tiny_folder(tmp_path, peft_config=lora(target_modules=UPPER))
-    rows = prompts(*MIXED)
-    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    with engine(exported(policy, tmp_path / "out"), speculative_config=drafts) as llm:
         for row, answer, strength in zip(rows, answers_at(llm, rows, STRENGTHS), STRENGTHS, strict=True):
             assert_same(policy, [row], [answer], strength=strength)

@@ -50,7 +50,7 @@ class Settings:
         if not isinstance(entry, Mapping):
             raise ConfigError(
                 "the model's config has no `qadapter` entry. Serve a folder that `qadapter export --format vllm` "
-                'wrote, or pass --hf-overrides \'{"architectures": ["QAdapter..."], "qadapter": {"adapter": "FOLDER"}}\'.'
+                'wrote, or pass --hf-overrides \'{"architectures": ["QAdapter..."], "qadapter": {"adapter": "DIR"}}\'.'
             )
         if unknown := sorted(set(entry) - set(KEYS)):
             raise ConfigError(f"the config's qadapter entry has the unknown keys {unknown}; known are {list(KEYS)}.")
