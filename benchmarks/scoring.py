@@ -39,10 +39,10 @@ BARE_CHUNK = 340  # rows of logits at a time, as scoring has them
 
 
 def bare_passes(model: transformers.PreTrainedModel, texts: Sequence[Text], logits: str) -> None:
-    """Two passes of the plain base over scoring's batches; logits of "no", "answers" or "all" positions."""
+    """Two passes of the plain base over padded batches; logits of "no", "answers" or "all" positions."""
     lengths = [len(text.context) + len(text.answer) for text in texts]
     run = model if logits == "all" else model.get_decoder()
-    for batch in batches_by_length(lengths, BATCH_TOKENS):
+    for batch in batches_by_length([[*text.context, *text.answer] for text in texts], BATCH_TOKENS):
         width = max(lengths[index] for index in batch)
         input_ids = torch.zeros(len(batch), width, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)

@@ -9,29 +9,32 @@ from qadapter.cli.generate import read_prompts
 from qadapter.cli.policies import add_policy_options, load_policy, quiet_libraries, require, require_new_folder
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
-from qadapter.export import distil, export_gguf_ready, export_lora, export_merged
+from qadapter.export import distil, export_gguf_ready, export_lora, export_merged, export_vllm
 from qadapter.export.merged import into_new_folder
 
-FORMATS = ("merged", "lora", "distilled", "gguf")
+FORMATS = ("merged", "lora", "distilled", "gguf", "vllm")
 
 
 def run(arguments: list[str]) -> int:
     """Run the command; its exit code."""
-    parser = command_parser("export", "Write a policy as a merged checkpoint, a plain LoRA, or GGUF-ready.")
+    parser = command_parser("export", "Write a policy as a merged checkpoint, a plain LoRA, GGUF-ready, or for vLLM.")
     add_policy_options(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="merged",
-        help="merged and lora are exact at strength 1; distilled approximates any strength on your prompts",
+        help="merged and lora are exact at strength 1; distilled approximates any strength on your prompts; vllm is "
+        "exact at any strength and needs the plugin qadapter-vllm",
     )
     parser.add_argument("--prompts-file", type=Path, help="prompts to distil on (text, one a line, or JSONL)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the prompts' answers when distilling")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer when distilling")
     options = parser.parse_args(arguments)
-    if options.format != "distilled" and options.strength != 1.0:
-        raise ConfigError(f"--strength {options.strength} cannot be exported exactly: use --format distilled.")
+    if options.format not in ("distilled", "vllm") and options.strength != 1.0:
+        raise ConfigError(
+            f"--strength {options.strength} cannot be exported exactly: use --format distilled (or vllm, to serve it)."
+        )
     if options.epochs < 1:
         raise ConfigError(f"--epochs {options.epochs}: must be at least 1.")
     require_new_folder(options.output_dir)
@@ -42,6 +45,9 @@ def run(arguments: list[str]) -> int:
         if options.format == "lora":
             export_lora(model, options.output_dir, tokenizer)
             print(f"plain PEFT LoRA written to {options.output_dir}; at strength 1 it is the policy, exactly")
+        elif options.format == "vllm":
+            export_vllm(model, options.output_dir, tokenizer, options.strength)
+            print(f"folder for vLLM written to {options.output_dir}: vllm serve {options.output_dir}")
         elif options.format == "distilled":
             _distilled(model, tokenizer, options)
         else:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,13 @@ class BaseSource(NamedTuple):
     def hub_revision(self) -> str | None:
         """The revision to ask the hub for; None for local folders."""
         return None if os.path.isdir(self.path) else self.revision
+
+
+class WeightSample(NamedTuple):
+    """Shape and sampled values of a weight."""
+
+    shape: tuple[int, ...]
+    values: bytes
 
 
 def resolve_base(name: str | os.PathLike[str], revision: str | None = None) -> BaseSource:
@@ -174,20 +182,30 @@ def weight_fingerprint(model: torch.nn.Module) -> str:
 
     Values are rounded to bfloat16, so that the same checkpoint in float32 and in bfloat16 has one fingerprint.
     """
+    return combined_fingerprint(
+        {
+            name.replace(".base_layer.", ".").removeprefix("base."): weight_sample(parameter)
+            for name, parameter in model.named_parameters()
+            if "lora_" not in name
+        }
+    )
+
+
+def weight_sample(weight: torch.Tensor) -> WeightSample:
+    """What one weight contributes to the fingerprint; engines that never hold the model whole take it as they read."""
+    values = weight.detach().flatten()
+    sample = values[:: max(1, values.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
+    if sample.dtype.is_floating_point:
+        sample = sample.to(torch.bfloat16).view(torch.int16)
+    return WeightSample(tuple(weight.shape), sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def combined_fingerprint(samples: Mapping[str, WeightSample]) -> str:
+    """The fingerprint of the weights with these names and samples."""
     digest = hashlib.sha256()
-    parameters = {
-        name.replace(".base_layer.", ".").removeprefix("base."): parameter
-        for name, parameter in model.named_parameters()
-        if "lora_" not in name
-    }
-    for name in sorted(parameters):
-        values = parameters[name].detach().flatten()
-        step = max(1, values.numel() // FINGERPRINT_VALUES)
-        sample = values[::step][:FINGERPRINT_VALUES]
-        if sample.dtype.is_floating_point:
-            sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameters[name].shape)}".encode())
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name in sorted(samples):
+        digest.update(f"{name}{samples[name].shape}".encode())
+        digest.update(samples[name].values)
     return digest.hexdigest()
 
 

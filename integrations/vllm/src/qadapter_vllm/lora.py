@@ -1,0 +1,139 @@
+"""LoRA on a stream's rows, inside vLLM's linear layers, or merged into the weights while they are read."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+
+from qadapter.errors import ConfigError
+from qadapter_vllm.settings import LoraUpdate, Policy
+
+
+class StreamLoraMethod(LinearMethodBase):
+    """A layer's own linear method, then each stream's update on its block of rows.
+
+    It works inside `apply`: above a quantised kernel, and below the sum over ranks of a row-parallel layer.
+    """
+
+    def __init__(self, inner: LinearMethodBase, streams: int) -> None:
+        self.inner = inner
+        self.streams = streams
+        self.blocks: list[tuple[int, Tensor, Tensor]] = []  # block of rows, A (r, in), B (r, out)
+        self.requires_device_loading = inner.requires_device_loading
+        self.supports_pre_processed_weights = inner.supports_pre_processed_weights
+
+    def create_weights(self, *args: object, **kwargs: object) -> None:
+        """Not called: the inner method has made them when the layer was built."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As the inner method does it."""
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output (S·N, out) with the updates added."""
+        if not isinstance(x, Tensor):
+            raise TypeError("a layer with LoRA was given an input that is quantised already: turn that fusion off.")
+        output = self.inner.apply(layer, x, bias)
+        rows = x.shape[0] // self.streams
+        for block, lora_a, lora_b in self.blocks:
+            part = slice(block * rows, (block + 1) * rows)
+            output[part].addmm_(F.linear(x[part], lora_a), lora_b)
+        return output
+
+
+def add_lora(model: nn.Module, policy: Policy, packed: dict[str, list[str]]) -> None:
+    """Give every adapted linear layer of `model` its updates.
+
+    Raises:
+        ConfigError: an update for a layer that is not there or is of another size.
+    """
+    pending = {(name, module) for name, updates in policy.updates.items() for module in updates}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LinearBase):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        modules = [f"{parent}.{part}" for part in packed.get(leaf, [leaf])]
+        method = StreamLoraMethod(layer.quant_method, len(policy.streams))  # type: ignore[arg-type]
+        for block, stream in enumerate(policy.streams):
+            updates = [policy.updates.get(stream, {}).get(module) for module in modules]  # type: ignore[arg-type]
+            if any(updates):
+                lora_a, lora_b = packed_update(layer, updates, name)
+                # As buffers, so that whatever moves the layer moves them too.
+                layer.register_buffer(f"lora_a_{block}", lora_a, persistent=False)
+                layer.register_buffer(f"lora_b_{block}", lora_b, persistent=False)
+                method.blocks.append((block, lora_a, lora_b))
+                pending -= {(stream, module) for module in modules}
+        if method.blocks:
+            layer.quant_method = method
+    if pending:
+        name, module = min(pending)
+        raise ConfigError(f"adapter {name!r}: the base has no linear layer {module!r}: it is another model.")
+
+
+def packed_update(layer: LinearBase, updates: list[LoraUpdate | None], name: str) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (r, out) of the modules packed in `layer`, this rank's share of them, in the layer's dtype.
+
+    The packed modules' ranks are stacked; B is block-diagonal, and carries the scale.
+    """
+    sizes = getattr(layer, "output_partition_sizes", [layer.output_size])
+    lora_a, lora_b = [], []
+    for index, (update, size) in enumerate(zip(updates, sizes, strict=True)):
+        if update is None:
+            continue
+        a, b = update.lora_a.float(), update.lora_b.float() * update.scale
+        if isinstance(layer, RowParallelLinear):
+            a = _share(a, 1, layer.input_size_per_partition, layer.tp_rank, layer.tp_size, name)
+            size = layer.output_size
+        elif isinstance(layer, ColumnParallelLinear):
+            copies = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and index else 1
+            b = _share(b, 0, size, layer.tp_rank // copies, layer.tp_size // copies, name)
+        if a.shape[1] != _inputs(layer) or b.shape[0] != size:
+            raise ConfigError(
+                f"{name}: the update is {tuple(update.lora_b.shape)} x {tuple(update.lora_a.shape)}, which does not "
+                "fit the base's layer: it is another model."
+            )
+        before = sum(sizes[:index])
+        lora_a.append(a)
+        lora_b.append(F.pad(b.t(), (before, sum(sizes) - before - size)))  # (r, out)
+    place = {"device": torch.get_default_device(), "dtype": layer.params_dtype}
+    return torch.cat(lora_a).to(**place).contiguous(), torch.cat(lora_b).to(**place).contiguous()
+
+
+def _inputs(layer: LinearBase) -> int:
+    return layer.input_size_per_partition if isinstance(layer, RowParallelLinear) else layer.input_size
+
+
+def _share(tensor: Tensor, dim: int, size: int, rank: int, ranks: int, name: str) -> Tensor:
+    if tensor.shape[dim] != size * ranks:
+        raise ConfigError(f"{name}: the update has {tensor.shape[dim]} columns, the base's layer {size * ranks}.")
+    return tensor.narrow(dim, rank * size, size)
+
+
+def merged(weights: Iterable[tuple[str, Tensor]], updates: dict[str, LoraUpdate]) -> Iterator[tuple[str, Tensor]]:
+    """The base's weights with the updates added, in float32 and then rounded as the base is.
+
+    Raises:
+        ConfigError: an update whose weight is not among them.
+    """
+    pending = set(updates)
+    for name, weight in weights:
+        module = name.removesuffix(".weight")
+        if module in pending:
+            pending.remove(module)
+            update = updates[module]
+            delta = (update.lora_b.float() @ update.lora_a.float()) * update.scale
+            if delta.shape != weight.shape:
+                raise ConfigError(f"{module}: the update is {tuple(delta.shape)}, the weight {tuple(weight.shape)}.")
+            weight = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+        yield name, weight
+    if pending:
+        raise ConfigError(f"the base's files hold no weight {min(pending)!r}: it is another model.")

@@ -1,0 +1,46 @@
+"""Cases for vLLM's V2 model runner, run by test_requests.py with TRITON_INTERPRET=1.
+
+That runner's kernels need Triton, whose wheels have no backend for CPUs: its interpreter runs them instead, and the
+stand-in below says so to vLLM.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import triton.backends
+
+triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+
+from served import MIXED, answers_at, assert_same, engine, exported, prompts, tiny_folder
+from test_parity import ALIKE
+from vllm.exceptions import VLLMValidationError
+
+STRENGTHS = [0.0, 1.0, 0.3, -0.5, 1.7, 1.0]
+
+
+def test_each_request_has_its_own_strength(tmp_path):
+    policy, _ = tiny_folder(tmp_path)
+    rows = prompts(*MIXED)
+    with engine(exported(policy, tmp_path / "out"), max_num_batched_tokens=32) as llm:
+        answers = answers_at(llm, rows, STRENGTHS)
+        for row, answer, strength in zip(rows, answers, STRENGTHS, strict=True):
+            assert_same(policy, [row], [answer], strength=strength)
+        # The same prompts again: their prefixes are cached, the strengths are others, slots are used again.
+        answers = answers_at(llm, rows, [None, 0.2, None, 1.0, 0.0, None])
+        for row, answer, strength in zip(rows, answers, [0.7, 0.2, 0.7, 1.0, 0.0, 0.7], strict=True):
+            assert_same(policy, [row], [answer], strength=strength)
+        with pytest.raises(VLLMValidationError, match="must be a finite number"):
+            answers_at(llm, rows[:1], [float("nan")])
+
+
+def test_one_stream_refuses_strengths_unless_the_dial_is_kept(tmp_path):
+    policy, _ = tiny_folder(tmp_path, config=ALIKE)
+    folder = exported(policy, tmp_path / "out", strength=1.0)
+    rows = prompts(*MIXED)
+    with engine(folder) as llm:
+        with pytest.raises(VLLMValidationError, match="this server runs one stream"):
+            answers_at(llm, rows[:1], [0.5])
+        assert_same(policy, rows, answers_at(llm, rows, [None] * 6), strength=1.0)
+    with engine(folder, hf_overrides={"qadapter": {"dial": True}}) as llm:
+        for row, answer, strength in zip(rows, answers_at(llm, rows, STRENGTHS), STRENGTHS, strict=True):
+            assert_same(policy, [row], [answer], strength=strength)

@@ -1,0 +1,90 @@
+"""A folder that vLLM serves with the plugin `qadapter-vllm`: base weights, adapter, tokenizer and what names them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from qadapter.errors import ConfigError
+from qadapter.export.merged import into_new_folder
+from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.checkpoint import save, write_json
+from qadapter.modeling.heads import Head
+
+# The families that the plugin has; a test there compares the two lists.
+VLLM_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma3ForCausalLM",
+)
+BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+def export_vllm(
+    model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None, strength: float = 1.0
+) -> None:
+    """Write a complete folder for `vllm serve`.
+
+    The base's weight files are hard links where the file system allows them (no space, no waiting, and the folder
+    stays whole when the original is removed), else copies. The adapter is the usual adapter folder, so that the plugin
+    checks the same things as `from_pretrained`.
+
+    Args:
+        strength: what the server uses where a request gives none.
+
+    Raises:
+        ConfigError: a base that the plugin cannot serve, or whose files are not safetensors.
+    """
+    architecture = type(model.base).__name__
+    if architecture not in VLLM_ARCHITECTURES:
+        raise ConfigError(
+            f"the vLLM plugin has no {architecture}: it serves {', '.join(VLLM_ARCHITECTURES)}. "
+            "Use `qadapter serve`, or `qadapter export --format merged` where that is exact."
+        )
+    if not Head.of(model.base).shared:
+        raise ConfigError(
+            f"{architecture}: its head has a bias, a soft cap or an adapter, so that streams cannot be mixed before "
+            "it. Use `qadapter serve`."
+        )
+    source = base_folder(model)
+
+    def write(scratch: Path) -> None:
+        save(model, scratch, tokenizer=tokenizer)
+        for pattern in BASE_FILES:
+            for path in sorted(source.glob(pattern)):
+                _link_or_copy(path.resolve(), scratch / path.name)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config |= {"architectures": [f"QAdapter{architecture}"], "qadapter": {"strength": strength}}
+        (scratch / "config.json").unlink()  # a link to the base's own file, which must stay as it is
+        write_json(scratch / "config.json", config)
+
+    into_new_folder(Path(folder), write)
+
+
+def base_folder(model: QAdapterForCausalLM) -> Path:
+    """Where the base's files are on this machine; fetched from the hub if they are not.
+
+    Raises:
+        ConfigError: there is no config.json or no safetensors file.
+    """
+    source = model.base_source
+    if os.path.isdir(source.path):
+        folder = Path(source.path)
+    else:
+        folder = Path(snapshot_download(source.path, revision=source.hub_revision, allow_patterns=list(BASE_FILES)))
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{folder} has no config.json with safetensors beside it: vLLM needs the base's own files.")
+    return folder
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
