@@ -83,17 +83,20 @@ def decoder(model, batch: int, options: argparse.Namespace, static: bool, **sett
 
 def variants(model: PreTrainedModel, batch: int, options: argparse.Namespace, static: bool) -> dict[str, Step]:
     """The decoding steps to compare, by name."""
-    first_copy, second_copy, equal = (copy_of(model) for _ in range(3))
+    first_copy, second_copy, equal, folded_copy = (*(copy_of(model) for _ in range(3)), copy.deepcopy(model))
     settings = QAdapterConfig(alpha_0=0.3)  # far from alpha_tilde: both streams are needed
     policy = QAdapterForCausalLM.from_base(first_copy, settings, lora()).eval()
     pair = QAdapterForCausalLM(second_copy, {"one": settings, "two": settings}, {"one": lora(), "two": lora()}).eval()
     single = QAdapterForCausalLM.from_base(equal, QAdapterConfig(), lora()).eval()
+    folded = QAdapterForCausalLM.from_base(folded_copy, QAdapterConfig(), lora()).eval()
+    folded.merged().__enter__()  # for as long as the benchmark runs
     plain = get_peft_model(copy_of(model), lora()).eval()
     steps = {
         "base": decoder(model, batch, options, static),
         "policy, strength 0": decoder(policy, batch, options, static, strength=0.0),
         "base + plain LoRA": decoder(plain, batch, options, static),
         "policy, strength 1, alpha_0 = alpha_tilde": decoder(single, batch, options, static, strength=1.0),
+        "policy, strength 1, merged": decoder(folded, batch, options, static, strength=1.0),
         "policy": decoder(policy, batch, options, static, strength=0.7),
         "policy, two adapters": decoder(pair, batch, options, static, strength=0.7),
     }

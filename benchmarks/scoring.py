@@ -26,9 +26,9 @@ import transformers
 from peft import LoraConfig
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
+from qadapter.evaluation.batches import batches_by_length
 from qadapter.evaluation.columns import Column, strength_columns
 from qadapter.evaluation.drift import measure_texts
-from qadapter.evaluation.scoring import batches_by_length, score_texts
 from qadapter.evaluation.texts import Text, load_pairs
 from qadapter.modeling.bases import load_base, load_tokenizer, resolve_base
 
@@ -86,14 +86,12 @@ def main() -> None:
     policy = random_policy()
     texts = load_pairs("builtin", load_tokenizer(source), max_pairs=options.pairs).texts
     one, many = [Column("policy")], strength_columns("p", [2 * (index + 1) / POINTS for index in range(POINTS)])
-    plain = [(list(text.context), list(text.answer)) for text in texts]
     variants: dict[str, Callable[[], object]] = {
         "two bare decoder passes": lambda: bare_passes(base, texts, logits="no"),
         "two bare scoring passes": lambda: bare_passes(base, texts, logits="answers"),
         "two bare forward passes": lambda: bare_passes(base, texts, logits="all"),
         "pair scoring": lambda: measure_texts(policy, texts, one, BATCH_TOKENS),
         f"sweep of {POINTS} strengths": lambda: measure_texts(policy, texts, many, BATCH_TOKENS),
-        "scoring.score_texts": lambda: score_texts(policy, plain, BATCH_TOKENS),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     wall: dict[str, list[float]] = {name: [] for name in variants}

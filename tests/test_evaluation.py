@@ -14,13 +14,12 @@ from models import APART, plain_peft, tiny_base, tiny_policy, token_pairs, two_p
 from qadapter import QAdapterConfig
 from qadapter.errors import DataError
 from qadapter.evaluation import intervals
+from qadapter.evaluation.batches import batches_by_beginning, batches_by_length
 from qadapter.evaluation.intervals import Interval, bootstrap_mean, wilson
 from qadapter.evaluation.rules import follows_house_style, sentence_count
 from qadapter.evaluation.scoring import (
     PairScore,
     Score,
-    batches_by_beginning,
-    batches_by_length,
     drift_summary,
     pair_summary,
     score_pairs,

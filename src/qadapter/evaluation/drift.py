@@ -22,9 +22,9 @@ from torch import Tensor
 
 from qadapter.data.packing import PackedSequences
 from qadapter.errors import ConfigError
+from qadapter.evaluation.batches import batches_by_beginning, batches_by_length
 from qadapter.evaluation.columns import Column, Direction
 from qadapter.evaluation.progress import Advance
-from qadapter.evaluation.scoring import batches_by_beginning, batches_by_length
 from qadapter.evaluation.texts import Text
 from qadapter.fused import default_chunk_size
 from qadapter.modeling import QAdapterForCausalLM

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from qadapter.errors import DataError
+from qadapter.evaluation.columns import Column
+from qadapter.evaluation.drift import BaseTokens, TokenDrift, measure_texts
 from qadapter.evaluation.intervals import Interval, bootstrap_mean, wilson
-from qadapter.fused import TokenStatistics
+from qadapter.evaluation.texts import Text
 from qadapter.modeling import QAdapterForCausalLM
 
 Progress = Callable[[int], None]
@@ -44,7 +44,6 @@ class PairScore:
         return self.chosen.logps / self.chosen.tokens - self.rejected.logps / self.rejected.tokens
 
 
-@torch.no_grad()
 def score_texts(
     model: QAdapterForCausalLM,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -54,7 +53,7 @@ def score_texts(
     """The score of each (context ids, answer ids), in order, by the policy at full strength.
 
     Args:
-        batch_tokens: padded tokens a batch may hold (a longer text is a batch of its own).
+        batch_tokens: tokens a batch may hold, padding included (a longer text is a batch of its own).
         progress: called with the number of texts done since the last call.
 
     Raises:
@@ -64,62 +63,14 @@ def score_texts(
         if not len(context) or not len(answer):
             sizes = f"{len(context)} tokens of context and {len(answer)} of answer"
             raise DataError(f"text {index} has {sizes}: it needs at least one of each.")
-    scores: dict[int, Score] = {}
-    training = model.training
-    model.eval()
-    for batch in batches_by_length([[*context, *answer] for context, answer in texts], batch_tokens):
-        statistics, mask = _statistics(model, [texts[index] for index in batch])
-        for row, index in enumerate(batch):
-            kept = mask[row]
-            columns = (statistics.logps, statistics.base_logps, statistics.kl, statistics.entropy)
-            scores[index] = Score(int(kept.sum()), *(float(column[row][kept].double().sum()) for column in columns))
-        if progress is not None:
-            progress(len(batch))
-    model.train(training)
-    return [scores[index] for index in range(len(texts))]
+    column = Column("policy")
+    measured = measure_texts(model, [Text(*text) for text in texts], [column], batch_tokens, progress)
+    return [_score(text.base, text.columns[column.name]) for text in measured]
 
 
-def _statistics(model: QAdapterForCausalLM, texts: Sequence[Any]) -> tuple[TokenStatistics, torch.Tensor]:
-    width = max(len(context) + len(answer) for context, answer in texts)
-    input_ids = torch.zeros(len(texts), width, dtype=torch.long)
-    attention_mask, completion_mask = (
-        torch.zeros_like(input_ids),
-        torch.zeros_like(input_ids, dtype=torch.bool),
-    )
-    for row, (context, answer) in enumerate(texts):
-        length = len(context) + len(answer)
-        input_ids[row, :length] = torch.tensor([*context, *answer])
-        attention_mask[row, :length] = 1
-        completion_mask[row, len(context) : length] = True
-    batch = (tensor.to(model.device) for tensor in (input_ids, attention_mask, completion_mask))
-    statistics = model.token_statistics(*batch)
-    return TokenStatistics(*(column.cpu() for column in statistics)), completion_mask[:, 1:]
-
-
-def batches_by_length(texts: Sequence[Sequence[int]], batch_tokens: int) -> Iterable[list[int]]:
-    """Indices in batches of similar length whose padded size stays within `batch_tokens`."""
-    batch: list[int] = []
-    for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
-        if batch and len(texts[batch[0]]) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def batches_by_beginning(texts: Sequence[Sequence[int]], batch_tokens: int) -> Iterable[list[int]]:
-    """Indices in batches of at most `batch_tokens` in all, texts that begin alike beside each other."""
-    batch: list[int] = []
-    held = 0
-    for index in sorted(range(len(texts)), key=lambda index: list(texts[index])):
-        if batch and held + len(texts[index]) > batch_tokens:
-            yield batch
-            batch, held = [], 0
-        batch.append(index)
-        held += len(texts[index])
-    if batch:
-        yield batch
+def _score(base: BaseTokens, policy: TokenDrift) -> Score:
+    sums = (float(column.double().sum()) for column in (policy.logps, base.logps, policy.kl, policy.entropy))
+    return Score(len(base.logps), *sums)
 
 
 def score_pairs(model: QAdapterForCausalLM, pairs: Iterable[dict[str, Any]], **options: Any) -> list[PairScore]:

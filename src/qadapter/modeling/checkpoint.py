@@ -29,6 +29,7 @@ from qadapter.modeling.bases import (
 )
 from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, write_adapter_config
 from qadapter.modeling.manifest import MANIFEST_NAME, Manifest
+from qadapter.modeling.merging import require_unfolded
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import make_probe
 
@@ -41,6 +42,7 @@ def save(
 ) -> None:
     """Write the adapter folder; on any failure the folder holds no adapter rather than a wrong one."""
     folder = Path(folder)
+    require_unfolded(model.base)
     if folder.is_file():
         raise ConfigError(f"{folder} is a file: an adapter is a folder, choose another output folder.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The customised policy as a transformers causal language model: a frozen base, LoRA adapters, and a dial."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from qadapter.fused import TokenStatistics
 from qadapter.modeling.bases import BaseSource, load_base, resolve_base, tokenizer_fingerprint
 from qadapter.modeling.decoding import PolicyGenerationMixin
 from qadapter.modeling.heads import Head
+from qadapter.modeling.merging import folded
 from qadapter.modeling.mixing import (
     AdapterWeights,
     StepState,
@@ -274,6 +276,25 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
         coefficients[None] = base
         needed = {stream: c for stream, c in coefficients.items() if isinstance(c, Tensor) or c != 0.0}
         return needed or {None: 1.0}
+
+    @contextmanager
+    def merged(self) -> Iterator["QAdapterForCausalLM"]:
+        """Within the context, the trained policy runs at the base's own cost, its LoRA folded into the weights.
+
+        Only strength 1 of the only adapter can run then; the base's very weights are back afterwards. Memory grows by
+        the adapted weights meanwhile. `qadapter export --format merged` writes a checkpoint of it.
+
+        Raises:
+            ConfigError: several adapters, settings that need the base's stream at strength 1, or a quantised base.
+        """
+        name, *others = self.adapters
+        if others or not self.configs[name].single_stream:
+            raise ConfigError(
+                "only one adapter of the residual form with alpha_0 = alpha_tilde can be folded into the base: "
+                f"this policy has {self.configs}."
+            )
+        with folded(self.base, name):
+            yield self
 
     # -- the policy --------------------------------------------------------------------------------------------
 

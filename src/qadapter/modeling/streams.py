@@ -71,6 +71,13 @@ class StreamLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         blocks = self.plan.blocks
+        if self.merged:
+            if list(blocks) != self.merged_adapters:
+                raise ConfigError(
+                    f"the adapter is merged: only its own policy at strength 1 can run, not the streams {list(blocks)} "
+                    "(None is the base). Leave `policy.merged()` first."
+                )
+            return result
         if len(blocks) == 1:
             return self._adapted(result, x, blocks[0])
         if type(self.base_layer) is not nn.Linear:

@@ -1,0 +1,43 @@
+"""The trained policy at the base's own cost: its adapter folded into the base's weights for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qadapter.errors import ConfigError
+from qadapter.modeling.streams import StreamLinear
+
+
+@contextmanager
+def folded(base: PreTrainedModel, adapter: str) -> Iterator[None]:
+    """Within the context, the adapter's layers hold W + ΔW; afterwards the very weights that they had.
+
+    The weights it changes are kept beside it, so memory grows by their size. Layers raise ConfigError for any other
+    stream than the adapter's.
+
+    Raises:
+        ConfigError: an adapted layer is quantised, so that ΔW cannot be added to its weights.
+    """
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, StreamLinear) and adapter in m.lora_A}
+    for name, layer in layers.items():
+        if type(layer.base_layer) not in (nn.Linear, Conv1D):
+            kind = type(layer.base_layer).__name__
+            raise ConfigError(f"{name} is a {kind}: an adapter cannot be folded into quantised weights. Run it beside.")
+    originals = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.merge(adapter_names=[adapter])
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.base_layer.weight.data.copy_(originals[name])
+            layer.merged_adapters.clear()
+
+
+def require_unfolded(base: nn.Module) -> None:
+    """Raise ConfigError if an adapter is folded into the weights, which then are not the base's."""
+    if any(isinstance(module, StreamLinear) and module.merged for module in base.modules()):
+        raise ConfigError("the adapter is folded into the base's weights: leave `policy.merged()` first.")

@@ -1,0 +1,69 @@
+"""The adapter folded into the base's weights: the same policy, the base's cost, and the base back afterwards."""
+
+import pytest
+import torch
+from models import APART, lora, padded, tiny_base, tiny_policy, token_ids
+
+from qadapter import QAdapterConfig, QAdapterForCausalLM
+from qadapter.errors import ConfigError
+from qadapter.modeling.streams import StreamLinear
+
+INPUTS = padded(token_ids(9, 5, 7))
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_merged_policy_is_the_policy_and_the_base_comes_back_bit_by_bit(architecture, kind):
+    fan = {"fan_in_fan_out": architecture == "gpt2"}
+    policy = tiny_policy(tiny_base(architecture, dtype=torch.float64), QAdapterConfig(), lora(**kind, **fan))
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with torch.no_grad():
+        expected, base = policy(**INPUTS).logits, policy(**INPUTS, strength=0.0).logits
+        with policy.merged():
+            torch.testing.assert_close(policy(**INPUTS).logits, expected, rtol=1e-9, atol=1e-9)
+        assert torch.equal(policy(**INPUTS, strength=0.0).logits, base)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    assert (expected - base).abs().max() > 0.1
+
+
+def test_merged_layers_run_the_base_layer_alone():
+    policy, calls = tiny_policy(config=QAdapterConfig()), []
+    for module in policy.base.modules():
+        if isinstance(module, StreamLinear):
+            module.lora_A["default"].register_forward_hook(lambda *_: calls.append(1))
+    with policy.merged():
+        text = policy.generate(**INPUTS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert not calls
+    assert torch.equal(text, policy.generate(**INPUTS, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    assert calls
+
+
+@pytest.mark.parametrize("options", [{"strength": 0.0}, {"strength": 0.5}, {"max_kl": 0.1}])
+def test_a_merged_policy_refuses_what_needs_the_base(options):
+    policy = tiny_policy(config=QAdapterConfig())
+    with policy.merged(), pytest.raises(ConfigError, match="only its own policy at strength 1 can run"):
+        policy(**INPUTS, **options)
+    assert torch.isfinite(policy(**INPUTS, **options).logits).all()
+
+
+def test_a_merged_policy_is_not_saved(tmp_path):
+    policy = tiny_policy(config=QAdapterConfig())
+    with policy.merged(), pytest.raises(ConfigError, match="folded into the base's weights"):
+        policy.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_error_within_brings_the_base_back_too():
+    policy = tiny_policy(config=QAdapterConfig())
+    base = policy(**INPUTS, strength=0.0).logits
+    with pytest.raises(RuntimeError, match="of the caller's"), policy.merged():
+        raise RuntimeError("of the caller's")
+    assert torch.equal(policy(**INPUTS, strength=0.0).logits, base)
+
+
+def test_settings_that_need_two_streams_cannot_be_merged():
+    with pytest.raises(ConfigError, match="only one adapter of the residual form"), tiny_policy(config=APART).merged():
+        pass
+    pair = QAdapterForCausalLM(tiny_base(), dict.fromkeys("ab", QAdapterConfig()), {name: lora() for name in "ab"})
+    with pytest.raises(ConfigError, match="only one adapter of the residual form"), pair.merged():
+        pass
