@@ -64,6 +64,8 @@ def test_an_error_within_brings_the_base_back_too():
 def test_settings_that_need_two_streams_cannot_be_merged():
     with pytest.raises(ConfigError, match="only one adapter of the residual form"), tiny_policy(config=APART).merged():
         pass
-    pair = QAdapterForCausalLM(tiny_base(), dict.fromkeys("ab", QAdapterConfig()), {name: lora() for name in "ab"})
+    pair = QAdapterForCausalLM(
+        tiny_base(), dict.fromkeys(["one", "two"], QAdapterConfig()), {name: lora() for name in ("one", "two")}
+    )
     with pytest.raises(ConfigError, match="only one adapter of the residual form"), pair.merged():
         pass
