@@ -1,4 +1,4 @@
-"""Log-probabilities and drift of texts under policy and base, without full logits, in batches sorted by length."""
+"""Scores of texts and pairs: sums over tokens, and the figures that summarise them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
