@@ -1,4 +1,4 @@
-"""The adapter folded into the base's weights: the same policy, the base's cost, and the base back afterwards."""
+"""The adapter folded into the base's weights: the same policy without LoRA products, and the base back afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The trained policy at the base's own cost: its adapter folded into the base's weights for a while."""
+"""The trained policy in one pass of the base: its adapter folded into the base's weights for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -279,7 +279,7 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
 
     @contextmanager
     def merged(self) -> Iterator["QAdapterForCausalLM"]:
-        """Within the context, the trained policy runs at the base's own cost, its LoRA folded into the weights.
+        """Within the context, the trained policy runs without the LoRA's own products, folded into the weights.
 
         Only strength 1 of the only adapter can run then; the base's very weights are back afterwards. Memory grows by
         the adapted weights meanwhile. `qadapter export --format merged` writes a checkpoint of it.
