@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 def test_each_request_has_its_own_strength_on_the_v2_runner():
     """In a process of its own: Triton's interpreter must be chosen before anything is imported."""
     cases = Path(__file__).with_name("v2_runner_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)]
     outcome = subprocess.run(command, env=os.environ | v2_environment(), capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 0, outcome.stdout[-4000:]
     assert "2 passed" in outcome.stdout
