@@ -48,6 +48,9 @@ class QAdapterTrainingArguments(TrainingArguments):
         if self.fp16:
             raise ConfigError("fp16 = true: float16 training of this objective diverges. Use bf16 = true, or neither.")
         super().__post_init__()
+        # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
         self.label_names: list[str] = self.label_names or []
 
 
