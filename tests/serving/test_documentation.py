@@ -10,7 +10,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
 def test_the_example_runs(server, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    example, *_on_vllm = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     exec(example.replace("http://127.0.0.1:8000", server.url), {})
     assert capsys.readouterr().out.strip()
 
