@@ -112,7 +112,8 @@ def test_a_seed_fixes_the_answer_and_its_choices_differ(client):
         return [choice.message.content for choice in chat(client, max_tokens=40, n=3, **options).choices]
 
     assert texts(seed=11) == texts(seed=11)
-    assert len({*texts(seed=11), *texts(seed=12), *texts(), *texts()}) == 12
+    assert len({*texts(seed=11), *texts(seed=12)}) == 6
+    assert texts() != texts()  # single answers without a seed may be equal, when both end at once
 
 
 def test_an_answer_ends_with_the_models_end_token_or_at_its_length(client):
