@@ -92,7 +92,10 @@ def output_folder(options: argparse.Namespace) -> Path:
     """
     folder = options.output_dir or Path(options.adapter)
     if options.output_dir is None and not folder.is_dir():
-        raise ConfigError(f"{options.adapter} is not a folder here: say with --output-dir where the results go.")
+        raise ConfigError(
+            f"{options.adapter} is not a folder here: correct the path, or, if it is a hub id, say with --output-dir "
+            "where the results go."
+        )
     if folder.is_file():
         raise ConfigError(f"output folder {folder} is a file: choose another.")
     return folder
