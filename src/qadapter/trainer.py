@@ -11,7 +11,9 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from qadapter.base_states import IN_MEMORY, BaseStatesCollator, PairsWithStates, keep_base_states
 from qadapter.data import PackedCollator, PreferenceCollator, tokenise_preferences
+from qadapter.data.micro_batches import MicroBatchCollator
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
@@ -34,6 +36,10 @@ class QAdapterTrainingArguments(TrainingArguments):
         packing: run each pair's prompt once and put pairs side by side in a row instead of padding them, where the
             architecture and its attention allow; the loss is the same.
         share_trunk: run the layers below the first adapted one once for both streams; the loss is the same.
+        cache_base_states: "memory" or a folder: keep the base's hidden states of the training pairs, so that from the
+            second epoch on the base does not run (`qadapter.base_states`); None does not.
+        micro_batch_tokens: split a batch into parts of at most so many tokens, pairs of similar length together, run
+            one after the other; the loss is the same. None runs a batch at once.
     """
 
     learning_rate: float = 3e-4
@@ -43,6 +49,12 @@ class QAdapterTrainingArguments(TrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
     packing: bool = field(default=True, metadata={"help": "Shared prompts and packed rows instead of padding."})
     share_trunk: bool = field(default=True, metadata={"help": "Layers below the first adapted one run once."})
+    cache_base_states: str | None = field(
+        default=None, metadata={"help": "Keep the base's hidden states over the epochs: memory, or a folder."}
+    )
+    micro_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Run a batch in parts of at most so many tokens, sorted by length."}
+    )
 
     def __post_init__(self) -> None:
         if self.fp16:
@@ -82,6 +94,8 @@ class QAdapterTrainer(Trainer):
             model.shared_layers = 0
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collator_for(model, padding_token(tokenizer, model), args.packing)
+        self._pair_collator = kwargs["data_collator"]
+        kwargs["data_collator"] = self._with_options(self._pair_collator, args)
         self.tokenisation_reports: dict[str, Any] = {}
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args)
@@ -89,8 +103,42 @@ class QAdapterTrainer(Trainer):
             model.remember_tokenizer(tokenizer)
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            for name in ("cache_base_states", "micro_batch_tokens"):
+                if getattr(args, name):
+                    raise ConfigError(f"{name} = {getattr(args, name)!r}: not with FSDP or DeepSpeed. Leave it out.")
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
         self.add_callback(TrainingLogCallback())
+
+    @staticmethod
+    def _with_options(collator: Any, args: QAdapterTrainingArguments) -> Any:
+        packed = isinstance(collator, PackedCollator)
+        if args.cache_base_states:
+            collator = BaseStatesCollator(collator)
+        if args.micro_batch_tokens is not None:
+            collator = MicroBatchCollator(collator, args.micro_batch_tokens, packed)
+        return collator
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; with `cache_base_states`, the base's states are computed first, by one process for all."""
+        where = self.args.cache_base_states
+        if where and not isinstance(self.train_dataset, PairsWithStates):
+            if where == IN_MEMORY and self.args.world_size > 1:
+                raise ConfigError("cache_base_states = 'memory' with several processes: give a folder that all see.")
+            with self.args.main_process_first(local=False, desc="the base's states"):
+                self.train_dataset = keep_base_states(
+                    self.model, self.train_dataset, self._pair_collator, where, self.args.per_device_train_batch_size,
+                    precision=self.compute_loss_context_manager,
+                )  # fmt: skip
+        return super().get_train_dataloader()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; with `micro_batch_tokens`, part by part, each weighted by its share of the pairs."""
+        *parts, last = inputs.get("micro_batches") or [inputs]
+        with self.accelerator.no_sync(model):
+            losses = [super(QAdapterTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def _tokenised(self, name: str, dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> Any:
         if isinstance(dataset, dict):
@@ -113,13 +161,15 @@ class QAdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss of the batch's pairs; collects the metrics of train or eval on the device."""
+        """Mean loss of the batch's pairs (times their share of it); collects metrics of train or eval on the device."""
+        share = inputs.pop("share", 1.0)
         statistics = TokenStatistics(*model(**inputs))
         mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
         self._collect("train" if model.training else "eval", quantities, mask)
-        return (losses.mean(), statistics) if return_outputs else losses.mean()
+        loss = losses.mean() * share
+        return (loss, statistics) if return_outputs else loss
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -127,8 +177,8 @@ class QAdapterTrainer(Trainer):
         """The loss alone: logits of an evaluation would not fit in memory."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            losses = [self.compute_loss(model, part) for part in inputs.get("micro_batches") or [inputs]]
+        return torch.stack(losses).sum(), None, None
 
     def _collect(self, mode: str, quantities: dict[str, Tensor], mask: Tensor) -> None:
         chosen, rejected = quantities["returns"].chunk(2)

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -15,7 +14,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter.config import QAdapterConfig
-from qadapter.data.packing import PackedSequences
 from qadapter.errors import ConfigError
 from qadapter.functional import composed_coefficients, mix_coefficients
 from qadapter.fused import TokenStatistics
@@ -36,7 +34,7 @@ from qadapter.modeling.mixing import (
     last_strength,
     times,
 )
-from qadapter.modeling.packed import packed_batch
+from qadapter.modeling.passes import TrainingPasses
 from qadapter.modeling.streams import (
     Stream,
     StreamPlan,
@@ -46,20 +44,12 @@ from qadapter.modeling.streams import (
     repeat_rows,
     with_stream_layers,
 )
-from qadapter.modeling.trunk import ForkRows, FromTrunk, KeepTrunk, share_trunk, with_first_layer
-from qadapter.objective import ImpliedRewards, implied
+from qadapter.modeling.trunk import ForkRows, share_trunk, with_first_layer
 
 DEFAULT_ADAPTER = "default"
 
 
-class Streams(NamedTuple):
-    """Final hidden states (B, T, H) of both streams of a training batch."""
-
-    adapter: Tensor
-    base: Tensor
-
-
-class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
+class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin):
     """A causal language model whose logits are those of the customised policy.
 
     Wraps, and never changes, a base model: its weights stay bit-identical, `strength=0` is exactly the base.
@@ -162,90 +152,6 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
 
     # -- streams -----------------------------------------------------------------------------------------------
 
-    def streams(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        adapter: str | None = None,
-        **kwargs: Any,
-    ) -> Streams:
-        """Final hidden states of the base (without gradient, in eval mode) and of one adapter, for training.
-
-        Two passes, the base first: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order. Layers
-        below the first adapted one run in the base's pass only. Without `position_ids`, positions count real tokens
-        only, so that padding on either side changes nothing.
-        """
-        if "position_ids" not in kwargs and isinstance(attention_mask, Tensor):
-            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        decoder, training, trunk = self.base.get_decoder(), self.training, KeepTrunk(self.shared_layers)
-        with torch.no_grad(), self.plan.running(None, layer_pass=trunk):
-            decoder.eval()  # no checkpointing, no adapter dropout
-            base = decoder(**batch, use_cache=False).last_hidden_state
-            decoder.train(training)
-        # The resting plan, not a context: activation checkpointing runs the layers again in the backward pass.
-        self.plan.blocks = (adapter or self.adapters[0],)
-        rest = None if trunk.states is None else FromTrunk(self.shared_layers, trunk.states)
-        with self.plan.running(*self.plan.blocks, layer_pass=rest):
-            return Streams(decoder(**batch, use_cache=False).last_hidden_state, base)
-
-    def token_statistics(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> TokenStatistics:
-        """Statistics of every response token under the trained policy and the base; (B, T-1), zero elsewhere.
-
-        Column t belongs to token t+1, as with shifted labels: its mask is `completion_mask[:, 1:]`.
-        """
-        mask = completion_mask[:, 1:].bool()
-        # The states before response tokens, among all B·T; finding them makes the host wait for the device.
-        states = F.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)  # (N,)
-        targets = input_ids.flatten().index_select(0, states + 1)
-        return self._statistics(self.streams(input_ids, attention_mask), states, targets, mask)
-
-    def packed_statistics(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        gather_indices: Tensor,
-        restore_indices: Tensor,
-        sequence_lengths: list[int],
-        state_indices: Tensor,
-        target_ids: Tensor,
-        completion_mask: Tensor,
-    ) -> TokenStatistics:
-        """As `token_statistics`, of the packed row that `PackedCollator` makes; (2P, C), zero outside the mask.
-
-        The base must have been switched to packed attention (`packed.enable_packing`). The slow twin runs the same
-        pairs in padded rows of their own.
-        """
-        sequences = PackedSequences(input_ids, position_ids, gather_indices, restore_indices, sequence_lengths)
-        streams = self.streams(**packed_batch(self.base, sequences))
-        return self._statistics(streams, state_indices, target_ids, completion_mask)
-
-    def _statistics(self, streams: Streams, states: Tensor, targets: Tensor, mask: Tensor) -> TokenStatistics:
-        """Statistics of the N response tokens that follow the given states, laid out as `mask` (B, C) has it."""
-        adapter = self.adapters[0]
-        flat = self.head.statistics(
-            adapter,
-            streams.adapter.flatten(0, 1).index_select(0, states),  # (N, H)
-            streams.base.flatten(0, 1).index_select(0, states),
-            self.trained_coefficients()[adapter],
-            targets,
-            self.plan,
-        )
-        return TokenStatistics(*(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
-
-    @torch.no_grad()
-    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> ImpliedRewards:
-        """What the adapter says of given responses: Q, value and reward of each token (B, T-1), and returns (B,).
-
-        The returns rank responses to the same prompt (best-of-n, data filtering); between prompts they differ by
-        V(s_0), which no pair has trained. Arguments as of `token_statistics`.
-        """
-        training = self.training
-        self.eval()
-        statistics = self.token_statistics(input_ids, attention_mask, completion_mask)
-        self.train(training)
-        return implied(statistics, completion_mask[:, 1:].bool(), self.configs[self.adapters[0]])
-
     @property
     def adapters(self) -> list[str]:
         """The adapters' names, in order."""
@@ -331,12 +237,13 @@ class QAdapterForCausalLM(PreTrainedModel, PolicyGenerationMixin):
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
             gather_indices: with it, and what else `PackedCollator` makes, the result is `packed_statistics`.
+            kwargs: of the decoder; for training statistics `base_states` (`qadapter.base_states`).
         """
         if gather_indices is not None:
             packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
             return self.packed_statistics(input_ids, completion_mask=completion_mask, **packed)  # type: ignore[arg-type]
         if completion_mask is not None:
-            return self.token_statistics(input_ids, attention_mask, completion_mask)  # type: ignore[arg-type]
+            return self.token_statistics(input_ids, attention_mask, completion_mask, **kwargs)  # type: ignore[arg-type]
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
         rows, tokens = _shape_of(batch)

@@ -1,0 +1,168 @@
+"""What training runs of the policy: the base's pass, the adapter's pass, and the statistics of the loss from both."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qadapter.data.packing import PackedSequences
+from qadapter.fused import TokenStatistics
+from qadapter.modeling.packed import packed_batch
+from qadapter.modeling.trunk import FromTrunk, KeepTrunk
+from qadapter.objective import ImpliedRewards, implied
+
+
+class BaseStates(NamedTuple):
+    """What the base's pass leaves to the adapter's: it is the same in every epoch."""
+
+    final: Tensor  # final hidden states, (B, T, H), or (N, H) of the states before response tokens only
+    trunk: Tensor | None  # (B, T, H), the states that enter the first adapted layer; None if no layer is shared
+
+
+class Streams(NamedTuple):
+    """Final hidden states (B, T, H) of both streams of a training batch."""
+
+    adapter: Tensor
+    base: Tensor
+
+
+class TrainingPasses:
+    """The part of `QAdapterForCausalLM` that training uses."""
+
+    # What the policy has.
+    base: Any
+    head: Any
+    plan: Any
+    configs: Any
+    adapters: list[str]
+    shared_layers: int
+    training: bool
+    trained_coefficients: Any
+
+    def streams(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        adapter: str | None = None,
+        **kwargs: Any,
+    ) -> Streams:
+        """Final hidden states of the base (without gradient, in eval mode) and of one adapter, for training.
+
+        Two passes, the base first: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order. Layers
+        below the first adapted one run in the base's pass only.
+        """
+        base = self.base_pass(input_ids, attention_mask, **kwargs)
+        return Streams(self.adapter_pass(input_ids, attention_mask, base.trunk, adapter, **kwargs), base.final)
+
+    @torch.no_grad()
+    def base_pass(
+        self, input_ids: Tensor, attention_mask: Tensor | dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> BaseStates:
+        """The base's hidden states, in eval mode: no checkpointing, no adapter dropout."""
+        decoder, training, trunk = self.base.get_decoder(), self.training, KeepTrunk(self.shared_layers)
+        batch = _decoder_batch(input_ids, attention_mask, kwargs)
+        decoder.eval()
+        with self.plan.running(None, layer_pass=trunk):
+            final = decoder(**batch, use_cache=False).last_hidden_state
+        decoder.train(training)
+        return BaseStates(final, trunk.states if self.shared_layers else None)
+
+    def adapter_pass(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        trunk: Tensor | None = None,
+        adapter: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Final hidden states (B, T, H) of one adapter, with gradient; from the trunk's states on if they are given."""
+        # The resting plan, not a context: activation checkpointing runs the layers again in the backward pass.
+        self.plan.blocks = (adapter or self.adapters[0],)
+        rest = None if trunk is None else FromTrunk(self.shared_layers, trunk)
+        with self.plan.running(*self.plan.blocks, layer_pass=rest):
+            decoder = self.base.get_decoder()
+            return decoder(**_decoder_batch(input_ids, attention_mask, kwargs), use_cache=False).last_hidden_state
+
+    def token_statistics(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        base_states: Tensor | None = None,
+        trunk_states: Tensor | None = None,
+    ) -> TokenStatistics:
+        """Statistics of every response token under the trained policy and the base; (B, T-1), zero elsewhere.
+
+        Column t belongs to token t+1, as with shifted labels: its mask is `completion_mask[:, 1:]`. With `base_states`,
+        the base's final states (N, H) before the response tokens in the order of the mask, and, where layers are
+        shared, `trunk_states` (B, T, H), the base's pass is left out (see `qadapter.base_states`).
+        """
+        mask = completion_mask[:, 1:].bool()
+        # The states before response tokens, among all B·T; finding them makes the host wait for the device.
+        states = F.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)  # (N,)
+        targets = input_ids.flatten().index_select(0, states + 1)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        kept = None if base_states is None else BaseStates(base_states, trunk_states)
+        return self._statistics(batch, kept, states, targets, mask)
+
+    def packed_statistics(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        gather_indices: Tensor,
+        restore_indices: Tensor,
+        sequence_lengths: list[int],
+        state_indices: Tensor,
+        target_ids: Tensor,
+        completion_mask: Tensor,
+        base_states: Tensor | None = None,
+        trunk_states: Tensor | None = None,
+    ) -> TokenStatistics:
+        """As `token_statistics`, of the packed row that `PackedCollator` makes; (2P, C), zero outside the mask.
+
+        The base must have been switched to packed attention (`packed.enable_packing`). The slow twin runs the same
+        pairs in padded rows of their own.
+        """
+        sequences = PackedSequences(input_ids, position_ids, gather_indices, restore_indices, sequence_lengths)
+        batch = packed_batch(self.base, sequences)
+        kept = None if base_states is None else BaseStates(base_states, trunk_states)
+        return self._statistics(batch, kept, state_indices, target_ids, completion_mask)
+
+    def _statistics(
+        self, batch: dict[str, Any], base_states: BaseStates | None, states: Tensor, targets: Tensor, mask: Tensor
+    ) -> TokenStatistics:
+        """Statistics of the N response tokens that follow the given states, laid out as `mask` (B, C) has it."""
+        adapter = self.adapters[0]
+        if base_states is None:
+            base_states = self.base_pass(**batch)
+            base_states = base_states._replace(final=base_states.final.flatten(0, 1).index_select(0, states))
+        flat = self.head.statistics(
+            adapter,
+            self.adapter_pass(trunk=base_states.trunk, **batch).flatten(0, 1).index_select(0, states),  # (N, H)
+            base_states.final,
+            self.trained_coefficients()[adapter],
+            targets,
+            self.plan,
+        )
+        return TokenStatistics(*(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> ImpliedRewards:
+        """What the adapter says of given responses: Q, value and reward of each token (B, T-1), and returns (B,).
+
+        The returns rank responses to the same prompt (best-of-n, data filtering); between prompts they differ by
+        V(s_0), which no pair has trained. Arguments as of `token_statistics`.
+        """
+        training = self.training
+        self.eval()  # type: ignore[attr-defined]
+        statistics = self.token_statistics(input_ids, attention_mask, completion_mask)
+        self.train(training)  # type: ignore[attr-defined]
+        return implied(statistics, completion_mask[:, 1:].bool(), self.configs[self.adapters[0]])
+
+
+def _decoder_batch(input_ids: Tensor, attention_mask: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's arguments. Without `position_ids`, positions count real tokens only: padding changes nothing."""
+    if "position_ids" not in kwargs and isinstance(attention_mask, Tensor):
+        kwargs = kwargs | {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
