@@ -79,6 +79,7 @@ class QAdapterTrainer(Trainer):
 
     # compute_loss returns a mean over the micro-batch's pairs: the Trainer divides by the accumulation steps.
     loss_is_scaled_for_ga = False
+    train_dataset: Any
 
     def __init__(self, model: QAdapterForCausalLM, args: QAdapterTrainingArguments, **kwargs: Any) -> None:
         if not isinstance(model, QAdapterForCausalLM):

@@ -35,10 +35,14 @@ class TrainingPasses:
     head: Any
     plan: Any
     configs: Any
-    adapters: list[str]
     shared_layers: int
     training: bool
     trained_coefficients: Any
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters' names, in order."""
+        return list(self.configs)
 
     def streams(
         self,

@@ -152,11 +152,6 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
 
     # -- streams -----------------------------------------------------------------------------------------------
 
-    @property
-    def adapters(self) -> list[str]:
-        """The adapters' names, in order."""
-        return list(self.configs)
-
     def trained_coefficients(self) -> dict[str, Any]:
         """Weights (c_θ, c_b) of each adapter's trained policy."""
         return {
