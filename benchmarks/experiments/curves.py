@@ -25,11 +25,13 @@ class Measure:
     Args:
         kind: "pairs", "samples" or a source of texts: units of one kind are resampled alike.
         read: from a point to its numbers; None where the point has none.
+        limit: of a drift, the right end of its curves; None for the setting's own, in nats.
     """
 
     name: str
     kind: str
     read: Any
+    limit: float | None = None
 
 
 def _pairs(key: str) -> Any:
@@ -40,6 +42,10 @@ def _samples(value: Any) -> Any:
     return lambda point: value(point["samples"]) if "samples" in point else None
 
 
+def _lost(point: Mapping[str, Any]) -> list[float] | None:
+    return [value for losses in point.get("lost", {}).values() for value in losses] or None
+
+
 GAINS = {
     "score": Measure(
         "judge's score of samples, change",
@@ -47,11 +53,11 @@ GAINS = {
         _samples(lambda found: [a - b for a, b in zip(found["score"], found["base_score"], strict=True)]),
     ),
     "win": Measure(
-        "win rate of samples over the base's at equal length, minus ½",
+        "win rate at equal length, minus ½",
         "samples",
         _samples(lambda found: [value - 0.5 for value in found["win"]]),
     ),
-    "margin": Measure("margin a token on held-out pairs, change in nats", "pairs", _pairs("margin_gain")),
+    "margin": Measure("margin a token, change in nats", "pairs", _pairs("margin_gain")),
 }
 DRIFTS = {
     "kl": Measure("KL(policy ‖ base) a token on held-out answers, nats", "pairs", _pairs("kl")),
@@ -59,6 +65,7 @@ DRIFTS = {
                           _samples(lambda found: found["kl"])),
     "kl-prose": Measure("KL(policy ‖ base) a token on prose, nats", "prose",
                         lambda point: point["texts"]["prose"]["kl"]),
+    "benchmarks": Measure("score lost on the benchmarks", "items", _lost, limit=0.04),
 }  # fmt: skip
 
 
@@ -144,7 +151,7 @@ def curve(
     draws: Draws,
     half: int | None = None,
 ) -> tuple[Array, Array]:
-    """(drifts, gains), each (resamples + 1, points that have both)."""
+    """(drifts, gains), each (resamples + 1, points that have both); a drift below 0 counts as none."""
     columns: tuple[list[Array], list[Array]] = ([], [])
     for point in points:
         found = [measure.read(point) for measure in (drift, gain)]
@@ -155,7 +162,7 @@ def curve(
             units = max(groups) + 1 if measure.kind == "pairs" else len(values)
             column.append(means(values, own, draws.counts(measure.kind, units, half)))
     drifts, gains = (np.stack(column, 1) if column else np.zeros((draws.resamples + 1, 0)) for column in columns)
-    return drifts, gains
+    return np.maximum(drifts, 0), gains
 
 
 def areas(drifts: Array, gains: Array, limit: float) -> tuple[Array, Array]:

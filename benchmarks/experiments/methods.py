@@ -192,7 +192,7 @@ MAIN_KNOBS: dict[str, list[dict[str, Any]]] = {
     "ppo": [{"kl_coefficient": coefficient} for coefficient in (0.3, 0.1, 0.03)],
 }
 TITLES = {
-    "qadapter": "Q-Adapter (residual)",
+    "qadapter": "Q-Adapter",
     "qadapter-logits": "Q-Adapter (the paper's form)",
     "authors": "authors' released loss",
     "sft": "SFT",

@@ -1,4 +1,4 @@
-"""From results files to the figures of the page: areas of methods with their knob tuned, differences from DPO."""
+"""From results files to the figures of the page: variants, and areas of methods with their knob tuned."""
 
 import json
 from collections import defaultdict
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve, interval
+from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve
 from benchmarks.experiments.measure import SCALE, STRENGTH
 
 Result = dict[str, Any]
@@ -25,10 +25,19 @@ class Variant:
     results: tuple[Result, ...]
 
     @property
+    def seeds(self) -> frozenset[int]:
+        """Those that it was trained with."""
+        return frozenset(result["cell"]["seed"] for result in self.results)
+
+    @property
+    def named_options(self) -> dict[str, Any]:
+        """The options by name."""
+        return json.loads(self.options)
+
+    @property
     def label(self) -> str:
         """Options as text: beta = 10."""
-        options = json.loads(self.options)
-        return ", ".join(f"{name} = {_short(value)}" for name, value in options.items()) or "–"
+        return ", ".join(f"{name} = {_short(value)}" for name, value in self.named_options.items()) or "defaults"
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,13 @@ def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
     return dict(found)
 
 
-def variants(results: Sequence[Result]) -> list[Variant]:
-    """The variants among the results of a setting, each with all of its seeds, in order of method and options."""
-    commonest = _commonest_training(results)
+def variants(results: Sequence[Result], usual: Mapping[str, Any] | None = None) -> list[Variant]:
+    """The variants among the results of a setting, each with all of its seeds, in order of method and options.
+
+    Args:
+        usual: the training from which differences are told; None for the commonest one.
+    """
+    commonest = usual or _commonest_training(results)
     found: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         training = result["cell"]["setting"]["training"]
@@ -85,6 +98,11 @@ def dial_points(result: Result, form: str) -> list[dict[str, Any]]:
     return [*full, *(point for point in result["points"] if point["dial"] == SCALE)]
 
 
+def limit_of(result: Result, drift: Measure) -> float:
+    """The right end of the curves."""
+    return drift.limit or result["cell"]["setting"]["drift_limit"]
+
+
 def seed_mean(rows: Sequence[Array], draws: Draws) -> Array:
     """Mean over seeds of (resamples + 1,) arrays, seeds resampled with the rest."""
     stacked = np.stack(rows, 1)
@@ -96,12 +114,12 @@ def variant_areas(
     variant: Variant, form: str, gain: Measure, drift: Measure, draws: Draws, half: int | None = None
 ) -> tuple[Array, Array]:
     """The area of a variant's curve, all and lower half, in each resample, mean over seeds."""
-    key = (id(variant), form, gain.name, drift.name, half)
+    key = (variant, form, gain.name, drift.name, half)
     if key not in draws.known:
         rows = []
         for result in variant.results:
             curves = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws, half)
-            rows.append(areas(*curves, result["cell"]["setting"]["drift_limit"]))
+            rows.append(areas(*curves, limit_of(result, drift)))
         whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
         draws.known[key] = whole, lower
     return draws.known[key]
@@ -116,7 +134,7 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
         for form in ("dial", "scaled"):
             if form == "scaled" and not any(_scaled_gain(variant, gain) for variant in own):
                 continue
-            rows.append(_tuned(method, form, own, gain, drift, draws))
+            rows.append(tuned_area(method, form, own, gain, drift, draws))
         if len(own) > 1:
             rows.append(_knob_alone(method, own, gain, drift, draws))
     return rows
@@ -128,7 +146,9 @@ def _scaled_gain(variant: Variant, gain: Measure) -> bool:
     return any(gain.read(point) is not None for point in points)
 
 
-def _tuned(method: str, form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
+def tuned_area(
+    method: str, form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws
+) -> MethodArea:
     table = {half: [variant_areas(variant, form, gain, drift, draws, half) for variant in own] for half in HALVES}
     best = {half: int(np.argmax([whole[0] for whole, _ in table[half]])) for half in HALVES}
     crossed = [table[half][best[1 - half]] for half in HALVES]
@@ -150,30 +170,9 @@ def _knob_alone(method: str, own: Sequence[Variant], gain: Measure, drift: Measu
             for v in own
         ]  # fmt: skip
         parts.append([np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1)])
-    limit = own[0].results[0]["cell"]["setting"]["drift_limit"]
-    rows = [areas(*part, limit) for part in parts]
+    rows = [areas(*part, limit_of(own[0].results[0], drift)) for part in parts]
     whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
     return MethodArea(method, "knob", whole, lower, ())
-
-
-def differences(rows: Sequence[MethodArea]) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
-    """{(method, form): {"whole", "lower", "ratio"}}: against DPO with the dial, paired by resample.
-
-    "ratio" is that of the lower halves. Empty where DPO was not run.
-    """
-    rival = next((row for row in rows if row.method == RIVAL and row.form == "dial"), None)
-    if rival is None:
-        return {}
-    result = {}
-    for row in rows:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(rival.lower > 0, row.lower / rival.lower, np.nan)
-        result[row.method, row.form] = {
-            "whole": interval(row.whole - rival.whole),
-            "lower": interval(row.lower - rival.lower),
-            "ratio": interval(ratio),
-        }
-    return result
 
 
 def number_of_seeds(results: Sequence[Result]) -> int:

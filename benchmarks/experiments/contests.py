@@ -1,0 +1,98 @@
+"""Two methods against each other on the seeds that both have: difference of areas, and the goal in the lower half."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.experiments.curves import Array, Draws, Measure, curve, gain_at, interval
+from benchmarks.experiments.summary import (
+    RIVAL,
+    MethodArea,
+    Variant,
+    dial_points,
+    method_areas,
+    seed_mean,
+    variant_areas,
+)
+
+OWN = "qadapter"
+GOAL = 4 / 3  # of DPO's mean gain over the lower half: a third more
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A method's area and another's under the same resamples."""
+
+    own: MethodArea
+    other: MethodArea
+    seeds: int
+
+    @property
+    def whole(self) -> Interval:
+        """Difference of the areas."""
+        return interval(self.own.whole - self.other.whole)
+
+    @property
+    def lower(self) -> Interval:
+        """Difference of the lower halves."""
+        return interval(self.own.lower - self.other.lower)
+
+    @property
+    def beyond_goal(self) -> Interval:
+        """Own lower half less 4/3 of the other's. (A ratio has no interval where the other's comes near 0.)"""
+        return interval(self.own.lower - GOAL * self.other.lower)
+
+    @property
+    def ratio(self) -> float:
+        """Of the lower halves; nan where the other's is not above 0."""
+        return float(self.own.lower[0] / self.other.lower[0]) if self.other.lower[0] > 0 else np.nan
+
+
+def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str = OWN) -> list[Contest]:
+    """`own`, its knob tuned and with the strength dial, against every other method and form of it.
+
+    Both are taken on the seeds that all of their variants have; a method that shares none is left out. The method's own
+    other forms are among the others.
+    """
+    result = []
+    for method in dict.fromkeys(variant.method for variant in found):
+        pair = [variant for variant in found if variant.method in (own, method)]
+        seeds = frozenset.intersection(*(variant.seeds for variant in pair))
+        if not seeds or not any(variant.method == own for variant in pair):
+            continue
+        rows = method_areas([on_seeds(variant, seeds) for variant in pair], gain, drift, Draws(len(seeds)))
+        first = next(row for row in rows if row.method == own and row.form == "dial")
+        result += [Contest(first, row, len(seeds)) for row in rows if row is not first and row.method == method]
+    return result
+
+
+def on_seeds(variant: Variant, seeds: frozenset[int]) -> Variant:
+    """The variant with the results of these seeds only."""
+    rows = tuple(result for result in variant.results if result["cell"]["seed"] in seeds)
+    return Variant(variant.method, variant.options, rows)
+
+
+def against_rival(found: Sequence[Variant], gain: Measure, drift: Measure) -> dict[tuple[str, str], Contest]:
+    """{(method, form): contest of DPO with the dial against it}."""
+    return {(one.other.method, one.other.form): one for one in contests(found, gain, drift, RIVAL)}
+
+
+def variant_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Interval | None:
+    """Difference of two variants' areas along the dial, on the seeds that both have; None if they share none."""
+    seeds = one.seeds & other.seeds
+    if not seeds:
+        return None
+    draws = Draws(len(seeds))
+    left, right = (variant_areas(on_seeds(variant, seeds), "dial", gain, drift, draws)[0] for variant in (one, other))
+    return interval(left - right)
+
+
+def gains_at(variant: Variant, gain: Measure, drift: Measure, level: float, draws: Draws) -> Array:
+    """Gain at a drift along the dial, in each resample, mean over seeds."""
+    rows = []
+    for result in variant.results:
+        drifts, gains = curve(dial_points(result, "dial"), result["data"]["groups"], gain, drift, draws)
+        rows.append(np.array([gain_at(*row, level) for row in zip(drifts, gains, strict=True)]))
+    return seed_mean(rows, draws)

@@ -1,0 +1,171 @@
+"""The tables of the results page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.experiments.contests import against_rival, gains_at, variant_difference
+from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, Measure, curve, drift_for, gain_at, interval
+from benchmarks.experiments.measure import STRENGTH
+from benchmarks.experiments.methods import TITLES
+from benchmarks.experiments.suites import ABLATIONS
+from benchmarks.experiments.summary import (
+    FORMS,
+    RIVAL,
+    MethodArea,
+    Variant,
+    dial_points,
+    point_figures,
+    variant_areas,
+)
+from benchmarks.experiments.verdict import bracketed, default_of
+
+LEVELS = (0.04, 0.12, 0.25, 1.0)  # shares of the drift limit
+
+
+def area_table(
+    gain: str, drift: str, found: Sequence[Variant], rows: Sequence[MethodArea], figures: dict[str, Any]
+) -> Iterator[str]:
+    """The methods by area, the largest first; differences from DPO on the seeds that both have."""
+    compared = against_rival(found, GAINS[gain], DRIFTS[drift])
+    seeds = {variant.method: len(variant.seeds) for variant in found}
+    yield f"Gain: {GAINS[gain].name}. Drift: {DRIFTS[drift].name}.\n"
+    yield "| method | form | seeds | area | lower half | area − DPO's | lower half − DPO's | chosen knob |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in sorted(rows, key=lambda row: -row.whole[0]):
+        whole, lower = interval(row.whole), interval(row.lower)
+        one = compared.get((row.method, row.form))
+        cells = [TITLES.get(row.method, row.method), FORMS[row.form], str(seeds[row.method])]
+        cells += [bracketed(whole), bracketed(lower)]
+        against = None if one is None else {"whole": negated(one.whole), "lower": negated(one.lower)}
+        cells += ["–", "–"] if against is None else [bracketed(against["whole"]), bracketed(against["lower"])]
+        yield "| " + " | ".join([*cells, "; ".join(row.chosen) or "–"]) + " |"
+        figures[f"{row.method} {row.form}"] = {"whole": whole, "lower": lower, "against_dpo": against}
+    yield ""
+
+
+def negated(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    """The interval of minus the quantity."""
+    value, low, high = values
+    return -value, -high, -low
+
+
+def best_variants(found: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> list[Variant]:
+    """Each method's variant of the largest area, the best method first."""
+    best: dict[str, tuple[float, Variant]] = {}
+    for variant in found:
+        value = float(variant_areas(variant, "dial", gain, drift, draws)[0][0])
+        if variant.method not in best or value > best[variant.method][0]:
+            best[variant.method] = (value, variant)
+    return [variant for _, variant in sorted(best.values(), key=lambda pair: -pair[0])]
+
+
+def mean_curve(variant: Variant, form: str, gain: Measure, drift: Measure, draws: Draws) -> tuple[Any, Any]:
+    """Drift and gain at each setting of the dial, mean over prompts and seeds."""
+    curves = [
+        curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws) for result in variant.results
+    ]
+    return tuple(np.mean([one[axis][0] for one in curves], 0) for axis in (0, 1))
+
+
+def equal_lines(found: Sequence[Variant], gain: str, draws: Draws) -> Iterator[str]:
+    """Gain at equal drift, drift at equal gain, of each method's best variant."""
+    measures = GAINS[gain], DRIFTS["kl"]
+    limit = found[0].results[0]["cell"]["setting"]["drift_limit"]
+    levels = [share * limit for share in LEVELS]
+    best = best_variants(found, *measures, draws)
+    curves = {variant: mean_curve(variant, "dial", *measures, draws) for variant in best}
+    rival = next((curves[variant] for variant in best if variant.method == RIVAL), None)
+    half = gain_at(*rival, limit / 4) if rival is not None else 0.0
+    yield (
+        f"Each method's variant of the largest area: gain ({GAINS[gain].name}) at equal drift"
+        + (f", and the drift at DPO's gain at a quarter of the limit ({half:.3f}).\n" if half > 0 else ".\n")
+    )
+    columns = [f"at {level:.3g} nats" for level in levels] + ["drift for DPO's gain"] * (half > 0)
+    yield "| method | seeds | " + " | ".join(columns) + " |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for variant, values in curves.items():
+        cells = [f"{TITLES.get(variant.method, variant.method)}, {variant.label}", str(len(variant.seeds))]
+        cells += [bracketed(interval(gains_at(variant, *measures, level, draws))) for level in levels]
+        if half > 0:
+            reached = drift_for(*values, half)
+            cells.append("not reached" if reached is None else f"{reached:.4f}")
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def ablation_table(
+    names: Sequence[str], found: Sequence[Variant], usual: Mapping[str, Any], draws: Draws
+) -> Iterator[str]:
+    """The variants of each ablation, and how their areas differ from the default's on the seeds that both have."""
+    default = default_of(found)
+    lines = []
+    for name in names:
+        for method, options in ABLATIONS[name]:
+            changed = {key: value for key, value in options.items() if not is_usual(key, value, usual)}
+            variant = next((v for v in found if (v.method, v.named_options) == (method, changed)), None)
+            if variant is None:
+                continue
+            label = ", ".join(f"{key} = {value}" for key, value in options.items()) or "defaults"
+            cells = [name, TITLES.get(method, method), label, str(len(variant.seeds))]
+            for gain in ("score", "margin"):
+                measures = GAINS[gain], DRIFTS["kl"]
+                cells.append(bracketed(interval(variant_areas(variant, "dial", *measures, draws)[0])))
+                same = default is None or variant is default
+                value = None if same else variant_difference(variant, default, *measures)
+                cells.append("–" if value is None else bracketed(value))
+            lines.append("| " + " | ".join(cells) + " |")
+    if lines:
+        yield "Ablations: areas against KL along the dial, and their difference from the default's.\n"
+        yield "| ablation | method | variant | seeds | area: score | − default's | area: margin | − default's |"
+        yield "|---" * 8 + "|"
+        yield from lines
+        yield ""
+
+
+def is_usual(name: str, value: Any, usual: Mapping[str, Any]) -> bool:
+    """Whether an option of an ablation asks for the training that the suite has anyway."""
+    return name.startswith("training.") and usual[name.removeprefix("training.")] == value
+
+
+def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
+    """Every variant at full strength, and its areas on all prompts (no choice made)."""
+    rows = [(variant, point_figures(variant, STRENGTH, 1.0)) for variant in found]
+    names = list(dict.fromkeys(name for _, figures in rows for name in figures or ()))
+    wanted = ["accuracy", "margin_gain", "nll_change", "kl", "score gain", "sample win", "sample kl", "sample words",
+              "sample finished", "sample repetition"]  # fmt: skip
+    columns = [name for name in wanted if name in names]
+    columns += [name for name in names if name.endswith((" loss_change", " prefers change", " margin change"))]
+    yield "At full strength (means; every variant), with its areas of score and margin against KL:\n"
+    yield "| method | options | seeds | " + " | ".join(columns) + " | area: score | area: margin |"
+    yield "|---" * (len(columns) + 5) + "|"
+    for variant, figures in rows:
+        cells = [TITLES.get(variant.method, variant.method), variant.label, str(len(variant.results))]
+        cells += ["–" if figures is None or name not in figures else f"{figures[name]:.4g}" for name in columns]
+        for gain in ("score", "margin"):
+            cells.append(bracketed(interval(variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], draws)[0])))
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def task_table(found: Sequence[Variant]) -> Iterator[str]:
+    """Benchmarks: differences from the base, mean over seeds."""
+    tasks = sorted({task for variant in found for result in variant.results for task in result["tasks"]})
+    if not tasks:
+        return
+    columns = [(task, point) for task in tasks for point in ("strength=0.5", "strength=1")]
+    yield "Benchmarks, difference from the base:\n"
+    yield "| method | options | " + " | ".join(f"{task}, {point}" for task, point in columns) + " |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for variant in found:
+        cells = [TITLES.get(variant.method, variant.method), variant.label]
+        for task, point in columns:
+            values = [
+                result["tasks"][task]["differences"][point]["value"]
+                for result in variant.results
+                if task in result["tasks"]
+            ]
+            cells.append(f"{np.mean(values):+.3f}" if values else "–")
+        yield "| " + " | ".join(cells) + " |"
+    yield ""

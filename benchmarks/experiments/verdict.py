@@ -1,0 +1,191 @@
+"""The head of the results page: whether the goals are met, which default follows, and what did not work."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.experiments.contests import OWN, Contest, Interval, contests, variant_difference
+from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, interval
+from benchmarks.experiments.measure import STRENGTH
+from benchmarks.experiments.methods import TITLES
+from benchmarks.experiments.summary import FORMS, RIVAL, Variant, point_figures, variant_areas
+from qadapter import QAdapterConfig
+from qadapter.evaluation.intervals import wilson
+
+# Judged samples and margin, against drift and (where tasks were run) against what benchmarks lose.
+YARDSTICKS = (("score", "kl"), ("margin", "kl"), ("score", "benchmarks"), ("margin", "benchmarks"))
+GAIN_TITLES = {"score": "judged samples", "margin": "margin"}
+DRIFT_TITLES = {"kl": "KL", "benchmarks": "benchmarks"}
+Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
+
+INTRODUCTION = """## Verdict
+
+Q-Adapter, its knob tuned and with the strength dial, against each rival with the same, on the seeds both have. *met*:
+the whole interval is on the right side; *one seed*: it is, but says nothing of the spread over seeds; *not shown*: the
+estimate is, the interval is not; *not met*: neither is.
+The goals: a larger area than every rival, and in the lower half at least a third more gain than DPO at equal drift
+(lower half of Q-Adapter − 4/3 × lower half of DPO > 0).
+"""
+
+
+def verdict_lines(settings: Settings) -> Iterator[str]:
+    """The section; nothing where no setting has Q-Adapter and a rival."""
+    found = {(key, yard): contests(variants, GAINS[yard[0]], DRIFTS[yard[1]])
+             for key, variants in settings.items() for yard in YARDSTICKS if measured(variants, yard)}  # fmt: skip
+    found = {place: own for place, own in found.items() if rivals(own)}
+    if not found:
+        return
+    yield INTRODUCTION
+    yield from goal_table(found)
+    yield from rival_table(found)
+    yield from default_lines(settings)
+    yield from failure_lines(settings)
+
+
+def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
+    """Whether any point of the variants has both the gain and the drift."""
+    measures = GAINS[yardstick[0]], DRIFTS[yardstick[1]]
+    points = (point for variant in variants for result in variant.results for point in result["points"])
+    return any(all(measure.read(point) for measure in measures) for point in points)
+
+
+def rivals(found: Sequence[Contest]) -> list[Contest]:
+    """The contests with other methods, with the dial or with scaled weights."""
+    return [one for one in found if not one.other.method.startswith(OWN) and one.other.form != "knob"]
+
+
+def word(value: Interval, seeds: int) -> str:
+    """Whether a difference is above 0, outside the spread over prompts and seeds."""
+    estimate, low, _ = value
+    if low > 0:
+        return "met" if seeds > 1 else "one seed"
+    return "not shown" if estimate > 0 else "not met"
+
+
+def goal_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
+    """Q-Adapter against DPO by each yardstick."""
+    rows, words = [], []
+    for ((suite, setting), (gain, drift)), own in found.items():
+        one = next((one for one in own if (one.other.method, one.other.form) == (RIVAL, "dial")), None)
+        if one is None:
+            continue
+        words.append((word(one.whole, one.seeds), word(one.beyond_goal, one.seeds)))
+        ratio = f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
+        cells = [suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift], str(one.seeds), f"{one.own.whole[0]:.3f}",
+                 f"{one.other.whole[0]:.3f}", bracketed(one.whole), words[-1][0], ratio, bracketed(one.beyond_goal),
+                 words[-1][1]]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    if not rows:
+        return
+    larger, third = (sum(pair[place] == "met" for pair in words) for place in (0, 1))
+    yield (
+        f"**Against DPO: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
+        f"half in {third} of {len(rows)}.**\n"
+    )
+    yield (
+        "| suite | setting | gain by | against | seeds | area | DPO's | difference | larger | lower half ÷ DPO's | "
+        "lower half − 4/3 DPO's | a third more |"
+    )
+    yield "|---" * 12 + "|"
+    yield from rows
+    yield ""
+
+
+def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
+    """Q-Adapter's area less each rival's, against KL."""
+    rows: dict[tuple[str, ...], dict[str, Contest]] = {}
+    for ((suite, setting), (gain, drift)), own in found.items():
+        for one in rivals(own) if drift == "kl" else ():
+            rows.setdefault((suite, setting, one.other.method, one.other.form), {})[gain] = one
+    gains = tuple(GAIN_TITLES)
+    beaten = sum(
+        all(gain in row and word(row[gain].whole, row[gain].seeds) == "met" for gain in gains) for row in rows.values()
+    )
+    yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.** Area − the rival's:\n"
+    yield "| suite | setting | rival | form | seeds | " + " | ".join(f"{GAIN_TITLES[gain]} | " for gain in gains) + " |"
+    yield "|---" * (5 + 2 * len(gains)) + "|"
+    for (suite, setting, method, form), row in rows.items():
+        cells = [suite, setting, TITLES.get(method, method), FORMS[form], str(next(iter(row.values())).seeds)]
+        for gain in gains:
+            cells += [bracketed(row[gain].whole), word(row[gain].whole, row[gain].seeds)] if gain in row else ["–", "–"]
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def default_of(variants: Sequence[Variant]) -> Variant | None:
+    """The variant that the package's defaults give, or None."""
+    own = [variant for variant in variants if variant.method == OWN]
+    plain = next((variant for variant in own if variant.options == "{}"), None)
+    usual = QAdapterConfig().to_dict()
+    named = (v for v in own if v.results[0]["policy"] == usual and set(v.named_options) <= set(usual))
+    return plain or next(named, None)
+
+
+def default_lines(settings: Settings) -> Iterator[str]:
+    """The package's default against the best of Q-Adapter's other variants by each gain."""
+    lines = []
+    for (suite, setting), variants in settings.items():
+        default = default_of(variants)
+        others = [variant for variant in variants if variant.method.startswith(OWN) and variant is not default]
+        for gain in GAIN_TITLES if default is not None else ():
+            compared = [(variant_difference(other, default, GAINS[gain], DRIFTS["kl"]), other) for other in others]
+            known = [(value, other) for value, other in compared if value is not None]
+            if known:
+                value, best = max(known, key=lambda pair: pair[0][0])
+                says = "better" if value[1] > 0 else "no ground to change it" if value[0] > 0 else "the default leads"
+                lines.append(
+                    f"- {suite}, {setting}, {GAIN_TITLES[gain]}: best of {len(known)} other variants is {best.label}; "
+                    f"area − the default's {bracketed(value)}: {says}."
+                )
+    if lines:
+        yield (
+            "**The default** is "
+            + ", ".join(f"{name} = {value}" for name, value in QAdapterConfig().to_dict().items())
+            + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it:\n"
+        )
+        yield from lines
+        yield ""
+
+
+def failure_lines(settings: Settings) -> Iterator[str]:
+    """What did not work, by rules: a judge near chance, methods that gain nothing, answers that fall apart."""
+    lines = [line for (suite, setting), variants in settings.items() for line in failures(suite, setting, variants)]
+    if lines:
+        yield "**What did not work:**\n"
+        yield from lines
+        yield ""
+
+
+def failures(suite: str, setting: str, variants: Sequence[Variant]) -> Iterator[str]:
+    """Of a setting."""
+    place = f"- {suite}, {setting}: "
+    first = variants[0].results[0]
+    accuracy, pairs = first["judge"]["held_out_accuracy"], first["data"]["held_out_pairs"]
+    right = wilson(accuracy * pairs, pairs)
+    if right.low <= 0.5:
+        yield (
+            f"{place}the judge ranks {accuracy:.3f} [{right.low:.3f}, {right.high:.3f}] of {pairs} held-out pairs "
+            "right, which may be chance: judged samples say little here."
+        )
+    for gain in ("score", "margin"):
+        weak = []
+        for variant in variants:
+            whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws(len(variant.seeds)))
+            if interval(whole)[1] < 0.001:
+                weak.append(f"{TITLES.get(variant.method, variant.method)} ({variant.label})")
+        if weak:
+            yield f"{place}no gain by {GAIN_TITLES[gain]} (the interval of the area reaches 0): {'; '.join(weak)}."
+    for variant in variants:
+        figures = point_figures(variant, STRENGTH, 1.0) or {}
+        if figures.get("sample repetition", 0) > 0.1:
+            yield (
+                f"{place}{TITLES.get(variant.method, variant.method)} ({variant.label}) repeats itself: "
+                f"{figures['sample repetition']:.0%} of its sequences of four words."
+            )
+
+
+def bracketed(values: Interval) -> str:
+    """Estimate [low, high]; a dash for what is no number."""
+    value, low, high = (round(number, 3) + 0.0 for number in values)  # no minus before a nought
+    return "–" if not np.isfinite(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,131 @@
+"""The head of the results page, from made-up results: common seeds, goals met and not, the default, what failed."""
+
+import pytest
+
+from benchmarks.experiments.contests import contests, gains_at, variant_difference
+from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
+from benchmarks.experiments.report import shown_command, up_to
+from benchmarks.experiments.summary import variants
+from benchmarks.experiments.tables import ablation_table, is_usual
+from benchmarks.experiments.verdict import verdict_lines, word
+from qadapter import QAdapterConfig
+
+PAIRS = 12
+TRAINING = {"lora_r": 8, "lora_layers": "all"}
+
+
+def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None):
+    """A cell whose margin (and score) grows with √KL; pairs and seeds differ a little."""
+
+    def gains(height, kl):
+        return [height * kl**0.5 * (1 + 0.02 * (unit % 3 - 1) + 0.01 * seed) for unit in range(PAIRS)]
+
+    points = []
+    for kl in (0.01, 0.04, 0.0625, 0.25):
+        point = {"dial": "strength", "value": 4 * kl, "texts": {}, "retained": {}}
+        point["pairs"] = {"kl": [kl] * PAIRS, "margin_gain": gains(margin, kl)}
+        scores = gains(margin if score is None else score, kl)
+        point["samples"] = {"score": scores, "base_score": [0.0] * PAIRS, "repetition": [kl] * PAIRS}
+        if lost is not None:
+            point["lost"] = {"arc_easy": [lost * kl] * 5}
+        points.append(point)
+    return {
+        "cell": {"setting": {"drift_limit": 0.25, "training": TRAINING}, "method": method, "options": options or {},
+                 "seed": seed},
+        "data": {"groups": list(range(PAIRS)), "held_out_pairs": PAIRS},
+        "judge": {"held_out_accuracy": judge},
+        "policy": QAdapterConfig().to_dict(),
+        "points": points,
+    }  # fmt: skip
+
+
+def text(results):
+    return "\n".join(verdict_lines({("s", "x"): variants(results, TRAINING)}))
+
+
+def test_a_third_more_gain_is_met_or_not_by_the_numbers():
+    dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
+    page = text([*dpo, *(result("qadapter", seed, 1.4) for seed in (0, 1))])
+    assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 2 of 2" in page
+    assert "| s | x | margin | KL | 2 | 0.352 | 0.251 | 0.10" in page  # mean height of 1.4 √KL: 1.4 · ½ · ½ · 1.005
+    assert "| 1.40 |" in page
+    page = text([*dpo, *(result("qadapter", seed, 1.2) for seed in (0, 1))])
+    assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 0 of 2" in page
+
+
+def test_one_seed_is_never_enough():
+    page = text([result("dpo", 0, 1.0), result("qadapter", 0, 1.4)])
+    assert "met in 0 of 2 comparisons, a third more gain in the lower half in 0 of 2" in page
+    assert "| one seed |" in page
+    assert [word((0.1, low, 0.2), seeds) for low, seeds in ((0.05, 2), (0.05, 1), (-0.1, 2))] == [
+        "met", "one seed", "not shown"
+    ]  # fmt: skip
+    assert word((-0.1, -0.2, 0.1), 2) == "not met"
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    results = [result("qadapter", seed, 1.0 + seed) for seed in (0, 1, 2)]
+    found = variants([*results, result("dpo", 1, 2.0), result("sft", 7, 1.0)])
+    (one,) = contests(found, GAINS["margin"], DRIFTS["kl"])
+    assert (one.other.method, one.seeds) == ("dpo", 1)
+    assert one.whole[0] == pytest.approx(0.0, abs=1e-9)  # seed 1 has the height 2.0, as DPO has
+    assert one.ratio == pytest.approx(1.0)
+    qadapter, dpo, sft = sorted(found, key=lambda variant: ["qadapter", "dpo", "sft"].index(variant.method))
+    assert variant_difference(qadapter, dpo, GAINS["margin"], DRIFTS["kl"])[0] == pytest.approx(0.0, abs=1e-9)
+    assert variant_difference(qadapter, sft, GAINS["margin"], DRIFTS["kl"]) is None
+
+
+def test_a_gain_at_equal_drift_has_an_interval():
+    (dpo,) = variants([result("dpo", seed, 1.0) for seed in (0, 1)])
+    gains = gains_at(dpo, GAINS["margin"], DRIFTS["kl"], 0.0225, Draws(2))
+    assert gains[0] == pytest.approx(0.15 * 1.005)
+    assert gains[1:].min() < gains[0] < gains[1:].max()
+
+
+def test_what_benchmarks_lose_is_a_drift_of_its_own():
+    page = text([result("dpo", 0, 1.0, lost=0.16), result("qadapter", 0, 1.0, lost=0.04)])
+    assert "| s | x | margin | benchmarks | 1 | " in page
+    found = variants([result("dpo", 0, 1.0, lost=-1.0)])
+    assert gains_at(found[0], GAINS["margin"], DRIFTS["benchmarks"], 0.0, Draws(1))[0] >= 0  # a gain counts as no loss
+
+
+def test_the_default_is_compared_with_the_best_other_variant():
+    own = [
+        result("qadapter", seed, height, {"beta": beta}) for seed in (0, 1) for beta, height in ((10.0, 1), (1.0, 2))
+    ]
+    own[1]["policy"] = own[3]["policy"] = QAdapterConfig(beta=1.0).to_dict()
+    page = text([*own, result("dpo", 0, 1.0), result("dpo", 1, 1.0)])
+    assert "beta = 10.0" in page
+    assert "best of 1 other variants is beta = 1; area − the default's 0.25" in page
+    assert ": better." in page
+
+
+def test_a_judge_at_chance_a_method_without_gain_and_babble_are_named():
+    page = text([result("dpo", 0, -1.0, judge=0.6), result("qadapter", 0, 1.0, judge=0.6)])
+    assert "s, x: the judge ranks 0.600 [" in page
+    assert "no gain by margin (the interval of the area reaches 0): DPO (defaults)." in page
+    assert "Q-Adapter (defaults) repeats itself: 25%" in page  # at full strength KL, and so repetition, is 0.25
+
+
+def test_without_a_rival_there_is_no_verdict():
+    assert text([result("qadapter", 0, 1.0)]) == ""
+
+
+def test_an_ablation_is_compared_with_the_default():
+    rows = [result("qadapter", 0, 1.0), result("qadapter", 0, 1.5, {"gamma": 0.9}), result("authors", 0, 0.5)]
+    lines = list(ablation_table(["gamma", "parametrisation"], variants(rows, TRAINING), TRAINING, Draws(1)))
+    (gamma,) = [line for line in lines if "gamma = 0.9" in line]
+    assert gamma.split(" | ")[-1].startswith("0.12")  # ½ · ½ · 0.5
+    assert sum("| Q-Adapter | defaults | 1 |" in line for line in lines) == 1
+    assert is_usual("training.lora_r", 8, TRAINING)
+    assert not is_usual("training.lora_r", 2, TRAINING)
+
+
+def test_a_curve_is_cut_at_the_limit():
+    assert up_to([0.1, 0.3], [1.0, 2.0], 0.2) == [(0.0, 0.0), (0.1, 1.0), (0.2, pytest.approx(1.5))]
+    assert up_to([0.1], [1.0], 0.2) == [(0.0, 0.0), (0.1, 1.0)]
+
+
+def test_a_command_is_shown_without_the_places_of_the_machine():
+    command = "python -m benchmarks.experiments run --data /some/where --suite cpu --work=/tmp/x --seeds 0"
+    assert shown_command(command) == "python -m benchmarks.experiments run --suite cpu --seeds 0"
