@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from commands import assert_refused, qadapter, succeeded
+from commands import Outcome, assert_refused, process, qadapter, succeeded
+from models import tiny_base, tiny_tokenizer
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,6 +81,29 @@ def test_distilled_approaches_the_policy_at_half_strength(export, exported, base
     models = (student, AutoModelForCausalLM.from_pretrained(base))
     after, before = (mean_kl(logits(policy), logits(model)) for model in models)
     assert after < before / 2
+
+
+def test_vllm_is_the_policy_over_the_folder_s_own_weights(adapter, exported, policy):
+    """As a process, whose whole output is the command to run next."""
+    outcome = process("export", adapter, "--format", "vllm", "--strength", 0.5, "--output-dir", exported)
+    assert outcome == Outcome(0, f"folder for vLLM written to {exported}: vllm serve {exported}\n", "")
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == ["QAdapterLlamaForCausalLM"]
+    assert config["qadapter"] == {"strength": 0.5}
+    torch.testing.assert_close(
+        logits(QAdapterForCausalLM.from_pretrained(exported, base_model=exported)), logits(policy), rtol=0, atol=0
+    )
+    assert AutoTokenizer.from_pretrained(exported).chat_template is not None
+
+
+def test_a_base_that_the_vllm_plugin_lacks_is_refused(exported, tmp_path):
+    """As a process, too: the reason is one line and nothing is written."""
+    tiny_base("gpt2").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    QAdapterForCausalLM.from_base(tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    outcome = process("export", tmp_path / "adapter", "--format", "vllm", "--output-dir", exported)
+    assert_refused(outcome, "the vLLM plugin has no GPT2LMHeadModel: it serves LlamaForCausalLM.*Use `qadapter serve`")
+    assert not exported.exists()
 
 
 @pytest.mark.parametrize(
