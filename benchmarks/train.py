@@ -13,6 +13,7 @@ DPOTrainer (its fused head, reference by disabled adapter) of the same round and
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import sys
@@ -36,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM, load_preference_dataset
+from qadapter.base_states import IN_MEMORY, BaseStatesCollator, keep_base_states
 from qadapter.data import PackedCollator, PreferenceCollator, tokenise_preferences
 from qadapter.fused import TokenStatistics
 from qadapter.modeling.bases import load_base, load_tokenizer, resolve_base
@@ -83,8 +85,19 @@ def on(device: str, batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def our_step(base: PreTrainedModel, options: argparse.Namespace, layers: Any, packing: bool, trunk: bool) -> Any:
-    """The objective through `QAdapterForCausalLM`, as the trainer runs it."""
+def our_step(
+    base: PreTrainedModel,
+    options: argparse.Namespace,
+    layers: Any,
+    packing: bool,
+    trunk: bool,
+    kept: Pairs | None = None,
+) -> Any:
+    """The objective through `QAdapterForCausalLM`, as the trainer runs it.
+
+    Args:
+        kept: all pairs of the run, for the base's states of which to be kept: a step of a later epoch.
+    """
     model = QAdapterForCausalLM.from_base(copy_of(base), METHOD, lora(layers)).train()
     checkpointed(model, options)
     if not trunk:
@@ -92,8 +105,13 @@ def our_step(base: PreTrainedModel, options: argparse.Namespace, layers: Any, pa
     packing = packing and enable_packing(model.base)
     collator = PackedCollator() if packing else PreferenceCollator(pad_token_id=0)
 
+    states = None if kept is None else keep_base_states(model, Dataset.from_list(list(kept)), collator, IN_MEMORY, 1)
+    places = {id(pair): place for place, pair in enumerate(kept or ())}
+    with_states = BaseStatesCollator(collator)
+
     def loss_of(pairs: Pairs) -> torch.Tensor:
-        batch = on(options.device, collator(pairs))
+        rows = pairs if states is None else [states[places[id(pair)]] for pair in pairs]
+        batch = on(options.device, with_states(rows))
         mask = batch["completion_mask"] if packing else batch["completion_mask"][:, 1:]
         return pair_losses(TokenStatistics(*model(**batch)), mask, METHOD)[0].mean()
 
@@ -152,7 +170,7 @@ def checkpointed(model: Any, options: argparse.Namespace) -> None:
         model.base.enable_input_require_grads() if hasattr(model, "base") else model.enable_input_require_grads()
 
 
-def contenders(base: PreTrainedModel, options: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
+def contenders(base: PreTrainedModel, options: argparse.Namespace, pairs: Pairs) -> dict[str, Callable[[], Contender]]:
     """Each made when it is first needed."""
     depth = base.config.num_hidden_layers
     upper = list(range(depth // 2, depth))
@@ -166,6 +184,8 @@ def contenders(base: PreTrainedModel, options: argparse.Namespace) -> dict[str, 
         "ours, upper half, padded": (half, lambda: our_step(base, options, upper, packing=False, trunk=False)),
         "ours, upper half, padded, shared trunk": (half, lambda: our_step(base, options, upper, False, trunk=True)),
         "ours, upper half": (half, lambda: our_step(base, options, upper, packing=True, trunk=True)),
+        "ours, base kept": (whole, lambda: our_step(base, options, None, True, True, kept=pairs)),
+        "ours, upper half, base kept": (half, lambda: our_step(base, options, upper, True, True, kept=pairs)),
     }
     return {
         name: (lambda name=name, rival=rival, make=make: Contender(name, make(), rival))  # type: ignore[misc]
@@ -205,7 +225,7 @@ def measure(base: PreTrainedModel, options: argparse.Namespace) -> dict[str, dic
     rounds = options.rounds + 1
     pairs = load_pairs(options, rounds * options.pairs)
     batches = [pairs[start : start + options.pairs] for start in range(0, rounds * options.pairs, options.pairs)]
-    entries = [make() for make in contenders(base, options).values()]
+    entries = [make() for make in contenders(base, options, pairs).values()]
     seconds: dict[str, list[float]] = {entry.name: [] for entry in entries}
     memory: dict[str, int] = {}
     for number, batch in enumerate(batches):
@@ -229,7 +249,9 @@ def measure(base: PreTrainedModel, options: argparse.Namespace) -> dict[str, dic
                     theirs / ours for ours, theirs in zip(seconds[entry.name], seconds[entry.rival], strict=True)
                 ),
                 3,
-            ),
+            )
+            if entry.rival in seconds
+            else None,
             "rival": entry.rival,
             "peak_mib": round(memory[entry.name] / 2**20, 1),
             "distinct_tokens_a_step": round(tokens),
@@ -310,8 +332,8 @@ def main() -> int:
     figures = measure(base_model(options), options)
     for contender, values in figures.items():
         print(
-            f"{contender:<40} {values['pairs_per_second']:>8.2f} pairs/s  {values['ratio_to_rival']:>5.2f}x "
-            f"{values['peak_mib']:>9.1f} MiB"
+            f"{contender:<40} {values['pairs_per_second']:>8.2f} pairs/s  {values['ratio_to_rival'] or math.nan:>5.2f}x"
+            f" {values['peak_mib']:>9.1f} MiB"
         )
     if options.check:
         problems = check(figures)

@@ -211,7 +211,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Commit, versions, device and command."""
     found = environment(device)
     found["versions"] |= {name: version(name) for name in RIVALS}
-    return found | {"commit": commit(), "command": " ".join(["python -m benchmarks.experiments", *sys.argv[1:]])}
+    command = " ".join(["python -m benchmarks.experiments", *map(portable, sys.argv[1:])])
+    return found | {"commit": commit(), "command": command}
+
+
+def portable(argument: str) -> str:
+    """The argument, or of an absolute path its last part: results name no folders of a machine."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def commit() -> str | None:
