@@ -32,7 +32,7 @@ class Measuring:
         strengths: of the dial z_b + λ (z̃ − z_b) (on a DPO LoRA: DeRa), for log-probabilities; all from one pass.
         scales: of the LoRA's weights (for a LoRA, WiSE-FT's weight averaging).
         sampled_strengths, sampled_scales: those of them at which answers are sampled and judged.
-        tasks: benchmarks of lm-eval over local files, at strengths 0.5 and 1.
+        tasks: benchmarks of lm-eval over local files, at the sampled strengths; `task_limit` items of each.
     """
 
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
