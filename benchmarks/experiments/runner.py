@@ -20,9 +20,9 @@ from benchmarks.experiments.judges import Judge, held_out_accuracy, quiet_sklear
 from benchmarks.experiments.material import load_material, make_judge, sample_rows
 from benchmarks.experiments.measure import STRENGTH, Material, measure
 from benchmarks.experiments.methods import Context, train
+from benchmarks.experiments.own_pairs import write_pairs
 from benchmarks.experiments.pools import load_pools
-from benchmarks.experiments.settings import Setting
-from benchmarks.experiments.terse import write_pairs
+from benchmarks.experiments.settings import OWN_PAIRS, Setting
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter import QAdapterConfig
 from qadapter.devices import default_device
@@ -170,8 +170,8 @@ class Runner:
         cache = self.cache_of(setting)
         context = Context(setting, None, tokenizer, base, cell.seed, cache, cache)  # type: ignore[arg-type]
         policy = context.new_policy()
-        if "terse" in (setting.pairs, *setting.retained):
-            write_pairs(policy, tokenizer, self.data, cache, setting.measuring.generation_batch)
+        for source in {setting.pairs, *setting.retained} & set(OWN_PAIRS):
+            write_pairs(source, policy, tokenizer, self.data, cache, setting.measuring.generation_batch)
         identity = {
             "name": setting.base,
             "prepared": setting.prepared,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+OWN_PAIRS = ("terse", "capitals")  # made of the base's own answers by own_pairs.py
 DOMAINS = ("academy", "business", "entertainment", "literature")
 
 
@@ -56,7 +57,7 @@ class Setting:
     """One customisation.
 
     Args:
-        pairs: the preference data (pools.py): "dsp/entertainment", "hh-rlhf/harmless", "builtin", "terse", ...
+        pairs: the preference data (pools.py): "dsp/entertainment", "hh-rlhf/harmless", "builtin", one of OWN_PAIRS, ...
         base: id or folder of the base model, "builtin" or "tiny".
         prepared: preference data to which the base is tuned first, by DPO, and merged; "" for none.
         retained: preference data whose held-out pairs the policy should not forget.

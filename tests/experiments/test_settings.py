@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.experiments import own_pairs
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.judges import StyleJudge, equal_length_wins, held_out_accuracy, repetition
 from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
-from benchmarks.experiments.suites import fast_dtype, hh, make_suite, terse
+from benchmarks.experiments.suites import capitals, fast_dtype, hh, make_suite, terse
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter.errors import ConfigError, DataError
 from qadapter.generation import Answer
@@ -76,6 +77,20 @@ def test_terse_pairs_are_made_from_the_bases_own_answers(data, tmp_path):
     (made,) = store.work.rglob("terse.jsonl")
     rows = [json.loads(line) for line in made.read_text().splitlines()]
     assert rows[0]["chosen"][0]["content"] == str(int(rows[0]["prompt"][0]["content"].split()[2]) + 1)
+
+
+def test_capitals_are_the_bases_own_answers_in_capitals(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_pairs, "CAPITALS_TOKENS", 4)
+    measuring = replace(SMOKE.measuring, texts=("prose",))
+    small = SMALL | {"training": replace(SMALL["training"], epochs=1.0)}
+    result, store = run(capitals(**small, measuring=measuring), data / "none", tmp_path)
+    (made,) = store.work.rglob("capitals.jsonl")
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
+    assert len(rows) > 100
+    for row in rows:
+        assert row["chosen"][0]["content"] == row["rejected"][0]["content"].upper() != row["rejected"][0]["content"]
+    assert result["judge"]["name"].startswith("rule regex=")
+    assert result["judge"]["held_out_accuracy"] == 1.0
 
 
 def test_benchmarks_over_local_files_are_run_and_what_they_lose_is_a_drift(data, tmp_path, monkeypatch):
