@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from benchmarks.experiments.settings import Setting
+from benchmarks.experiments.settings import OWN_PAIRS, Setting
 from qadapter.data import load_preference_dataset, tokenise_preferences
 from qadapter.errors import DataError
 from qadapter.generation import encode
@@ -44,13 +44,13 @@ def load_pairs(source: str, data: Path, cache: Path) -> list[Pair]:
     """All pairs of a source as messages.
 
     "dsp/DOMAIN" and "hh-rlhf/KIND" are read from `data` (pairs/dsp_DOMAIN.jsonl.gz, pairs/hh_KIND.jsonl.gz) if the
-    files are there, else from their authors; "polite" only from there; "terse" is made by terse.py into `cache`.
-    Anything else is what `load_preference_dataset` takes.
+    files are there, else from their authors; "polite" only from there; OWN_PAIRS were made into `cache` by
+    own_pairs.py. Anything else is what `load_preference_dataset` takes.
     """
-    if source == "terse":
-        path = cache / "terse.jsonl"
+    if source in OWN_PAIRS:
+        path = cache / f"{source}.jsonl"
         if not path.exists():
-            raise DataError(f"{path}: make it first (terse.write_pairs)")
+            raise DataError(f"{path}: make it first (own_pairs.write_pairs)")
         return as_messages(load_preference_dataset(path))
     if source == "builtin":
         return as_messages(load_preference_dataset("builtin"))

@@ -18,11 +18,11 @@ import transformers
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.judges import Judge, held_out_accuracy, quiet_sklearn
 from benchmarks.experiments.material import load_material, make_judge, sample_rows
-from benchmarks.experiments.measure import Material, measure
+from benchmarks.experiments.measure import STRENGTH, Material, measure
 from benchmarks.experiments.methods import Context, train
+from benchmarks.experiments.own_pairs import write_pairs
 from benchmarks.experiments.pools import load_pools
-from benchmarks.experiments.settings import Setting
-from benchmarks.experiments.terse import write_pairs
+from benchmarks.experiments.settings import OWN_PAIRS, Setting
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter import QAdapterConfig
 from qadapter.devices import default_device
@@ -96,7 +96,7 @@ class Runner:
         points = measure(
             trained.policy, context.tokenizer, shared.material, cell.setting.measuring, shared.judge, cell.seed, samples
         )
-        tasks = self.tasks(cell, trained.policy, context.tokenizer)
+        tasks = self.tasks(cell, trained.policy, context.tokenizer, points)
         self.write_samples(cell, sample_rows(shared.material.prompts, samples))
         result = {
             "base": shared.base,
@@ -123,19 +123,27 @@ class Runner:
         self.store.write(cell, result)
         return result
 
-    def tasks(self, cell: Cell, policy: Any, tokenizer: Any) -> dict[str, Any]:
-        """Benchmarks of lm-eval at strengths 0.5 and 1, where the setting asks for any."""
+    def tasks(self, cell: Cell, policy: Any, tokenizer: Any, points: list[dict[str, Any]]) -> dict[str, Any]:
+        """Benchmarks of lm-eval at the sampled strengths, where the setting asks for any.
+
+        What each item lost goes to the points as "lost", {task: [base's score − policy's]}.
+        """
         measuring = cell.setting.measuring
         if not measuring.tasks:
             return {}
         from qadapter.evaluation.benchmarks import task_folder
         from qadapter.evaluation.forgetting import run_tasks
 
-        columns = {"strength=0.5": {"strength": 0.5}, "strength=1": {"strength": 1.0}}
+        columns = {f"{STRENGTH}={value:g}": {"strength": value} for value in measuring.sampled_strengths}
         found = run_tasks(
             policy, tokenizer, list(measuring.tasks), columns, measuring.task_limit,
-            batch_size=measuring.generation_batch, include_path=task_folder(self.data / "bench"),
+            batch_size=measuring.generation_batch, include_path=task_folder(self.data / "bench"), shared=True,
         )  # fmt: skip
+        for point in points:
+            name = f"{STRENGTH}={point['value']:g}"
+            if point["dial"] == STRENGTH and name in columns:
+                own = {task: figures for task, figures in found["tasks"].items() if "scores" in figures}  # no groups
+                point["lost"] = {task: lost(figures["scores"], name) for task, figures in own.items()}
         return {
             name: {key: figures[key] for key in ("metric", "n", "columns", "differences")}
             for name, figures in found["tasks"].items()
@@ -162,8 +170,8 @@ class Runner:
         cache = self.cache_of(setting)
         context = Context(setting, None, tokenizer, base, cell.seed, cache, cache)  # type: ignore[arg-type]
         policy = context.new_policy()
-        if "terse" in (setting.pairs, *setting.retained):
-            write_pairs(policy, tokenizer, self.data, cache, setting.measuring.generation_batch)
+        for source in {setting.pairs, *setting.retained} & set(OWN_PAIRS):
+            write_pairs(source, policy, tokenizer, self.data, cache, setting.measuring.generation_batch)
         identity = {
             "name": setting.base,
             "prepared": setting.prepared,
@@ -205,6 +213,11 @@ class Runner:
             policy.configs[policy.adapters[0]] = QAdapterConfig()
             export_merged(policy, folder, tokenizer)
         return str(folder)
+
+
+def lost(scores: dict[str, list[float]], column: str) -> list[float]:
+    """What the column lost of the base's score, an item."""
+    return [before - after for before, after in zip(scores["base"], scores[column], strict=True)]
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

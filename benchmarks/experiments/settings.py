@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+OWN_PAIRS = ("terse", "capitals")  # made of the base's own answers by own_pairs.py
 DOMAINS = ("academy", "business", "entertainment", "literature")
 
 
@@ -32,7 +33,7 @@ class Measuring:
         strengths: of the dial z_b + λ (z̃ − z_b) (on a DPO LoRA: DeRa), for log-probabilities; all from one pass.
         scales: of the LoRA's weights (for a LoRA, WiSE-FT's weight averaging).
         sampled_strengths, sampled_scales: those of them at which answers are sampled and judged.
-        tasks: benchmarks of lm-eval over local files, at strengths 0.5 and 1.
+        tasks: benchmarks of lm-eval over local files, at the sampled strengths; `task_limit` items of each.
     """
 
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -56,7 +57,7 @@ class Setting:
     """One customisation.
 
     Args:
-        pairs: the preference data (pools.py): "dsp/entertainment", "hh-rlhf/harmless", "builtin", "terse", ...
+        pairs: the preference data (pools.py): "dsp/entertainment", "hh-rlhf/harmless", "builtin", one of OWN_PAIRS, ...
         base: id or folder of the base model, "builtin" or "tiny".
         prepared: preference data to which the base is tuned first, by DPO, and merged; "" for none.
         retained: preference data whose held-out pairs the policy should not forget.

@@ -86,9 +86,15 @@ class Suite:
                     yield Cell.of(self.settings[0], method, options, seed)
 
 
+# What can be lost on these is a drift of the curves; they are short enough for every policy of a suite.
+TASKS = ("arc_easy", "sciq", "piqa", "lambada")
+CAPITALS = r"rule:regex=\A[^a-z]*[A-Z][^a-z]*\Z"
+KEPT = ("prose", "wikitext", "lambada")
+
+
 def dsp(domain: str, **changes: Any) -> Setting:
-    """A domain of DSP; what the policy should keep is prose, Wikipedia and the last words of LAMBADA."""
-    measuring = Measuring(texts=("prose", "wikitext", "lambada"))
+    """A domain of DSP; what the policy should keep is prose, Wikipedia, the last words of LAMBADA, and benchmarks."""
+    measuring = Measuring(texts=KEPT, tasks=TASKS)
     return replace(Setting(f"dsp-{domain}", f"dsp/{domain}", measuring=measuring), **changes)
 
 
@@ -100,7 +106,7 @@ def hh(**changes: Any) -> Setting:
         prepared="hh-rlhf/helpful",
         retained=("hh-rlhf/helpful",),
         judge="reward",
-        measuring=Measuring(texts=("prose", "wikitext", "lambada")),
+        measuring=Measuring(texts=KEPT, tasks=TASKS),
     )
     return replace(setting, **changes)
 
@@ -112,10 +118,16 @@ def terse(**changes: Any) -> Setting:
         "terse",
         judge="rule:max-words=4",
         training=Training(epochs=3.0, lora_r=64, learning_rate=5e-4),
-        measuring=Measuring(texts=("prose", "gsm8k", "lambada")),
+        # Not SciQ, whose questions are trained on.
+        measuring=Measuring(texts=("prose", "gsm8k", "lambada"), tasks=("arc_easy", "piqa", "lambada")),
         drift_limit=1.0,
     )
     return replace(setting, **changes)
+
+
+def capitals(**changes: Any) -> Setting:
+    """Answers in capital letters, a spelling that the base hardly knows, against all ordinary text."""
+    return terse(**({"name": "capitals", "pairs": "capitals", "judge": CAPITALS} | changes))
 
 
 def smoke() -> Suite:
@@ -160,19 +172,17 @@ def cpu_settings() -> dict[str, Setting]:
     polite = Setting("polite", "polite", **small, training=CPU_TRAINING, measuring=CPU_MEASURING)
     retaining = replace(CPU_MEASURING, retained_pairs=40)
     helpful = hh(**(small | {"max_length": 128}), training=CPU_TRAINING, measuring=retaining)
-    return domains | {
-        "polite": polite,
-        "hh-harmless": helpful,
-        "terse": terse(
-            max_length=112, train_pairs=96, eval_pairs=40, training=replace(CPU_TRAINING, epochs=2.0, lora_r=32),
-            measuring=replace(CPU_MEASURING, texts=("prose", "gsm8k"), max_text_tokens=128),
-        ),
-    }  # fmt: skip
+    hard: dict[str, Any] = small | {
+        "training": replace(CPU_TRAINING, epochs=2.0, lora_r=32),
+        "measuring": replace(CPU_MEASURING, texts=("prose", "gsm8k"), max_text_tokens=128),
+    }
+    settings = (*domains.values(), polite, helpful, terse(**hard), capitals(**hard))
+    return {setting.name: setting for setting in settings}
 
 
 def full_settings() -> dict[str, Setting]:
     """Settings of the paper's experiments for a GPU."""
-    return {setting.name: setting for setting in (*(dsp(domain) for domain in DOMAINS), hh(), terse())}
+    return {setting.name: setting for setting in (*map(dsp, DOMAINS), hh(), terse(), capitals())}
 
 
 def dsp_small() -> Suite:
@@ -185,6 +195,14 @@ def cpu() -> Suite:
     """All settings with the two methods that matter most, small."""
     knobs = {name: CPU_KNOBS[name] for name in ("qadapter", "dpo", "sft")}
     return Suite(tuple(cpu_settings().values()), knobs, (0,), "Every setting with few short pairs, for a CPU.")
+
+
+def scales_small() -> Suite:
+    """Averaged weights (WiSE-FT) beside the strength dial on one domain, small."""
+    measuring = replace(CPU_MEASURING, scales=(0.25, 0.5, 1.5, 2.0, 3.0), sampled_scales=(0.5, 2.0))
+    setting = replace(cpu_settings()["dsp-entertainment"], measuring=measuring)
+    knobs = {name: CPU_KNOBS[name] for name in ("qadapter", "dpo", "sft")}
+    return Suite((setting,), knobs, (0, 1), "Averaged weights (WiSE-FT) beside the strength dial, for a CPU.")
 
 
 def ablations_small() -> Suite:
@@ -210,6 +228,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "smoke": smoke,
     "dsp-small": dsp_small,
     "cpu": cpu,
+    "scales-small": scales_small,
     "ablations-small": ablations_small,
     "full": full,
     "ablations": ablations,

@@ -154,8 +154,15 @@ def task_table(found: Sequence[Variant]) -> Iterator[str]:
     tasks = sorted({task for variant in found for result in variant.results for task in result["tasks"]})
     if not tasks:
         return
-    columns = [(task, point) for task in tasks for point in ("strength=0.5", "strength=1")]
-    yield "Benchmarks, difference from the base:\n"
+    points = dict.fromkeys(
+        point
+        for variant in found
+        for result in variant.results
+        for figures in result["tasks"].values()
+        for point in figures["differences"]
+    )
+    columns = [(task, point) for task in tasks for point in points]
+    yield "Benchmarks, difference from the base (mean over seeds):\n"
     yield "| method | options | " + " | ".join(f"{task}, {point}" for task, point in columns) + " |"
     yield "|---" * (len(columns) + 2) + "|"
     for variant in found:

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from data_examples import chat_pair, plain_pair
 
-from qadapter.data import NAMED_SOURCES, load_preference_dataset, sources
+from qadapter.data import NAMED_SOURCES, dsp, load_preference_dataset, sources
 from qadapter.errors import ConfigError, DataError
 
 PAIRS = [plain_pair(number) for number in range(1, 12)]
@@ -181,6 +181,67 @@ def test_the_dsp_name_reads_the_published_split(hub, split, monkeypatch):
     ((names, options),) = hub
     assert names == ("json", None)
     assert options["data_files"].endswith(f"/Linear95/DSP/HEAD/data/domain_specific_preference.{split}.json")
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Where the published DSP file of a split is looked for, instead of the network; it is not there yet."""
+    monkeypatch.setattr(dsp, "ADDRESS", str(tmp_path / "published.{split}.json"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "published.train.json"
+
+
+def test_the_published_dsp_file_is_read_as_a_copy_of_it_is(published):
+    published.write_text(json.dumps(DSP_ROWS), encoding="utf-8")
+    assert (
+        load_preference_dataset("dsp/academy").to_list()
+        == load_preference_dataset(f"dsp/academy:{published}").to_list()
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, "Unable to find"),
+        ("", "there are no rows"),
+        ("<html><body>404: Not Found</body></html>", "JSON parse error"),
+        (json.dumps(DSP_ROWS)[:-30], "when decoding object value"),
+        ('[{"a": 1}]', "responses has to hold the answers by domain"),
+    ],
+    ids=["missing", "empty", "another page", "cut short", "another list"],
+)
+def test_a_published_file_that_is_not_what_it_should_be_is_one_line(published, content, cause):
+    if content is not None:
+        published.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=cause) as caught:
+        load_preference_dataset("dsp/academy")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(published))
+    assert "dsp/academy:FILE" in message or ", row 1: " in message
+
+
+def test_a_broken_download_in_the_cache_is_fetched_anew(monkeypatch):
+    modes = []
+
+    def load_dataset(*_, download_mode=None, **__):
+        modes.append(download_mode)
+        if download_mode is None:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+        return DSP_ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_preference_dataset("dsp/academy").num_rows == len(DSP_PAIRS)
+    assert modes == [None, "force_redownload"]
+
+
+def test_a_copy_of_an_hh_rlhf_file_is_read_as_the_hub_gives_it(hub, tmp_path):
+    rows = [{side: f"\n\nHuman: hi {n}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for n in range(2)]
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    copied = load_preference_dataset(tmp_path / "train.jsonl.gz")
+    assert copied.to_list() == load_preference_dataset("hh-rlhf/harmless").to_list()
+    assert copied[1]["chosen"] == [{"role": "assistant", "content": "chosen"}]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,20 @@ def test_a_key_changes_with_the_setting_and_not_with_the_order_of_options():
     assert (ranked.setting.training.lora_r, ranked.options) == (2, ())
 
 
+@pytest.mark.parametrize(
+    ("suite", "setting", "method", "options", "key"),
+    [
+        ("dsp-small", "dsp-entertainment", "qadapter", {"beta": 10.0}, "fc048575c5e0"),
+        ("cpu", "hh-harmless", "dpo", {"beta": 0.1}, "9a6524c9b1bf"),
+        ("cpu", "terse", "sft", {}, "cbddf99604dd"),
+    ],
+)
+def test_a_finished_cell_keeps_its_key(suite, setting, method, options, key):
+    """Another key would throw results away: raise RESULT_VERSION where their meaning changes, else leave fields be."""
+    (setting,) = narrowed(make_suite(suite), [setting], dtype="float32").settings
+    assert Cell.of(setting, method, options, 0).key == key
+
+
 def test_a_suite_can_be_narrowed_and_a_wrong_name_is_refused():
     suite = narrowed(make_suite("full"), ["dsp-business"], ["dpo"], [4], base="tiny", dtype="float32")
     assert {(cell.setting.name, cell.method, cell.seed) for cell in suite.cells()} == {("dsp-business", "dpo", 4)}

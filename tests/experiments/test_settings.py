@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.experiments import own_pairs
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.judges import StyleJudge, equal_length_wins, held_out_accuracy, repetition
 from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
+from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
-from benchmarks.experiments.suites import fast_dtype, hh, make_suite, terse
+from benchmarks.experiments.suites import capitals, fast_dtype, hh, make_suite, terse
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter.errors import ConfigError, DataError
 from qadapter.generation import Answer
@@ -38,14 +40,17 @@ def data(tmp_path_factory):
             for n in range(40)
         ]
         write_rows(folder / "pairs" / f"hh_{kind}.jsonl.gz", rows)
-    questions = [{"question": f"What is {n} plus one?", "choices": ["no", str(n + 1)], "gold": 1} for n in range(30)]
+    questions = [
+        {"question": f"What is {n} plus one?", "choices": ["no", str(n + 1)], "gold": 1, "support": ""}
+        for n in range(30)
+    ]
     write_rows(folder / "bench" / "sciq_val.jsonl.gz", questions)
     write_rows(folder / "bench" / "gsm8k_test.jsonl.gz", [{"question": "1 + 1?", "answer": "1 + 1 = 2"}] * 3)
     return folder
 
 
 def run(setting, data, folder, method="dpo", options=None):
-    store = Store(folder / "results", folder / "work")
+    store = Store(folder / "results" / "suite", folder / "work")
     cell = Cell.of(setting, method, options or {"beta": 0.1}, 0)
     Runner(store, data, say=lambda line: None).run([cell])
     return json.loads(store.path(cell).read_text()), store
@@ -72,6 +77,36 @@ def test_terse_pairs_are_made_from_the_bases_own_answers(data, tmp_path):
     (made,) = store.work.rglob("terse.jsonl")
     rows = [json.loads(line) for line in made.read_text().splitlines()]
     assert rows[0]["chosen"][0]["content"] == str(int(rows[0]["prompt"][0]["content"].split()[2]) + 1)
+
+
+def test_capitals_are_the_bases_own_answers_in_capitals(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_pairs, "CAPITALS_TOKENS", 4)
+    measuring = replace(SMOKE.measuring, texts=("prose",))
+    small = SMALL | {"training": replace(SMALL["training"], epochs=1.0)}
+    result, store = run(capitals(**small, measuring=measuring), data / "none", tmp_path)
+    (made,) = store.work.rglob("capitals.jsonl")
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
+    assert len(rows) > 100
+    for row in rows:
+        assert row["chosen"][0]["content"] == row["rejected"][0]["content"].upper() != row["rejected"][0]["content"]
+    assert result["judge"]["name"].startswith("rule regex=")
+    assert result["judge"]["held_out_accuracy"] == 1.0
+
+
+def test_benchmarks_over_local_files_are_run_and_what_they_lose_is_a_drift(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measuring = replace(SMOKE.measuring, tasks=("sciq",), task_limit=5, sampled_strengths=(0.5, 1.0))
+    result, store = run(replace(SMOKE, measuring=measuring), data, tmp_path)
+    figures = result["tasks"]["sciq"]
+    assert (figures["metric"], figures["n"], set(figures["differences"])) == ("acc", 5, {"strength=0.5", "strength=1"})
+    lost = {point["value"]: point.get("lost") for point in result["points"] if point["dial"] == "strength"}
+    assert lost.keys() == {0.5, 1.0}
+    assert all(set(losses["sciq"]) <= {-1, 0, 1} and len(losses["sciq"]) == 5 for losses in lost.values())
+    assert sum(lost[1.0]["sciq"]) / 5 == pytest.approx(-figures["differences"]["strength=1"]["value"])
+    write_report(store.results.parent, tmp_path / "results.md")
+    page = (tmp_path / "results.md").read_text()
+    assert "Drift: score lost on the benchmarks." in page
+    assert "| method | options | sciq, strength=0.5 | sciq, strength=1 |" in page
 
 
 def test_texts_that_are_not_there_are_named(tmp_path):
