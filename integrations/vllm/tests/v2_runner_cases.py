@@ -1,16 +1,7 @@
-"""Cases for vLLM's V2 model runner, run by test_requests.py with TRITON_INTERPRET=1.
-
-That runner's kernels need Triton, whose wheels have no backend for CPUs: its interpreter runs them instead, and the
-stand-in below says so to vLLM.
-"""
-
-from types import SimpleNamespace
+"""Cases for vLLM's V2 model runner, run by test_requests.py with TRITON_INTERPRET=1."""
 
 import pytest
-import triton.backends
-
-triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-
+import v2_stand_in  # noqa: F401 -- before anything of vLLM's
 from served import MIXED, answers_at, assert_same, engine, exported, prompts, tiny_folder
 from test_parity import ALIKE
 from vllm.exceptions import VLLMValidationError
