@@ -15,6 +15,12 @@ from qadapter.evaluation.intervals import wilson
 
 # Judged samples and margin, against drift and (where tasks were run) against what benchmarks lose.
 YARDSTICKS = (("score", "kl"), ("margin", "kl"), ("score", "benchmarks"), ("margin", "benchmarks"))
+DEFAULT_WORDS = {
+    "met": "better",
+    "one seed": "better on one seed, which is no ground to change it",
+    "not shown": "no ground to change it",
+    "not met": "the default leads",
+}
 GAIN_TITLES = {"score": "judged samples", "margin": "margin"}
 DRIFT_TITLES = {"kl": "KL", "benchmarks": "benchmarks"}
 Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
@@ -103,7 +109,11 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
         all(gain in row and word(row[gain].whole, row[gain].seeds) == "met" for gain in gains) for row in rows.values()
     )
     yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.** Area − the rival's:\n"
-    yield "| suite | setting | rival | form | seeds | " + " | ".join(f"{GAIN_TITLES[gain]} | " for gain in gains) + " |"
+    yield (
+        "| suite | setting | rival | form | seeds | "
+        + " | ".join(f"{GAIN_TITLES[gain]} | larger" for gain in gains)
+        + " |"
+    )
     yield "|---" * (5 + 2 * len(gains)) + "|"
     for (suite, setting, method, form), row in rows.items():
         cells = [suite, setting, TITLES.get(method, method), FORMS[form], str(next(iter(row.values())).seeds)]
@@ -133,7 +143,7 @@ def default_lines(settings: Settings) -> Iterator[str]:
             known = [(value, other) for value, other in compared if value is not None]
             if known:
                 value, best = max(known, key=lambda pair: pair[0][0])
-                says = "better" if value[1] > 0 else "no ground to change it" if value[0] > 0 else "the default leads"
+                says = DEFAULT_WORDS[word(value, len(best.seeds & default.seeds))]
                 lines.append(
                     f"- {suite}, {setting}, {GAIN_TITLES[gain]}: best of {len(known)} other variants is {best.label}; "
                     f"area − the default's {bracketed(value)}: {says}."
