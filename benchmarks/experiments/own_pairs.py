@@ -18,6 +18,7 @@ from qadapter.errors import DataError
 QUESTIONS = ("sciq_val",)
 LONGEST_ANSWER = 4  # words
 MOST = 600
+CAPITALS_PROMPTS = 300
 TERSE_TOKENS, CAPITALS_TOKENS = 64, 32  # of the base's own answers; capitals take twice as many
 
 
@@ -66,7 +67,7 @@ def _questions(data: Path) -> list[tuple[str, str]]:
 def _builtin_prompts() -> list[tuple[str, str]]:
     """The prompts of the package's own pairs; what is wanted is made of the base's answers."""
     rows = [row for split in ("train", "test") for row in load_preference_dataset("builtin", split=split)]
-    return [(prompt, "") for prompt in dict.fromkeys(row["prompt"] for row in rows)]
+    return [(prompt, "") for prompt in dict.fromkeys(row["prompt"] for row in rows)][:CAPITALS_PROMPTS]
 
 
 def _said(text: str) -> dict[str, str]:
