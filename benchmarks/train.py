@@ -184,8 +184,11 @@ def contenders(base: PreTrainedModel, options: argparse.Namespace, pairs: Pairs)
         "ours, upper half, padded": (half, lambda: our_step(base, options, upper, packing=False, trunk=False)),
         "ours, upper half, padded, shared trunk": (half, lambda: our_step(base, options, upper, False, trunk=True)),
         "ours, upper half": (half, lambda: our_step(base, options, upper, packing=True, trunk=True)),
-        "ours, base kept": (whole, lambda: our_step(base, options, None, True, True, kept=pairs)),
-        "ours, upper half, base kept": (half, lambda: our_step(base, options, upper, True, True, kept=pairs)),
+        "ours, base kept": (whole, lambda: our_step(base, options, None, packing=True, trunk=True, kept=pairs)),
+        "ours, upper half, base kept": (
+            half,
+            lambda: our_step(base, options, upper, packing=True, trunk=True, kept=pairs),
+        ),
     }
     return {
         name: (lambda name=name, rival=rival, make=make: Contender(name, make(), rival))  # type: ignore[misc]
@@ -244,20 +247,18 @@ def measure(base: PreTrainedModel, options: argparse.Namespace) -> dict[str, dic
         entry.name: {
             "seconds": round(statistics.median(seconds[entry.name]), 4),
             "pairs_per_second": round(options.pairs / statistics.median(seconds[entry.name]), 3),
-            "ratio_to_rival": round(
-                statistics.median(
-                    theirs / ours for ours, theirs in zip(seconds[entry.name], seconds[entry.rival], strict=True)
-                ),
-                3,
-            )
-            if entry.rival in seconds
-            else None,
+            "ratio_to_rival": median_ratio(seconds[entry.name], seconds.get(entry.rival)),
             "rival": entry.rival,
             "peak_mib": round(memory[entry.name] / 2**20, 1),
             "distinct_tokens_a_step": round(tokens),
         }
         for entry in entries
     }
+
+
+def median_ratio(ours: list[float], theirs: list[float] | None) -> float | None:
+    """How many times as fast as the rival, by the rounds; None if it did not run."""
+    return None if theirs is None else round(statistics.median(b / a for a, b in zip(ours, theirs, strict=True)), 3)
 
 
 def peak_memory(entry: Contender, batch: Pairs, options: argparse.Namespace) -> int:
@@ -320,7 +321,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=64, help="of which the prompt has so many")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="+", default=None, help="contenders by name (with their rivals)")
+    parser.add_argument("--only", nargs="+", default=None, help="contenders by name; a ratio needs the rival, too")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()

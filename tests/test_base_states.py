@@ -6,6 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from models import lora, tiny_base, tiny_policy, tiny_trainer, token_pairs
+from safetensors.torch import save_file
+from transformers import Trainer
 
 from qadapter import QAdapterConfig
 from qadapter.base_states import (
@@ -198,3 +200,39 @@ def test_padded_rows_on_the_left_hold_the_states_too():
     batch = BaseStatesCollator(left)(rows)
     expected = policy(**left(list(pairs)))
     torch.testing.assert_close(policy(**batch).lse, expected.lse, rtol=1e-6, atol=1e-8)
+
+
+def test_states_of_other_tokens_are_refused(tmp_path):
+    states, folder = folder_of_states(tmp_path)
+    (path,) = folder.glob("*.safetensors")
+    save_file({"0.base_final": torch.zeros(1, 32)}, path)
+    with pytest.raises(ConfigError, match=r"states of pair 0 in .*are not of its tokens: remove its folder"):
+        states[0]
+
+
+def test_states_that_do_not_fit_leave_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("qadapter.base_states.USABLE_SHARE", 1e-12)
+    with pytest.raises(ConfigError, match="may be used"):
+        folder_of_states(tmp_path / "deep")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("option", [{"cache_base_states": "memory"}, {"micro_batch_tokens": 64}])
+def test_sharded_training_is_refused(tmp_path, monkeypatch, option):
+    create = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        create(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"{name} = .*: not with FSDP or DeepSpeed"):
+        tiny_trainer(upper_policy(), tmp_path, **option)
+
+
+def test_memory_of_one_process_is_refused_to_several(tmp_path, monkeypatch):
+    trainer = tiny_trainer(upper_policy(), tmp_path, cache_base_states="memory")
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(ConfigError, match="with several processes: give a folder"):
+        trainer.get_train_dataloader()

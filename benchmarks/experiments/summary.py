@@ -134,7 +134,7 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
         for form in ("dial", "scaled"):
             if form == "scaled" and not any(_scaled_gain(variant, gain) for variant in own):
                 continue
-            rows.append(tuned_area(method, form, own, gain, drift, draws))
+            rows.append(_tuned(method, form, own, gain, drift, draws))
         if len(own) > 1:
             rows.append(_knob_alone(method, own, gain, drift, draws))
     return rows
@@ -146,9 +146,7 @@ def _scaled_gain(variant: Variant, gain: Measure) -> bool:
     return any(gain.read(point) is not None for point in points)
 
 
-def tuned_area(
-    method: str, form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws
-) -> MethodArea:
+def _tuned(method: str, form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
     table = {half: [variant_areas(variant, form, gain, drift, draws, half) for variant in own] for half in HALVES}
     best = {half: int(np.argmax([whole[0] for whole, _ in table[half]])) for half in HALVES}
     crossed = [table[half][best[1 - half]] for half in HALVES]

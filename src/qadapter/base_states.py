@@ -68,13 +68,12 @@ class PairsWithStates(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = index % SHARD_PAIRS
-        shard = self.shards[index // SHARD_PAIRS]
-        tensors: Any = _opened(shard) if isinstance(shard, Path) else shard
-        names = {name: f"{place}.{name}" for name in (FINAL, TRUNK)}
-        held = tensors.keys()
-        get = tensors.get_tensor if isinstance(shard, Path) else tensors.__getitem__
-        return self.pairs[index] | {name: get(key) for name, key in names.items() if key in held}
+        pair, shard, place = self.pairs[index], self.shards[index // SHARD_PAIRS], index % SHARD_PAIRS
+        states = {name: _tensor(shard, f"{place}.{name}") for name in (FINAL, TRUNK)}
+        found = {name: value for name, value in states.items() if value is not None}
+        if any(value.dim() != 2 or len(value) != _tokens(pair, name) for name, value in found.items()):
+            raise ConfigError(f"the base's states of pair {index} in {shard} are not of its tokens: remove its folder.")
+        return pair | found
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,13 @@ def keep_base_states(
     paths: list[Path] = []
     if folder is not None:
         paths = [folder / f"pairs-{start:08d}.safetensors" for start in starts]
-        claim_folder(folder, fingerprint(model, pairs))
+        stated = fingerprint(model, pairs)
+        check_folder(folder, stated)
     missing = [i for i in range(len(starts)) if not (paths and paths[i].exists())]
     check_size(model, pairs, len(missing) / max(1, len(starts)), folder)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MANIFEST, stated)
     _opened.cache_clear()  # of a folder that has been made anew
     shards: list[Shard | Path] = [*paths] or [{}] * len(starts)
     done = tqdm(total=len(pairs), initial=len(pairs) - _pairs_in(missing, pairs), unit="pair", desc="base states")
@@ -160,19 +163,16 @@ def pair_states(model: QAdapterForCausalLM, pairs: Sequence[Pair], batch: dict[s
     return found
 
 
-def claim_folder(folder: Path, stated: dict[str, Any]) -> None:
-    """Make the folder that of these states.
+def check_folder(folder: Path, stated: dict[str, Any]) -> None:
+    """Pass if the folder is not there, empty, or that of states with this fingerprint.
 
     Raises:
         ConfigError: it holds something else.
     """
-    manifest = folder / MANIFEST
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(manifest, stated)
         return
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         different = [name for name in stated if found.get(name) != stated[name]]
     except (OSError, ValueError, AttributeError):
         different = [f"no readable {MANIFEST}"]
@@ -200,9 +200,8 @@ def fingerprint(model: QAdapterForCausalLM, pairs: Dataset) -> dict[str, Any]:
 def estimated_bytes(model: QAdapterForCausalLM, pairs: Dataset) -> int:
     """Bytes of the states of all pairs."""
     hidden = model.config.get_text_config(decoder=True).hidden_size
-    answers = sum(len(row[side]) for row in pairs for side in SIDES)
-    trunk = sum(len(ids) for row in pairs for ids in row.values()) if model.shared_layers else 0
-    return (answers + trunk) * hidden * model.dtype.itemsize
+    kinds = (FINAL, TRUNK) if model.shared_layers else (FINAL,)
+    return sum(_tokens(pair, kind) for pair in pairs for kind in kinds) * hidden * model.dtype.itemsize
 
 
 def check_size(model: QAdapterForCausalLM, pairs: Dataset, share: float, folder: Path | None) -> None:
@@ -212,7 +211,7 @@ def check_size(model: QAdapterForCausalLM, pairs: Dataset, share: float, folder:
         ConfigError: they do not fit.
     """
     size = estimated_bytes(model, pairs)
-    free = psutil.virtual_memory().available if folder is None else shutil.disk_usage(folder).free
+    free = psutil.virtual_memory().available if folder is None else shutil.disk_usage(_existing(folder)).free
     place = "memory" if folder is None else str(folder)
     logger.info("The base's states of %d pairs take %s in %s.", len(pairs), _readable(size), place)
     if size * share > USABLE_SHARE * free:
@@ -225,10 +224,14 @@ def check_size(model: QAdapterForCausalLM, pairs: Dataset, share: float, folder:
 
 def _base_pass(model: QAdapterForCausalLM, batch: dict[str, Any]) -> BaseStates:
     if "gather_indices" in batch:
-        return model.base_pass(
-            **packed_batch(model.base, PackedSequences(*(batch[f] for f in PackedSequences._fields)))
-        )
+        sequences = PackedSequences(*(batch[name] for name in PackedSequences._fields))
+        return model.base_pass(**packed_batch(model.base, sequences))
     return model.base_pass(batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device))
+
+
+def _tokens(pair: Pair, kind: str) -> int:
+    """How many tokens of a pair have states of that kind."""
+    return sum(len(pair[name]) for name in (SIDES if kind == FINAL else ("prompt_ids", *SIDES)))
 
 
 def _by_sequence(batch: dict[str, Any], states: Tensor, lengths: list[int]) -> Sequence[Tensor]:
@@ -279,6 +282,19 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): remove its folder; the states are made anew.") from error
+
+
+def _tensor(shard: Shard | Path, name: str) -> Tensor | None:
+    """A tensor of a shard in memory or in a file, None if it has none of that name."""
+    if not isinstance(shard, Path):
+        return shard.get(name)
+    file = _opened(shard)
+    return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 -- not a dict
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _pairs_in(shards: Sequence[int], pairs: Dataset) -> int:

@@ -136,8 +136,10 @@ class QAdapterTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; with `micro_batch_tokens`, part by part, each weighted by its share of the pairs."""
         *parts, last = inputs.get("micro_batches") or [inputs]
-        with self.accelerator.no_sync(model):
-            losses = [super(QAdapterTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+        losses = []
+        with self.accelerator.no_sync(model):  # gradients of several processes meet once, after the last part
+            for part in parts:
+                losses.append(super().training_step(model, part, num_items_in_batch))
         losses.append(super().training_step(model, last, num_items_in_batch))
         return torch.stack(losses).sum()
 

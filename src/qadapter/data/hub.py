@@ -1,5 +1,6 @@
 """Rows of a dataset on the Hugging Face hub (or in its local cache)."""
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -38,16 +39,15 @@ def hub_rows(
         else "Check the network, or download the file by other means and name it as 'dsp/academy:FILE'"
     )
     places = {"data_dir": data_dir} if data_files is None else {"data_files": data_files}
+    load = functools.partial(load_dataset, hub_id, config, **places, split=split, streaming=streaming)
     try:
         try:
-            dataset = load_dataset(hub_id, config, **places, split=split, streaming=streaming)
+            dataset = load()
         except DatasetGenerationError:
             if data_files is None:
                 raise
             # A page of a proxy or half a file, say, that an earlier call left in the cache: it would stay there.
-            dataset = load_dataset(
-                hub_id, config, **places, split=split, streaming=streaming, download_mode="force_redownload"
-            )
+            dataset = load(download_mode="force_redownload")
         for number, row in enumerate(dataset, start=1):
             yield RawRow(number, f"{name}, row {number}", row)
     except Exception as error:  # the hub client, the builders and the network raise a dozen unrelated types

@@ -16,7 +16,7 @@ from qadapter.objective import ImpliedRewards, implied
 class BaseStates(NamedTuple):
     """What the base's pass leaves to the adapter's: it is the same in every epoch."""
 
-    final: Tensor  # final hidden states, (B, T, H), or (N, H) of the states before response tokens only
+    final: Tensor  # final hidden states, (B, T, H)
     trunk: Tensor | None  # (B, T, H), the states that enter the first adapted layer; None if no layer is shared
 
 
@@ -38,6 +38,8 @@ class TrainingPasses:
     shared_layers: int
     training: bool
     trained_coefficients: Any
+    eval: Any
+    train: Any
 
     @property
     def adapters(self) -> list[str]:
@@ -107,8 +109,7 @@ class TrainingPasses:
         states = F.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)  # (N,)
         targets = input_ids.flatten().index_select(0, states + 1)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        kept = None if base_states is None else BaseStates(base_states, trunk_states)
-        return self._statistics(batch, kept, states, targets, mask)
+        return self._statistics(batch, base_states, trunk_states, states, targets, mask)
 
     def packed_statistics(
         self,
@@ -130,21 +131,26 @@ class TrainingPasses:
         """
         sequences = PackedSequences(input_ids, position_ids, gather_indices, restore_indices, sequence_lengths)
         batch = packed_batch(self.base, sequences)
-        kept = None if base_states is None else BaseStates(base_states, trunk_states)
-        return self._statistics(batch, kept, state_indices, target_ids, completion_mask)
+        return self._statistics(batch, base_states, trunk_states, state_indices, target_ids, completion_mask)
 
     def _statistics(
-        self, batch: dict[str, Any], base_states: BaseStates | None, states: Tensor, targets: Tensor, mask: Tensor
+        self,
+        batch: dict[str, Any],
+        base_states: Tensor | None,
+        trunk_states: Tensor | None,
+        states: Tensor,
+        targets: Tensor,
+        mask: Tensor,
     ) -> TokenStatistics:
         """Statistics of the N response tokens that follow the given states, laid out as `mask` (B, C) has it."""
         adapter = self.adapters[0]
         if base_states is None:
-            base_states = self.base_pass(**batch)
-            base_states = base_states._replace(final=base_states.final.flatten(0, 1).index_select(0, states))
+            final, trunk_states = self.base_pass(**batch)
+            base_states = final.flatten(0, 1).index_select(0, states)  # (N, H)
         flat = self.head.statistics(
             adapter,
-            self.adapter_pass(trunk=base_states.trunk, **batch).flatten(0, 1).index_select(0, states),  # (N, H)
-            base_states.final,
+            self.adapter_pass(trunk=trunk_states, **batch).flatten(0, 1).index_select(0, states),
+            base_states,
             self.trained_coefficients()[adapter],
             targets,
             self.plan,
@@ -159,9 +165,9 @@ class TrainingPasses:
         V(s_0), which no pair has trained. Arguments as of `token_statistics`.
         """
         training = self.training
-        self.eval()  # type: ignore[attr-defined]
+        self.eval()
         statistics = self.token_statistics(input_ids, attention_mask, completion_mask)
-        self.train(training)  # type: ignore[attr-defined]
+        self.train(training)
         return implied(statistics, completion_mask[:, 1:].bool(), self.configs[self.adapters[0]])
 
 

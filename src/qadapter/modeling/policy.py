@@ -232,7 +232,7 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
             gather_indices: with it, and what else `PackedCollator` makes, the result is `packed_statistics`.
-            kwargs: of the decoder; for training statistics `base_states` (`qadapter.base_states`).
+            kwargs: of the decoder; for training statistics `base_states` and `trunk_states` (`qadapter.base_states`).
         """
         if gather_indices is not None:
             packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
