@@ -166,7 +166,7 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_manifest_that_is_no_object_is_refused(tmp_path):
     _, folder = folder_of_states(tmp_path)
     (folder / MANIFEST).write_text(json.dumps([1]))
-    with pytest.raises(ConfigError, match="another folder"):
+    with pytest.raises(ConfigError, match="Give another"):
         folder_of_states(tmp_path)
 
 

@@ -174,8 +174,10 @@ def check_folder(folder: Path, stated: dict[str, Any]) -> None:
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         different = [name for name in stated if found.get(name) != stated[name]]
-    except (OSError, ValueError, AttributeError):
-        different = [f"no readable {MANIFEST}"]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"cache_base_states = {str(folder)!r}: it holds no readable {MANIFEST}, but other things. Give another."
+        ) from error
     if different:
         raise ConfigError(
             f"cache_base_states = {str(folder)!r}: it holds something else than the states of this run (different: "

@@ -154,6 +154,8 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
         raise ConfigError("eval_dataset and eval_fraction exclude each other: choose one.")
     if data.streaming and data.eval_fraction:
         raise ConfigError("eval_fraction cannot split a streamed dataset: give --eval-dataset.")
+    if data.streaming and training.cache_base_states:
+        raise ConfigError("cache_base_states needs a dataset of known length: leave --streaming out.")
     if data.streaming and training.max_steps <= 0:
         raise ConfigError("the length of a streamed dataset is not known: give --max-steps.")
     _require_rules(

@@ -103,6 +103,8 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--eval-fraction", "0.5", "--eval-dataset", "builtin"), "exclude each other: choose one"),
         (("--eval-fraction", "0.5", "--streaming"), "eval_fraction cannot split a streamed dataset"),
         (("--streaming", "--max-steps", "-1"), "the length of a streamed dataset is not known: give --max-steps"),
+        (("--streaming", "--cache-base-states", "memory"), "cache_base_states needs a dataset of known length"),
+        (("--micro-batch-tokens", "0"), "micro_batch_tokens = 0: must be at least 1"),
         (("--revision", "v2"), "revision = 'v2': .*tiny-llama is a folder, which has none"),
         (("--load-best-model-at-end",), "load_best_model_at_end requires"),
         (("--load-in-4bit", "--load-in-8bit"), "load_in_4bit and load_in_8bit exclude each other"),

@@ -4,6 +4,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 
+import pytest
 from commands import PROMPT, SHORT, qadapter, succeeded
 
 from qadapter.training_log import read_log
@@ -51,6 +52,17 @@ def test_held_out_pairs_are_evaluated_each_epoch_unless_told_otherwise(train, tm
 
 def test_a_streamed_dataset_can_be_trained_on(train):
     succeeded(train("--streaming"))
+
+
+def test_the_base_s_states_are_kept_in_a_folder_and_a_batch_runs_in_parts(train, tmp_path):
+    plain = ("--per-device-train-batch-size", 4, "--overwrite")
+    losses = []
+    for options in ((), ("--cache-base-states", tmp_path / "states", "--micro-batch-tokens", 40)):
+        succeeded(train(*plain, *options))
+        losses.append([e["loss"] for e in read_log(tmp_path / "run" / "training_log.jsonl") if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    kept = sorted(path.name for path in (tmp_path / "states").iterdir())
+    assert kept == ["base_states.json", "pairs-00000000.safetensors"]
 
 
 def test_several_files_are_mixed_by_weight(train, pairs, write_pairs, tmp_path):
