@@ -17,6 +17,7 @@ LAYERS = (
     ("config",),
     ("objective", "plots", "plots_png", "builtin"),
     ("data", "modeling"),
+    ("base_states",),
     ("training_log", "trainer", "generation", "inspection"),
     ("evaluation", "export"),
     ("training", "quickstart"),
