@@ -82,27 +82,39 @@ def decoder(model, batch: int, options: argparse.Namespace, static: bool, **sett
 
 
 def variants(model: PreTrainedModel, batch: int, options: argparse.Namespace, static: bool) -> dict[str, Step]:
-    """The decoding steps to compare, by name."""
-    first_copy, second_copy, equal, folded_copy = (*(copy_of(model) for _ in range(3)), copy.deepcopy(model))
-    settings = QAdapterConfig(alpha_0=0.3)  # far from alpha_tilde: both streams are needed
-    policy = QAdapterForCausalLM.from_base(first_copy, settings, lora()).eval()
-    pair = QAdapterForCausalLM(second_copy, {"one": settings, "two": settings}, {"one": lora(), "two": lora()}).eval()
-    single = QAdapterForCausalLM.from_base(equal, QAdapterConfig(), lora()).eval()
-    folded = QAdapterForCausalLM.from_base(folded_copy, QAdapterConfig(), lora()).eval()
-    folded.merged().__enter__()  # for as long as the benchmark runs
-    plain = get_peft_model(copy_of(model), lora()).eval()
-    steps = {
-        "base": decoder(model, batch, options, static),
-        "policy, strength 0": decoder(policy, batch, options, static, strength=0.0),
-        "base + plain LoRA": decoder(plain, batch, options, static),
-        "policy, strength 1, alpha_0 = alpha_tilde": decoder(single, batch, options, static, strength=1.0),
-        "policy, strength 1, merged": decoder(folded, batch, options, static, strength=1.0),
-        "policy": decoder(policy, batch, options, static, strength=0.7),
-        "policy, two adapters": decoder(pair, batch, options, static, strength=0.7),
+    """The decoding steps to compare, by name; the base's own first."""
+    apart = QAdapterConfig(alpha_0=0.3)  # far from alpha_tilde: both streams are needed
+
+    def policy(config: QAdapterConfig, strength: float, first_layer: int = 0) -> Step:
+        made = QAdapterForCausalLM.from_base(copy_of(model), config, lora(), first_adapted_layer=first_layer).eval()
+        return decoder(made, batch, options, static, strength=strength)
+
+    def pair() -> Step:
+        both = {"one": apart, "two": apart}, {"one": lora(), "two": lora()}
+        return decoder(QAdapterForCausalLM(copy_of(model), *both).eval(), batch, options, static, strength=0.7)
+
+    def folded() -> Step:
+        made = QAdapterForCausalLM.from_base(copy.deepcopy(model), QAdapterConfig(), lora()).eval()
+        made.merged().__enter__()  # for as long as the benchmark runs
+        return decoder(made, batch, options, static, strength=1.0)
+
+    def two_passes() -> Step:
+        plain = get_peft_model(copy_of(model), lora()).eval()
+        first, second = (decoder(one, batch, options, static) for one in (model, plain))
+        return lambda tokens: 0.3 * first(tokens) + 0.7 * second(tokens)
+
+    makers: dict[str, Callable[[], Step]] = {
+        "base": lambda: decoder(model, batch, options, static),
+        "policy, strength 0": lambda: policy(apart, 0.0),
+        "base + plain LoRA": lambda: decoder(get_peft_model(copy_of(model), lora()).eval(), batch, options, static),
+        "policy, strength 1, alpha_0 = alpha_tilde": lambda: policy(QAdapterConfig(), 1.0),
+        "policy, strength 1, merged": folded,
+        "policy": lambda: policy(apart, 0.7),
+        "policy, upper half": lambda: policy(apart, 0.7, model.config.num_hidden_layers // 2),
+        "policy, two adapters": pair,
+        "two naive passes": two_passes,
     }
-    first, second = decoder(model, batch, options, static), decoder(plain, batch, options, static)
-    steps["two naive passes"] = lambda tokens: 0.3 * first(tokens) + 0.7 * second(tokens)
-    return steps
+    return {name: make() for name, make in makers.items() if not options.only or name in ("base", *options.only)}
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -149,14 +161,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="tokens a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also compiled, with a static cache")
+    parser.add_argument("--no-eager", action="store_true", help="not uncompiled")
+    parser.add_argument("--only", nargs="+", default=[], help="variants by name, beside the base")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    options.kinds = [kind for kind, wanted in ((False, not options.no_eager), (True, options.compile)) if wanted]
     name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.dtype = getattr(torch, name)
     torch.manual_seed(0)
     model = base_model(options)
     results = []
-    for static in (False, True)[: 1 + options.compile]:
+    for static in options.kinds:
         for batch in options.batches:
             torch.compiler.reset()
             figures = measure(variants(model, batch, options, static), batch, options)

@@ -18,6 +18,7 @@ from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
+from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.packed import enable_packing
 from qadapter.objective import pair_losses
@@ -59,7 +60,13 @@ class QAdapterTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise ConfigError("fp16 = true: float16 training of this objective diverges. Use bf16 = true, or neither.")
+        for name in ("torch_compile_backend", "torch_compile_mode"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true, without a {name[14:]}.")
+        # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
+        compiles, self.torch_compile = self.torch_compile, False
         super().__post_init__()
+        self.torch_compile = compiles
         # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
@@ -93,6 +100,8 @@ class QAdapterTrainer(Trainer):
         tokenizer = kwargs.get("processing_class")
         if not args.share_trunk:
             model.shared_layers = 0
+        if args.torch_compile:
+            compile_layers(model)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collator_for(model, padding_token(tokenizer, model), args.packing)
         self._pair_collator = kwargs["data_collator"]
