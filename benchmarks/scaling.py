@@ -52,7 +52,7 @@ def point(axis: str, value: int) -> dict[str, Any]:
             max_position_embeddings=2048,
         )
     )
-    options = argparse.Namespace(device="cpu", checkpoint_every=0, targets=None)
+    options = argparse.Namespace(device="cpu", checkpoint_every=0, targets=None, dtype=torch.float32)
     upper = list(range(sizes["layers"] // 2, sizes["layers"]))
     steps = {
         "TRL DPO": trl_step(base, options, None),

@@ -37,6 +37,7 @@ class QAdapterTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with defaults for a LoRA on preference pairs, and how to tokenise them.
 
     Args:
+        torch_compile: compile each decoder layer by itself, and the head (`qadapter.modeling.compiled`).
         max_length: tokens of prompt and answer together; prompts are cut from the left to fit, answers never.
         max_prompt_length: tokens of the prompt alone; None leaves it to max_length.
         cache_tokens: keep the tokens of 1,000 rows or more for later runs (`qadapter.data.token_cache`).
@@ -49,6 +50,7 @@ class QAdapterTrainingArguments(TrainingArguments):
             one after the other; the loss is the same. None runs a batch at once.
     """
 
+    torch_compile: bool = field(default=False, metadata={"help": "Compile each decoder layer, and the head."})
     learning_rate: float = 3e-4
     logging_steps: float = 10
     # It reads the loss at every step, for which the host would wait; the trainer stops at one that is not finite.
@@ -73,9 +75,10 @@ class QAdapterTrainingArguments(TrainingArguments):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true, without a {name[14:]}.")
         # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
-        compiles, self.torch_compile = self.torch_compile, False
+        layer_by_layer = self.torch_compile
+        self.torch_compile = False
         super().__post_init__()
-        self.torch_compile = compiles
+        self.torch_compile = layer_by_layer
         # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False

@@ -52,9 +52,8 @@ def packed_attention(
     window = attention_mask.shape[-1]
     if varlen.fits(query, value, kwargs):
         rows = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))  # (S, heads, D)
-        sequences = [varlen.gather(states, packed.gather, packed.restore, packed.repeated) for states in rows]
-        scale = kwargs.get("scaling")
-        output = varlen.causal_attention(*sequences, packed.boundaries, packed.longest, window, scale)
+        q, k, v = (varlen.gather(states, packed.gather, packed.restore, packed.repeated) for states in rows)
+        output = varlen.causal_attention(q, k, v, packed.boundaries, packed.longest, window, kwargs.get("scaling"))
         return varlen.restore(output, packed.restore).unsqueeze(0), None
     streams = [states.index_select(2, packed.gather).split(packed.lengths, dim=2) for states in (query, key, value)]
     outputs = [
@@ -87,13 +86,15 @@ def layer_windows(model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
 
 def packed_batch(model: PreTrainedModel, sequences: PackedSequences) -> dict[str, Any]:
     """The decoder's arguments for a packed row, on the model's device."""
-    *tensors, lengths = sequences
-    input_ids, position_ids, *rest = (tensor.to(model.device) for tensor in tensors)
+    lengths = sequences.sequence_lengths
+    input_ids, position_ids, gather, restore, repeated, boundaries = (
+        tensor.to(model.device) for tensor in sequences if isinstance(tensor, Tensor)
+    )
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
         "attention_mask": layer_windows(model),
-        "packed": PackedRow(*rest, lengths, max(lengths)),
+        "packed": PackedRow(gather, restore, repeated, boundaries, lengths, max(lengths)),
     }
 
 

@@ -5,17 +5,17 @@ Sizes: M tokens of all sequences, S tokens of the packed row (see `qadapter.data
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
+varlen_attn: Any = None
+with suppress(ImportError):  # torch before 2.10
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-PARAMETERS = inspect.signature(varlen_attn).parameters if varlen_attn is not None else {}
+PARAMETERS: Mapping[str, Any] = inspect.signature(varlen_attn).parameters if varlen_attn is not None else {}
 AVAILABLE = "window_size" in PARAMETERS and "scale" in PARAMETERS
 
 # The kernel's limits, and the arguments of an architecture's attention that it does not know.
