@@ -123,7 +123,7 @@ def measure_passages(
     measured: dict[int, TextDrift] = {}
     training = model.training
     model.eval()
-    packs = enable_packing(model.base)
+    packs = packing_pays(model) and enable_packing(model.base)
     batches = batches_by_beginning if packs else batches_by_length
     for batch in batches([passage.ids for passage in passages], batch_tokens):
         rows = [passages[index] for index in batch]
@@ -143,6 +143,11 @@ def measure_passages(
             advance(len(batch))
     model.train(training)
     return [measured[index] for index in range(len(passages))]
+
+
+def packing_pays(model: QAdapterForCausalLM) -> bool:
+    """Whether packed rows are the faster ones: not on a GPU in float32, where attention is a kernel a sequence."""
+    return model.device.type == "cpu" or model.dtype != torch.float32
 
 
 def _require_finite(base: BaseTokens, drifts: Mapping[str, TokenDrift]) -> None:
