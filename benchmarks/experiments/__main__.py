@@ -4,7 +4,6 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.experiments.suites import ABLATIONS, SUITES, Suite, make_suite, narrowed
 from qadapter.errors import QAdapterError
@@ -88,28 +87,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, cells: list) -> int:
+    from benchmarks.experiments.cells import Store
     from benchmarks.experiments.provenance import set_up
+    from benchmarks.experiments.runner import Runner
     from benchmarks.experiments.workers import run_in_workers
 
-    make_runner = partial(_make_runner, arguments.results / arguments.suite, arguments.work, arguments.data,
-                          arguments.keep_adapters)  # fmt: skip
+    store = Store(arguments.results / arguments.suite, arguments.work)
+    make_runner = partial(Runner, store, arguments.data, arguments.keep_adapters)
     if arguments.workers > 1 or arguments.minutes is not None:
-        say = make_runner().say
-        return run_in_workers(cells, make_runner, arguments.workers, arguments.minutes, arguments.threads, say) > 0
+        return run_in_workers(cells, make_runner, arguments.workers, arguments.minutes, arguments.threads) > 0
     set_up(arguments.threads)
     make_runner().run(cells)
     return 0
-
-
-def _make_runner(results: Path, work: Path, data: Path, keep_adapters: bool) -> Any:
-    from benchmarks.experiments.cells import Store
-    from benchmarks.experiments.runner import Runner
-
-    return Runner(Store(results, work), data, keep_adapters, say=_say)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

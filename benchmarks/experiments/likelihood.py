@@ -5,7 +5,7 @@ The rows and prompts are those of the package's task files; an item's score is 1
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class Item:
     gold: int
 
 
+def own_tasks(measuring: Measuring) -> list[str]:
+    """The tasks that are run here."""
+    return [name.removeprefix(LIKELIHOOD) for name in measuring.tasks if name.startswith(LIKELIHOOD)]
+
+
 def load_items(task: str, tokenizer: Any, data: Path, limit: int) -> list[Item]:
     """The first items of a task.
 
@@ -66,11 +71,9 @@ def split(tokenizer: Any, context: str, continuation: str) -> Text:
 
 
 def likelihood_results(
-    policy: QAdapterForCausalLM, tokenizer: Any, data: Path, measuring: Measuring, points: Sequence[dict[str, Any]]
+    policy: QAdapterForCausalLM, items: Mapping[str, list[Item]], measuring: Measuring, points: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The tasks' figures at the sampled strengths; what each item lost goes to every point of the strength dial."""
-    names = [name.removeprefix(LIKELIHOOD) for name in measuring.tasks]
-    items = {name: load_items(name, tokenizer, data, measuring.task_limit) for name in names}
     columns = [Column(f"{STRENGTH}={value:g}", value) for value in measuring.strengths]
     scores = run_likelihood_tasks(policy, items, columns, measuring.batch_tokens)
     for point in points:
@@ -89,7 +92,7 @@ def likelihood_results(
 
 
 def run_likelihood_tasks(
-    policy: QAdapterForCausalLM, tasks: dict[str, list[Item]], columns: Sequence[Column], batch_tokens: int
+    policy: QAdapterForCausalLM, tasks: Mapping[str, list[Item]], columns: Sequence[Column], batch_tokens: int
 ) -> dict[str, dict[str, list[float]]]:
     """{task: {"base" and each column's name: the score of each item}}."""
     texts = [text for items in tasks.values() for item in items for text in item.choices]

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.experiments.answers import cached_answers, sample_answers
 from benchmarks.experiments.judges import Judge, RewardJudge, RuleJudge, StyleJudge
+from benchmarks.experiments.likelihood import load_items, own_tasks
 from benchmarks.experiments.measure import Material, pair_texts, prompt_groups
 from benchmarks.experiments.methods import Context
 from benchmarks.experiments.pools import fitting, load_pools, read_lines
@@ -38,6 +39,7 @@ def load_material(context: Context, data: Path) -> Material:
         texts={name: load_texts(name, context.tokenizer, data, measuring.max_text_tokens) for name in measuring.texts},
         retained=retained,
         prompts=prompts,
+        items={name: load_items(name, context.tokenizer, data, measuring.task_limit) for name in own_tasks(measuring)},
         base_answers=[],
     )
 

@@ -34,6 +34,7 @@ class Material:
         texts: {name: texts whose loss should not rise}.
         retained: {name: pairs of another preference, chosen and rejected by turns}.
         prompts: of the samples; base_answers: the base's samples for each of them.
+        items: {task: items} of the benchmarks of likelihood.py.
     """
 
     pairs: list[Text]
@@ -41,6 +42,7 @@ class Material:
     texts: Mapping[str, list[Text]]
     retained: Mapping[str, list[Text]]
     prompts: list[Any]
+    items: Mapping[str, Any]
     base_answers: list[Answer]
 
 

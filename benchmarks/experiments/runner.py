@@ -1,21 +1,23 @@
 """Runs cells: loads what they share, trains, measures, writes a results file each, and says how long the rest takes."""
 
+import gc
 import hashlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from datasets import disable_progress_bars
 
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.judges import Judge, held_out_accuracy, quiet_sklearn
-from benchmarks.experiments.likelihood import LIKELIHOOD, likelihood_results
+from benchmarks.experiments.likelihood import likelihood_results
 from benchmarks.experiments.material import base_answers, load_material, make_judge, sample_rows
 from benchmarks.experiments.measure import STRENGTH, Material, lost, measure
 from benchmarks.experiments.methods import Context, train
@@ -30,6 +32,11 @@ from qadapter.modeling.bases import load_tokenizer, resolve_base, tokenizer_fing
 
 SETTINGS_KEPT = 8
 PREPARED_BETA = 0.1
+
+
+def say_at_once(line: str) -> None:
+    """Print a line that appears even where output goes to a file."""
+    print(line, flush=True)
 
 
 @dataclass
@@ -55,7 +62,7 @@ class Runner:
     store: Store
     data: Path
     keep_adapters: bool = False
-    say: Any = print
+    say: Callable[[str], None] = say_at_once
     _shared: dict[str, Shared] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> int:
@@ -97,12 +104,13 @@ class Runner:
             trained = train(cell.method, context, dict(cell.options))
         if self.keep_adapters:
             trained.policy.save_pretrained(self.store.work / "adapters" / cell.name, tokenizer=context.tokenizer)
+        free_memory()
         finished = time.perf_counter()
         samples: dict[str, Any] = {"base": shared.material.base_answers}
         points = measure(
             trained.policy, context.tokenizer, shared.material, cell.setting.measuring, shared.judge, cell.seed, samples
         )
-        tasks = self.tasks(cell, trained.policy, context.tokenizer, points)
+        tasks = self.tasks(cell, trained.policy, context.tokenizer, points, shared.material.items)
         self.write_samples(cell, sample_rows(shared.material.prompts, samples))
         result = {
             "base": shared.base,
@@ -129,14 +137,16 @@ class Runner:
         self.store.write(cell, result)
         return result
 
-    def tasks(self, cell: Cell, policy: Any, tokenizer: Any, points: list[dict[str, Any]]) -> dict[str, Any]:
+    def tasks(
+        self, cell: Cell, policy: Any, tokenizer: Any, points: list[dict[str, Any]], items: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Benchmarks, where the setting asks for any: of lm-eval at the sampled strengths, or of likelihood.py at all.
 
         What each item lost goes to the points as "lost", {task: [base's score − policy's]}.
         """
         measuring = cell.setting.measuring
-        if any(name.startswith(LIKELIHOOD) for name in measuring.tasks):
-            return likelihood_results(policy, tokenizer, self.data, measuring, points)
+        if items:
+            return likelihood_results(policy, items, measuring, points)
         if not measuring.tasks:
             return {}
         from qadapter.evaluation.benchmarks import task_folder
@@ -235,6 +245,13 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
+
+
+def free_memory() -> None:
+    """Give back what training held: other processes may share the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def setting_key(setting: Setting) -> str:

@@ -7,6 +7,7 @@ there the others take cells of other settings. A process prefers settings whose 
 
 import multiprocessing
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -17,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.provenance import set_up
-from benchmarks.experiments.runner import Runner, clock, ensured, quiet, setting_key
+from benchmarks.experiments.runner import Runner, clock, ensured, free_memory, quiet, setting_key
 
 POLL_SECONDS = 0.2
 # How far down the list a process looks, in cells a process: far enough for all to find settings of their own, and near
 # enough for a stopped run to have done the first cells.
 LOOK_AHEAD = 3
+OUT_OF_MEMORY_SECONDS = 5.0
 MARGIN = 1.15  # on the seconds that a cell is expected to take
 
 
@@ -90,9 +94,8 @@ class Board:
 
 
 def run_in_workers(
-    cells: Sequence[Cell], make_runner: Callable[[], Runner], workers: int, minutes: float | None, threads: int | None,
-    say: Callable[[str], None],
-) -> int:  # fmt: skip
+    cells: Sequence[Cell], make_runner: Callable[[], Runner], workers: int, minutes: float | None, threads: int | None
+) -> int:
     """Run the cells that are not finished; how many failed. At the deadline what is under way is stopped and lost.
 
     Args:
@@ -100,7 +103,9 @@ def run_in_workers(
     """
     runner = make_runner()
     todo = [cell for cell in cells if not runner.store.finished(cell)]
-    say(f"{len(cells)} cells, {len(cells) - len(todo)} finished before, {len(todo)} to run by {workers} processes")
+    runner.say(
+        f"{len(cells)} cells, {len(cells) - len(todo)} finished before, {len(todo)} to run by {workers} processes"
+    )
     start = time.monotonic()
     deadline = None if minutes is None else start + 60 * minutes
     with tempfile.TemporaryDirectory(dir=ensured(runner.store.work), prefix="board-") as folder:
@@ -120,7 +125,7 @@ def run_in_workers(
             process.join()
         done, failed = (len(list(board.folder.glob(f"{word}-*"))) for word in ("done", "failed"))
         died = sum(process.exitcode != 0 for process in started if process not in late)
-    say(
+    runner.say(
         f"{done} cells done, {failed} failed, {len(todo) - done - failed} left, in {clock(time.monotonic() - start)}"
         + (f"; {died} processes died" if died else "")
         + (f"; {len(late)} were stopped at the deadline" if late else "")
@@ -140,14 +145,26 @@ def work(number: int, board: Board, cells: Sequence[Cell], make_runner: Any, thr
             return
         start = time.monotonic()
         try:
-            result = runner.run_cell(cell)
+            result = patiently(runner.run_cell, cell)
         except Exception:
             runner.say(f"FAILED {cell.name}\n{traceback.format_exc()}")
             board.mark(f"failed-{cell.key}")
             continue
+        free_memory()
         seconds = time.monotonic() - start
         board.mark(f"done-{cell.key}-{cell.method}", str(seconds))
         runner.say(f"{cell.name}: {seconds:.0f} s ({runner.shown_seconds(result)}); {runner.shown_figures(result)}")
+
+
+def patiently(run_cell: Callable[[Cell], Any], cell: Cell) -> Any:
+    """The cell's result; where the others left too little of the device's memory, at the second try."""
+    try:
+        return run_cell(cell)
+    except torch.OutOfMemoryError:
+        pass  # the exception holds what is to be freed
+    free_memory()
+    time.sleep(random.uniform(0, OUT_OF_MEMORY_SECONDS))
+    return run_cell(cell)
 
 
 def next_cell(board: Board, cells: Sequence[Cell], runner: Runner) -> Cell | None:

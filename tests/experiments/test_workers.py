@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -37,9 +39,17 @@ def named(setting, method="dpo", seed=0):
     return Cell.of(replace(SETTING, name=setting), method, {}, seed)
 
 
+def arguments(folder, *more):
+    return ["run", "--suite", "smoke", "--methods", *NAMES, "--results", str(folder / "results"), "--work",
+            str(folder / "work"), "--data", "no-such-folder", *more]  # fmt: skip
+
+
 def run(folder, *more):
-    return main(["run", "--suite", "smoke", "--methods", *NAMES, "--results", str(folder / "results"), "--work",
-                 str(folder / "work"), "--data", "no-such-folder", *more])  # fmt: skip
+    """By a process of its own, as people run it: what spawned processes import depends on that."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.experiments", *arguments(folder, *more)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr)
+    return done.returncode
 
 
 def numbers(folder):
@@ -48,28 +58,28 @@ def numbers(folder):
 
 
 @pytest.mark.slow
-def test_workers_run_every_cell_once_with_the_numbers_of_a_single_process(tmp_path, capfd):
-    assert run(tmp_path / "one") == 0
+def test_workers_run_every_cell_once_with_the_numbers_of_a_single_process(tmp_path, capsys):
+    assert main(arguments(tmp_path / "one")) == 0
     assert run(tmp_path / "two", "--workers", "2") == 0
     assert len(numbers(tmp_path / "one")) == 3
     assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
-    assert "3 cells done, 0 failed, 0 left" in capfd.readouterr().out
-    assert run(tmp_path / "two", "--workers", "2") == 0
-    assert "3 finished before, 0 to run" in capfd.readouterr().out
+    assert "3 cells done, 0 failed, 0 left" in capsys.readouterr().out
+    assert main(arguments(tmp_path / "two", "--workers", "2")) == 0
+    assert "3 finished before, 0 to run" in capsys.readouterr().out
     assert not list((tmp_path / "two" / "work").glob("board-*"))
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_told_of_and_the_deadline_stops_what_is_under_way(tmp_path, capfd, monkeypatch):
+def test_a_failed_cell_is_told_of_and_the_deadline_stops_what_is_under_way(tmp_path, capsys):
     # The tiny base cannot be written where a file stands in the way.
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "bases").write_text("")
     assert run(tmp_path, "--workers", "2") == 1
-    assert "0 cells done, 3 failed, 0 left" in capfd.readouterr().out
+    assert "0 cells done, 3 failed, 0 left" in capsys.readouterr().out
     start = time.monotonic()
     assert run(tmp_path, "--workers", "2", "--minutes", "0.02") == 0
-    assert time.monotonic() - start < 10
-    assert "2 were stopped at the deadline" in capfd.readouterr().out
+    assert time.monotonic() - start < 60
+    assert "2 were stopped at the deadline" in capsys.readouterr().out
 
 
 def test_one_process_prepares_a_setting_and_others_go_on_to_another(tmp_path):
