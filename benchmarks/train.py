@@ -219,6 +219,8 @@ def main() -> int:
         options.pairs, options.checkpoint_every = int(pairs), int(every or 0)
         figures = measure(base, options)
         results.append({"pairs": options.pairs, "checkpoint_every": options.checkpoint_every, "figures": figures})
+        if not options.check:
+            write(results, options)
         print(f"{options.pairs} pairs a step, checkpoints every {options.checkpoint_every} layers")
         for contender, values in figures.items():
             ratio = values["ratio_to_rival"] or math.nan
@@ -231,11 +233,16 @@ def main() -> int:
         for problem in problems:
             print(f"worse than allowed: {problem}")
         return 1 if problems else 0
+    return 0
+
+
+def write(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """The results file, anew after each setting: a run that is cut short leaves what it has measured."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
     report = {
         "command": " ".join(["python", *sys.argv]),
         "device": f"{device}, {torch.get_num_threads()} threads",
-        "dtype": name,
+        "dtype": str(options.dtype).removeprefix("torch."),
         "shape": options.shape,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)},
         "targets": options.targets or "all linear layers",
@@ -246,7 +253,6 @@ def main() -> int:
     output = options.output or RESULTS / f"train_{options.shape}_{options.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
