@@ -59,7 +59,7 @@ class Suite:
         ablations: names in ABLATIONS, run on the first setting.
         purpose: one sentence for the results page.
         first: methods that run with all seeds, setting by setting in turn, before anything else.
-        further_seeds: how many of the seeds everything else runs with; None for all.
+        further_seeds: how many of the seeds the other methods run with; None for all.
     """
 
     settings: tuple[Setting, ...]
@@ -96,7 +96,7 @@ class Suite:
                         yield Cell.of(setting, method, options, seed)
 
     def _ablations(self) -> Iterator[Cell]:
-        for seed in self.seeds[: self.further_seeds]:
+        for seed in self.seeds:
             for name in self.ablations:
                 for method, options in ABLATIONS[name]:
                     yield Cell.of(self.settings[0], method, options, seed)
@@ -198,13 +198,17 @@ def ablations() -> Suite:
 
 def medium() -> Suite:
     """Every setting on one GPU in about ten minutes, Q-Adapter against DPO with three seeds first."""
-    purpose = (
-        "Every setting with full pairs on one GPU: Q-Adapter and DPO with three seeds, the other rivals and the "
-        "ablations with one."
-    )
+    purpose = "Every setting with full pairs on one GPU: Q-Adapter and DPO with three seeds, the other rivals with one."
     return Suite(
-        tuple(medium_settings().values()), MEDIUM_KNOBS, (0, 1, 2), purpose, MEDIUM_ABLATIONS, ("qadapter", "dpo"), 1
+        tuple(medium_settings().values()), MEDIUM_KNOBS, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1
     )
+
+
+def medium_ablations() -> Suite:
+    """Each ablation on one domain, in the size of "medium" (a suite of its own: its variants tune no method)."""
+    settings = (medium_settings()["dsp-entertainment"],)
+    purpose = "What each part of the objective does, with full pairs on one GPU."
+    return Suite(settings, {}, (0, 1), purpose, MEDIUM_ABLATIONS)
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
@@ -214,6 +218,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "scales-small": scales_small,
     "ablations-small": ablations_small,
     "medium": medium,
+    "medium-ablations": medium_ablations,
     "full": full,
     "ablations": ablations,
 }
