@@ -1,0 +1,82 @@
+"""Layers and head compiled for training: the same loss, gradients and weights as eager ones."""
+
+import pytest
+import torch
+from models import APART, tiny_base, tiny_policy, tiny_trainer, token_pairs
+
+from qadapter import QAdapterTrainingArguments
+from qadapter.data import PackedCollator
+from qadapter.errors import ConfigError
+from qadapter.fused import compiled_reduce_chunk, reduce_chunk, token_statistics
+from qadapter.modeling import compiled
+from qadapter.modeling.packed import enable_packing
+from qadapter.modeling.trunk import decoder_layers
+from qadapter.objective import pair_losses
+
+# What the compiler itself warns of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def layers_traced_but_run_eagerly(monkeypatch):
+    """Without the minutes that a CPU's compiler takes; what may go wrong here is the tracing, shapes and streams."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw))
+    torch.compiler.reset()
+
+
+def losses_and_gradients(policy, batch, mask):
+    policy.zero_grad()
+    losses = pair_losses(policy(**batch), mask, APART)[0]
+    losses.mean().backward()
+    return losses.detach(), {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_loss_and_gradients_of_eager_ones():
+    policy = tiny_policy(tiny_base("llama")).train()
+    assert enable_packing(policy.base)
+    batches = [PackedCollator()(token_pairs(count)) for count in (4, 3)]
+    masks = [batch["completion_mask"] for batch in batches]
+    expected = [losses_and_gradients(policy, *both) for both in zip(batches, masks, strict=True)]
+    compiled.compile_layers(policy)
+    for batch, mask, (losses, gradients) in zip(batches, masks, expected, strict=True):
+        ours, our_gradients = losses_and_gradients(policy, batch, mask)
+        torch.testing.assert_close(ours, losses, rtol=1e-4, atol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                our_gradients[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())
+            )
+
+
+def test_reductions_of_a_chunk_equal_the_definition_compiled_or_not():
+    logits, base_logits = torch.randn(2, 5, 31, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(5)
+    expected = token_statistics(0.5 * logits, 0.5 * base_logits, targets)
+    for reduce in (reduce_chunk, compiled_reduce_chunk()):
+        statistics, probabilities = reduce(logits.clone(), base_logits.clone(), targets, 0.5)
+        torch.testing.assert_close(statistics, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(probabilities, (0.5 * logits).softmax(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("torch_compile", [True, False])
+def test_the_trainer_compiles_the_layers_and_the_head_where_it_is_told_to(tmp_path, torch_compile):
+    model = tiny_trainer(tiny_policy(), tmp_path, torch_compile=torch_compile).model
+    assert model.head.compiled == torch_compile
+    assert all((layer._compiled_call_impl is not None) == torch_compile for layer in decoder_layers(model.base))
+    assert model._compiled_call_impl is None  # not the whole model, as transformers' own trainer does it
+
+
+@pytest.mark.parametrize("option", ["torch_compile_mode", "torch_compile_backend"])
+def test_other_ways_to_compile_are_refused(tmp_path, option):
+    with pytest.raises(ConfigError, match=f"{option} = 'eager': use torch_compile = true"):
+        QAdapterTrainingArguments(output_dir=str(tmp_path), **{option: "eager"})
+
+
+def test_a_decoder_without_a_list_of_layers_is_refused(monkeypatch):
+    monkeypatch.setattr(compiled, "decoder_layers", lambda base: None)
+    with pytest.raises(ConfigError, match="is no single list of layers"):
+        compiled.compile_layers(tiny_policy())
