@@ -13,14 +13,14 @@ from vllm.sequence import IntermediateTensors
 
 from qadapter_vllm.lora import add_lora, merged
 from qadapter_vllm.settings import read_policy
-from qadapter_vllm.streams import split_attention
+from qadapter_vllm.streams import StreamDecoder, split_attention
 from qadapter_vllm.verification import FingerprintReader, check_fingerprint, check_probe
 
 
 class QAdapterModel(nn.Module, SupportsQuant):
     """What all families share; a family names its decoder, which is one of vLLM's with `StreamDecoder` mixed in."""
 
-    decoder_class: type[nn.Module]
+    decoder_class: type[StreamDecoder]
     # For families whose decoder does not map the files' names itself.
     top_mapper: WeightsMapper | None = None
     packed_modules_mapping = {  # noqa: RUF012 -- vLLM reads it on the class
@@ -37,7 +37,7 @@ class QAdapterModel(nn.Module, SupportsQuant):
         self.dtype = vllm_config.model_config.dtype
         self.model = self.decoder_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.model.streams, self.model.first_layer = len(self.policy.streams), self.policy.first_layer
-        split_attention(self.model, self.model.streams, self.model.first_layer, vllm_config)
+        split_attention(self.model, vllm_config)
         # One stream with an adapter has nothing beside it: the adapter is merged, unless the base is quantised.
         self.merges = not self.policy.has_dial and vllm_config.quant_config is None
         if not self.merges:

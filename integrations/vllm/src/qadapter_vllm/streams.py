@@ -4,6 +4,8 @@ Everything that works row by row is vLLM's own code on more rows. Attention is n
 its own, and with it a key-value cache, which the engine sees, pages, shares and counts like any other layer's.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ class StreamDecoder(nn.Module):
 
     streams: int = 1
     first_layer: int = 0
+    # The decoder's own.
+    embed_input_ids: Any
+    layers: Any
+    norm: Any
 
     def forward(
         self,
@@ -98,11 +104,11 @@ def plain_attention(layer: Attention, query: Tensor, key: Tensor, value: Tensor)
     return mixed.transpose(0, 1).reshape(rows, -1)
 
 
-def split_attention(decoder: nn.Module, streams: int, first_layer: int, vllm_config: VllmConfig) -> None:
-    """Let the layers from `first_layer` on attend in `streams` streams.
+def split_attention(decoder: StreamDecoder, vllm_config: VllmConfig) -> None:
+    """Let the decoder's layers from `first_layer` on attend in `streams` streams.
 
     With one stream the wrapper stays too: the probe attends without a cache.
     """
     for index, layer in enumerate(decoder.layers):
-        count = streams if index >= first_layer else 1
+        count = decoder.streams if index >= decoder.first_layer else 1
         layer.self_attn.attn = StreamAttention(layer.self_attn.attn, count, vllm_config)

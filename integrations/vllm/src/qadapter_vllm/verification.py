@@ -1,6 +1,7 @@
 """Is it the base, and do base and adapter still compute what they did when the adapter was saved?"""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,7 +56,8 @@ def check_probe(model: "QAdapterModel") -> None:
 
     With one stream, only what that stream computes can be checked; the base is known by its fingerprint.
     """
-    policy, manifests = model.policy, {}
+    policy = model.policy
+    manifests: dict[Path, tuple[Manifest, dict[str, str]]] = {}
     for name, entry in policy.stored.items():
         manifests.setdefault(entry.root, (entry.manifest, {}))[1][entry.stored_name] = name
     for root, (manifest, names) in manifests.items():
