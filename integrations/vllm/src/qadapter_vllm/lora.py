@@ -62,10 +62,11 @@ def add_lora(model: nn.Module, policy: Policy, packed: dict[str, list[str]]) -> 
             continue
         parent, _, leaf = name.rpartition(".")
         modules = [f"{parent}.{part}" for part in packed.get(leaf, [leaf])]
-        method = StreamLoraMethod(layer.quant_method, len(policy.streams))  # type: ignore[arg-type]
+        method = StreamLoraMethod(layer.quant_method, len(policy.streams))
         for block, stream in enumerate(policy.streams):
             updates = [policy.updates.get(stream, {}).get(module) for module in modules]  # type: ignore[arg-type]
             if any(updates):
+                refuse_unknown(method.inner, name)
                 lora_a, lora_b = packed_update(layer, updates, name)
                 # As buffers, so that whatever moves the layer moves them too.
                 layer.register_buffer(f"lora_a_{block}", lora_a, persistent=False)
@@ -77,6 +78,18 @@ def add_lora(model: nn.Module, policy: Policy, packed: dict[str, list[str]]) -> 
     if pending:
         name, module = min(pending)
         raise ConfigError(f"adapter {name!r}: the base has no linear layer {module!r}: it is another model.")
+
+
+def refuse_unknown(method: LinearMethodBase, name: str) -> None:
+    """Raise ConfigError for a layer whose own method cannot carry an update on top.
+
+    One that quantises float weights while it reads them is handled apart by vLLM's loader, which knows it by its class.
+    """
+    if not isinstance(method, LinearMethodBase) or method.uses_meta_device:
+        raise ConfigError(
+            f"{name}: its {type(method).__name__} cannot carry an adapter's update. Serve files that are quantised "
+            "already, or the base as it was trained on, without --quantization."
+        )
 
 
 def packed_update(layer: LinearBase, updates: list[LoraUpdate | None], name: str) -> tuple[Tensor, Tensor]:

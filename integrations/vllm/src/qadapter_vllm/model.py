@@ -35,6 +35,7 @@ class QAdapterModel(nn.Module, SupportsQuant):
         self.policy = read_policy(config, vllm_config.model_config.model)
         self.tied = config.tie_word_embeddings
         self.dtype = vllm_config.model_config.dtype
+        self.quantisation = vllm_config.model_config.quantization
         self.model = self.decoder_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.model.streams, self.model.first_layer = len(self.policy.streams), self.policy.first_layer
         split_attention(self.model, vllm_config)
@@ -98,7 +99,7 @@ class QAdapterModel(nn.Module, SupportsQuant):
         for updates in self.policy.updates.values() if self.merges else ():
             weights = merged(weights, updates)
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.top_mapper)
-        check_fingerprint(reader.fingerprint(), self.policy, vllm_model=self.config.name_or_path)
+        check_fingerprint(reader.fingerprint(), self.policy, self.config.name_or_path, self.quantisation)
         return loaded
 
     def process_weights_after_loading(self) -> None:

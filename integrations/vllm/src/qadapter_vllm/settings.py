@@ -17,7 +17,7 @@ from qadapter.modeling.mixing import checked_number, checked_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEYS = ("adapter", "adapters", "weights", "strength", "dial", "verify")
+KEYS = ("adapter", "adapters", "weights", "strength", "dial", "quantised", "verify")
 TARGET = re.compile(r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 
 
@@ -32,6 +32,7 @@ class Settings:
         strength: the dial's default, 1 being the trained policy.
         dial: keep the base's stream even where the default strength needs one stream only, so that requests may
             choose their strength.
+        quantised: take a quantised copy of the base trained on: the probe alone tells whether it is one.
         verify: refuse, instead of warn about, another base, tokenizer or adapter than those trained with.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     weights: Mapping[str, float] | None = None
     strength: float = 1.0
     dial: bool = False
+    quantised: bool = False
     verify: bool = True
 
     @classmethod
@@ -57,7 +59,8 @@ class Settings:
             )
         if unknown := sorted(set(entry) - set(KEYS)):
             raise ConfigError(f"the config's qadapter entry has the unknown keys {unknown}; known are {list(KEYS)}.")
-        kinds = {"adapter": str, "adapters": Mapping, "weights": Mapping, "dial": bool, "verify": bool}
+        kinds: dict[str, type] = {"adapter": str, "adapters": Mapping, "weights": Mapping}
+        kinds["dial"] = kinds["quantised"] = kinds["verify"] = bool
         for key, kind in kinds.items():
             if entry.get(key) is not None and not isinstance(entry[key], kind):
                 raise ConfigError(f"qadapter.{key} = {entry[key]!r}: must be a {kind.__name__}.")

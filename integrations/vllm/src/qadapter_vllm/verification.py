@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from qadapter.errors import AdapterFormatError
@@ -17,6 +16,10 @@ from qadapter_vllm.startup import refuse
 
 if TYPE_CHECKING:
     from qadapter_vllm.model import QAdapterModel
+
+
+# Largest difference of a log-probability, in nats, between the base trained on and its quantised copy.
+QUANTISED_TOLERANCE = 1.0
 
 
 class FingerprintReader:
@@ -39,14 +42,25 @@ class FingerprintReader:
         return combined_fingerprint(self.samples)
 
 
-def check_fingerprint(fingerprint: str, policy: Policy, vllm_model: str) -> None:
-    """Refuse a base that an adapter was not trained on."""
+def check_fingerprint(fingerprint: str, policy: Policy, vllm_model: str, quantisation: str | None) -> None:
+    """Refuse a base that an adapter was not trained on.
+
+    A quantised copy has other weights: where the settings accept one, it is left to the probe.
+    """
+    if quantisation and policy.settings.quantised:
+        return
     for entry in policy.stored.values():
         base = entry.manifest.base
         if fingerprint != base["fingerprint"]:
+            way_out = "Serve the original."
+            if quantisation:
+                way_out = (
+                    f"It is quantised ({quantisation}): if it is a copy of the base trained on, accept it with "
+                    '"quantised": true in the qadapter entry; the stored probe is checked then.'
+                )
             refuse(
                 f"{entry.root}: the base model differs: trained on {base['name']!r} (revision "
-                f"{base['revision'] or 'main'}), but {vllm_model!r} has other weights. Serve the original.",
+                f"{base['revision'] or 'main'}), but {vllm_model!r} has other weights. {way_out}",
                 policy.settings.verify,
             )
 
@@ -73,7 +87,7 @@ def check_probe(model: "QAdapterModel") -> None:
                 error = max(abs(actual[int(index)].item() - value) for index, value in expected.items())
             except IndexError:
                 raise AdapterFormatError(f"{root}: the probe names tokens that the base does not know.") from None
-            allowed = _tolerance(manifest.probe["dtype"], model.dtype)
+            allowed = _tolerance(manifest.probe["dtype"], model)
             if not error <= allowed:
                 part = f"adapter {stored_name!r}" if stored_name else "base model"
                 refuse(
@@ -95,7 +109,9 @@ def _coefficients(policy: Policy, name: str | None, manifest: Manifest, stored_n
     return [wanted.get(stream, 0.0) for stream in policy.streams]
 
 
-def _tolerance(stored_dtype: str, dtype: torch.dtype) -> float:
-    dtypes = (stored_dtype, str(dtype).removeprefix("torch."))
+def _tolerance(stored_dtype: str, model: "QAdapterModel") -> float:
+    if model.quantisation:
+        return QUANTISED_TOLERANCE
+    dtypes = (stored_dtype, str(model.dtype).removeprefix("torch."))
     tolerance = max(PROBE_TOLERANCE.get(name, 0.25) for name in dtypes)
     return tolerance * (OTHER_DTYPE_FACTOR if dtypes[0] != dtypes[1] else 1)
