@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from qadapter_vllm.model import QAdapterModel
 
 
-# Largest difference of a log-probability, in nats, between the base trained on and its quantised copy.
-QUANTISED_TOLERANCE = 1.0
+# Largest difference of a log-probability between the base trained on and its quantised copy. SmolLM2-135M rounded to
+# int8 was off by 1.1 (base) and 2.2 (a random adapter on every layer); another model by 7 or more: its log-probability
+# of a likely token is about that of any token, -11.
+QUANTISED_TOLERANCE = 4.0
 
 
 class FingerprintReader:
