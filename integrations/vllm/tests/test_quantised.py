@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError, ConfigError
+from qadapter.modeling.bases import combined_fingerprint, weight_sample
 
 # No multiple of 32: vLLM's int8 kernel for AMX takes no float32, and leaves such layers to the one that does.
 HIDDEN = 72
@@ -123,6 +124,18 @@ def test_a_quantised_copy_must_be_accepted(quantised):
     match = 'the base model differs: .*It is quantised \\(compressed-tensors\\).*"quantised": true'
     with pytest.raises(AdapterFormatError, match=match), engine(**arguments):
         pass
+
+
+def test_files_with_the_fingerprint_trained_on_need_no_permission(quantised, tmp_path):
+    _, arguments = quantised({"quantised": None})
+    tensors = load_file(arguments["folder"] / "model.safetensors")
+    path = tmp_path / "adapter" / "qadapter_config.json"
+    manifest = json.loads(path.read_text())
+    samples = {name: weight_sample(tensor) for name, tensor in tensors.items()}
+    manifest["base"]["fingerprint"] = combined_fingerprint(samples)
+    path.write_text(json.dumps(manifest))
+    with engine(**arguments) as llm:
+        assert len(greedy(llm, prompts(5), tokens=3)[0].token_ids) == 3
 
 
 def test_a_copy_that_computes_something_else_does_not_meet_the_probe(quantised):
