@@ -4,18 +4,24 @@
     python benchmarks/decode.py --device cuda --shape llama-8b     # random weights of an 8B Llama, bfloat16
     python benchmarks/decode.py --compile                          # static cache and torch.compile as well
 
-The variants take turns within each round; figures are medians over rounds, ratios are to the base of the same round.
+The variants take turns within each round, and with --processes compile side by side before; figures are medians over
+rounds, ratios are to the base of the same round.
 """
 
 import argparse
 import copy
+import functools
 import json
+import math
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,6 +30,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.modeling.bases import load_base, resolve_base
+from qadapter.modeling.streams import StreamLinear, narrow_adapters
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 32
@@ -38,6 +45,9 @@ LLAMA_8B = {
 }
 
 Step = Callable[[torch.Tensor], torch.Tensor]
+Maker = Callable[[], Step]
+# By batch size and variant: runs a round, gives milliseconds a token.
+Rounds = dict[tuple[int, str], Callable[[], float]]
 
 
 def base_model(options: argparse.Namespace) -> PreTrainedModel:
@@ -81,28 +91,54 @@ def decoder(model, batch: int, options: argparse.Namespace, static: bool, **sett
     return step
 
 
-def variants(model: PreTrainedModel, batch: int, options: argparse.Namespace, static: bool) -> dict[str, Step]:
-    """The decoding steps to compare, by name."""
-    first_copy, second_copy, equal, folded_copy = (*(copy_of(model) for _ in range(3)), copy.deepcopy(model))
-    settings = QAdapterConfig(alpha_0=0.3)  # far from alpha_tilde: both streams are needed
-    policy = QAdapterForCausalLM.from_base(first_copy, settings, lora()).eval()
-    pair = QAdapterForCausalLM(second_copy, {"one": settings, "two": settings}, {"one": lora(), "two": lora()}).eval()
-    single = QAdapterForCausalLM.from_base(equal, QAdapterConfig(), lora()).eval()
-    folded = QAdapterForCausalLM.from_base(folded_copy, QAdapterConfig(), lora()).eval()
-    folded.merged().__enter__()  # for as long as the benchmark runs
-    plain = get_peft_model(copy_of(model), lora()).eval()
-    steps = {
-        "base": decoder(model, batch, options, static),
-        "policy, strength 0": decoder(policy, batch, options, static, strength=0.0),
-        "base + plain LoRA": decoder(plain, batch, options, static),
-        "policy, strength 1, alpha_0 = alpha_tilde": decoder(single, batch, options, static, strength=1.0),
-        "policy, strength 1, merged": decoder(folded, batch, options, static, strength=1.0),
-        "policy": decoder(policy, batch, options, static, strength=0.7),
-        "policy, two adapters": decoder(pair, batch, options, static, strength=0.7),
+def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, static: bool) -> dict[str, Maker]:
+    """How to make each decoding step to compare, by name; the base's own first."""
+    apart = QAdapterConfig(alpha_0=0.3)  # far from alpha_tilde: both streams are needed
+
+    def of(made: QAdapterForCausalLM, strength: float) -> Step:
+        narrow_adapters(made.eval().base)  # as loading does
+        return decoder(made, batch, options, static, strength=strength)
+
+    def policy(config: QAdapterConfig, strength: float, first_layer: int = 0) -> Step:
+        made = QAdapterForCausalLM.from_base(copy_of(model), config, lora(), first_adapted_layer=first_layer)
+        return of(made, strength)
+
+    def pair() -> Step:
+        both = {"one": apart, "two": apart}, {"one": lora(), "two": lora()}
+        return of(QAdapterForCausalLM(copy_of(model), *both), 0.7)
+
+    def folded() -> Step:
+        made = QAdapterForCausalLM.from_base(copy.deepcopy(model), QAdapterConfig(), lora())
+        made.merged().__enter__()  # for as long as the benchmark runs
+        return of(made, 1.0)
+
+    def plain() -> Step:
+        # In the base's dtype, as transformers' users set it for decoding.
+        adapted = get_peft_model(copy_of(model), lora(), autocast_adapter_dtype=False).eval()
+        return decoder(adapted, batch, options, static)
+
+    def two_passes() -> Step:
+        first, second = decoder(model, batch, options, static), plain()
+        return lambda tokens: 0.3 * first(tokens) + 0.7 * second(tokens)
+
+    def with_products() -> Step:
+        StreamLinear.sums_products = staticmethod(lambda tokens, rank: False)  # type: ignore[method-assign]
+        return policy(apart, 0.7)
+
+    steps: dict[str, Maker] = {
+        "base": lambda: decoder(model, batch, options, static),
+        "policy, strength 0": lambda: policy(apart, 0.0),
+        "base + plain LoRA": plain,
+        "policy, strength 1, alpha_0 = alpha_tilde": lambda: policy(QAdapterConfig(), 1.0),
+        "policy, strength 1, merged": folded,
+        "policy": lambda: policy(apart, 0.7),
+        "policy, upper half": lambda: policy(apart, 0.7, model.config.num_hidden_layers // 2),
+        "policy, two adapters": pair,
+        "two naive passes": two_passes,
     }
-    first, second = decoder(model, batch, options, static), decoder(plain, batch, options, static)
-    steps["two naive passes"] = lambda tokens: 0.3 * first(tokens) + 0.7 * second(tokens)
-    return steps
+    if options.processes:  # it changes the class
+        steps["policy, LoRA by matmuls"] = with_products
+    return {name: make for name, make in steps.items() if not options.only or name in ("base", *options.only)}
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -111,27 +147,87 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-@torch.no_grad()
-def measure(steps: dict[str, Step], batch: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median milliseconds a token of each variant and median ratio to the base."""
+def timed(step: Step, batch: int, options: argparse.Namespace) -> float:
+    """Milliseconds a token of one round."""
     tokens = torch.full((batch, 1), 7, device=options.device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(options.rounds + 1):
-        for name, step in steps.items():
-            synchronise(options.device)
-            start = time.perf_counter()
-            for _ in range(options.steps):
-                step(tokens)
-            synchronise(options.device)
-            if round_number:  # the first round warms up
-                times[name].append((time.perf_counter() - start) / options.steps * 1000)
-    return {
-        name: {
-            "milliseconds": round(statistics.median(values), 3),
-            "ratio": round(statistics.median(v / b for v, b in zip(values, times["base"], strict=True)), 3),
-        }
-        for name, values in times.items()
+    synchronise(options.device)
+    start = time.perf_counter()
+    for _ in range(options.steps):
+        step(tokens)
+    synchronise(options.device)
+    return (time.perf_counter() - start) / options.steps * 1000
+
+
+@contextmanager
+def here(model: PreTrainedModel, batches: list[int], options: argparse.Namespace, static: bool) -> Iterator[Rounds]:
+    """A function for each batch size and variant that runs a round of it, in this process."""
+    yield {
+        (batch, name): functools.partial(timed, make(), batch, options)
+        for batch in batches
+        for name, make in makers(model, batch, options, static).items()
     }
+
+
+@contextmanager
+def in_processes(batches: list[int], options: argparse.Namespace, static: bool) -> Iterator[Rounds]:
+    """The same, each in a process with a model of its own: they compile side by side, and run in turn."""
+    context = multiprocessing.get_context("spawn")
+    names = list(makers(PreTrainedModel, 1, options, static))  # type: ignore[arg-type]
+    processes, ends = [], {}
+    for batch in batches:
+        for name in names:
+            ends[batch, name], theirs = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(theirs, name, batch, options, static), daemon=True))
+            processes[-1].start()
+
+    def run(end: Any) -> float:
+        end.send(True)
+        return end.recv()
+
+    rounds = {}
+    for key, end in ends.items():
+        problem = end.recv() if end.poll(options.patience) else f"not ready after {options.patience} s"
+        if problem:
+            print(f"{key}: {problem}", file=sys.stderr)
+        else:
+            rounds[key] = functools.partial(run, end)
+    yield rounds
+    for process in processes:
+        process.terminate()
+        process.join()
+
+
+@torch.no_grad()
+def _serve(end: Any, name: str, batch: int, options: argparse.Namespace, static: bool) -> None:
+    torch.manual_seed(0)
+    try:
+        step = makers(base_model(options), batch, options, static)[name]()
+        timed(step, batch, options)
+    except Exception as error:
+        end.send(f"{type(error).__name__}: {error}")
+        return
+    end.send(None)
+    while end.recv():
+        end.send(timed(step, batch, options))
+
+
+@torch.no_grad()
+def measure(rounds: Rounds, options: argparse.Namespace) -> dict[int, dict[str, dict[str, float]]]:
+    """By batch size and variant: median milliseconds a token, and median ratio to the base."""
+    times: dict[tuple[int, str], list[float]] = {key: [] for key in rounds}
+    for round_number in range(options.rounds + 1):
+        for key, run in rounds.items():
+            milliseconds = run()
+            if round_number:  # the first round warms up
+                times[key].append(milliseconds)
+    figures: dict[int, dict[str, dict[str, float]]] = {}
+    for (batch, name), values in times.items():
+        base = times.get((batch, "base"), [math.nan] * len(values))
+        figures.setdefault(batch, {})[name] = {
+            "milliseconds": round(statistics.median(values), 3),
+            "ratio": round(statistics.median(v / b for v, b in zip(values, base, strict=True)), 3),
+        }
+    return figures
 
 
 def synchronise(device: str) -> None:
@@ -149,22 +245,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="tokens a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also compiled, with a static cache")
+    parser.add_argument("--no-eager", action="store_true", help="not uncompiled")
+    parser.add_argument("--processes", action="store_true", help="each variant in a process of its own")
+    parser.add_argument("--patience", type=int, default=300, help="seconds a process may take to get ready")
+    parser.add_argument("--only", nargs="+", default=[], help="variants by name, beside the base")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    options.kinds = [kind for kind, wanted in ((False, not options.no_eager), (True, options.compile)) if wanted]
     name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.dtype = getattr(torch, name)
     torch.manual_seed(0)
-    model = base_model(options)
+    model = None if options.processes else base_model(options)
     results = []
-    for static in (False, True)[: 1 + options.compile]:
-        for batch in options.batches:
+    for static in options.kinds:
+        # All batch sizes at once only where they compile side by side: caches and copies take memory.
+        for batches in [options.batches] if model is None else [[batch] for batch in options.batches]:
             torch.compiler.reset()
-            figures = measure(variants(model, batch, options, static), batch, options)
             kind = "compiled, static cache" if static else "eager"
-            results.append({"kind": kind, "batch": batch, "figures": figures})
-            print(f"{kind}, batch {batch}")
-            for variant, values in figures.items():
-                print(f"  {variant:<44} {values['milliseconds']:>9.2f} ms  {values['ratio']:>6.2f}x")
+            place = in_processes(batches, options, static) if model is None else here(model, batches, options, static)
+            with place as rounds:
+                measured = measure(rounds, options)
+            for batch, figures in measured.items():
+                results.append({"kind": kind, "batch": batch, "figures": figures})
+                print(f"{kind}, batch {batch}")
+                for variant, values in figures.items():
+                    print(f"  {variant:<44} {values['milliseconds']:>9.2f} ms  {values['ratio']:>6.2f}x")
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
     report = {
         "command": " ".join(["python", *sys.argv]),

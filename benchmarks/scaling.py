@@ -19,7 +19,8 @@ import torch
 import transformers
 import trl
 from allocations import PeakAllocations
-from train import our_step, random_pairs, trl_step
+from contenders import our_step, trl_step
+from train import random_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qadapter.plots import line_chart
@@ -51,7 +52,7 @@ def point(axis: str, value: int) -> dict[str, Any]:
             max_position_embeddings=2048,
         )
     )
-    options = argparse.Namespace(device="cpu", checkpointing=False)
+    options = argparse.Namespace(device="cpu", checkpoint_every=0, targets=None, dtype=torch.float32)
     upper = list(range(sizes["layers"] // 2, sizes["layers"]))
     steps = {
         "TRL DPO": trl_step(base, options, None),

@@ -4,6 +4,7 @@ import json
 import math
 import traceback
 
+import datasets
 import oracle
 import pytest
 import torch
@@ -28,7 +29,8 @@ from qadapter import (
     QAdapterTrainingArguments,
     load_preference_dataset,
 )
-from qadapter.errors import AdapterFormatError, ConfigError, DataError
+from qadapter.data import token_cache
+from qadapter.errors import AdapterFormatError, ConfigError, DataError, TrainingError
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.training_log import CURVE_NAME, LOG_NAME, read_log
 
@@ -228,6 +230,48 @@ def test_a_step_does_not_read_the_device(architecture, packing, expected, tmp_pa
     assert reads.found == expected
 
 
+class ReadsOfASecondStep(TrainerCallback):
+    """Counts the host's reads in a whole step, from its forward pass to the optimiser's and the scheduler's step."""
+
+    def __init__(self):
+        self.reads = HostReads()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.reads.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.reads.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [None, 20])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_whole_step_with_the_optimiser_s_does_not_read_the_device(filtered, micro_batch_tokens, tmp_path):
+    """But where transformers' filter of losses that are not finite was asked for."""
+    counter = ReadsOfASecondStep()
+    options = {"logging_nan_inf_filter": True} if filtered else {}
+    tiny_trainer(
+        tiny_policy(),
+        tmp_path,
+        callbacks=[counter],
+        max_steps=3,
+        logging_steps=3,
+        per_device_train_batch_size=4,
+        micro_batch_tokens=micro_batch_tokens,
+        **options,
+    ).train()
+    assert counter.reads.found == (["aten._local_scalar_dense.default"] * 2 if filtered else [])
+
+
+def test_the_optimiser_is_fused_adamw(policy, tmp_path):
+    trainer = tiny_trainer(policy, tmp_path)
+    assert trainer.args.optim == "adamw_torch_fused"
+    optimiser = trainer.create_optimizer()
+    assert isinstance(optimiser, torch.optim.AdamW)
+    assert optimiser.defaults["fused"] is True
+
+
 # -- what a run leaves behind --------------------------------------------------------------------------------------
 
 
@@ -366,6 +410,36 @@ def test_pairs_from_a_file_train(policy, tmp_path):
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
+def test_cached_tokens_give_the_same_batches(tmp_path, monkeypatch):
+    """First made and kept, then read, against `cache_tokens = False`; in training order and in evaluation."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(token_cache, "LEAST_ROWS", 3)
+    pairs = [
+        {"prompt": f"{n * n}?" * (n % 3 + 1), "chosen": "yes " * (n % 3 + 1), "rejected": f"no {n}"}
+        for n in range(1, 24)
+    ]
+    batches, reports = [], []
+    for cached in (False, True, True):
+        trainer = QAdapterTrainer(
+            model=tiny_policy(),
+            args=QAdapterTrainingArguments(
+                output_dir=str(tmp_path / "out"), use_cpu=True, cache_tokens=cached, max_length=20, seed=3
+            ),
+            train_dataset=Dataset.from_list(pairs),
+            eval_dataset=Dataset.from_list(pairs[:9]),
+            processing_class=tiny_tokenizer(),
+        )
+        loaders = (trainer.get_train_dataloader(), trainer.get_eval_dataloader())
+        batches.append([batch for loader in loaders for batch in loader])
+        reports.append(trainer.tokenisation_reports)
+        assert len(list(tmp_path.glob("cache/qadapter/*"))) == (2 if cached else 0)
+    assert reports[1] == reports[2] == reports[0]
+    assert reports[0]["train_dataset"].truncated_prompts
+    for again in batches[1:]:
+        for batch, expected in zip(again, batches[0], strict=True):
+            torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+
+
 def test_bfloat16_base_trains_a_float32_adapter(tmp_path):
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -408,6 +482,37 @@ def test_activation_checkpointing_trains_alike(tmp_path):
         norms[checkpointing] = recorder.norms
     assert len(norms[True]) == 2
     assert norms[True] == pytest.approx(norms[False], rel=1e-9)
+
+
+# -- a loss that is not finite -------------------------------------------------------------------------------------
+
+
+def policy_with(value):
+    """A policy in whose adapter one number is `value`."""
+    policy = tiny_policy()
+    with torch.no_grad():
+        [*policy.adapter_parameters().values()][-1][0, 0] = value
+    return policy
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (math.inf, "nan|inf")])
+@pytest.mark.parametrize(("logging_steps", "step"), [(2, 2), (100, 4)])
+def test_a_loss_that_is_not_finite_ends_the_run_where_it_is_logged(tmp_path, value, said, logging_steps, step):
+    policy = policy_with(value)
+    trainer = tiny_trainer(policy, tmp_path, max_steps=4, logging_steps=logging_steps)
+    with pytest.raises(
+        TrainingError, match=rf"mean loss up to step {step} is ({said}): .* Lower learning_rate \(0.0003"
+    ):
+        trainer.train()
+    last = read_log(tmp_path / LOG_NAME)[-1]
+    assert last["step"] == step
+    assert last.get("loss", last.get("train_loss")) is None
+
+
+def test_a_loss_that_is_not_finite_is_left_out_where_the_filter_was_asked_for(tmp_path):
+    trainer = tiny_trainer(policy_with(math.nan), tmp_path, max_steps=2, logging_nan_inf_filter=True)
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] == 0
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

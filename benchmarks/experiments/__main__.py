@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.experiments.suites import ABLATIONS, SUITES, Suite, make_suite, narrowed
@@ -30,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
         _folders(command)
     commands.choices["run"].add_argument("--keep-adapters", action="store_true", help="keep each adapter in --work")
     commands.choices["run"].add_argument("--threads", type=int, default=None, help="CPU threads (default 1)")
+    commands.choices["run"].add_argument(
+        "--workers", type=int, default=1, help="processes that share the cells and the device (default 1)"
+    )
+    commands.choices["run"].add_argument(
+        "--minutes", type=float, default=None, help="start no cell that would end later; then stop (default: no limit)"
+    )
     report = commands.add_parser("report", help="write the results page from the results files")
     report.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     _folders(report)
@@ -72,22 +79,26 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.command == "list":
                 print("\n".join(cell.name for cell in cells))
             else:
-                _run(arguments, cells)
+                return _run(arguments, cells)
     except QAdapterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _run(arguments: argparse.Namespace, cells: list) -> None:
-    import torch
-
+def _run(arguments: argparse.Namespace, cells: list) -> int:
     from benchmarks.experiments.cells import Store
-    from benchmarks.experiments.runner import Runner, default_threads
+    from benchmarks.experiments.provenance import set_up
+    from benchmarks.experiments.runner import Runner
+    from benchmarks.experiments.workers import run_in_workers
 
-    torch.set_num_threads(arguments.threads or default_threads())
     store = Store(arguments.results / arguments.suite, arguments.work)
-    Runner(store, arguments.data, arguments.keep_adapters, say=lambda line: print(line, flush=True)).run(cells)
+    make_runner = partial(Runner, store, arguments.data, arguments.keep_adapters)
+    if arguments.workers > 1 or arguments.minutes is not None:
+        return run_in_workers(cells, make_runner, arguments.workers, arguments.minutes, arguments.threads) > 0
+    set_up(arguments.threads)
+    make_runner().run(cells)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,33 +5,79 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
 from qadapter import QAdapterForCausalLM
 from qadapter.evaluation.part_store import write_ordered_json
-from qadapter.generation import Answer, Sampling, generate_texts
+from qadapter.generation import Answer, encode, end_tokens
 
 Prompt = list[dict[str, str]]
 
 
+class CommonNoise(LogitsProcessor):
+    """Turns greedy decoding into sampling: the largest of logits / temperature + Gumbel noise is a draw from them.
+
+    Rows come in `copies` of a batch of prompts, one a strength. All copies of a prompt get the same noise at the same
+    place of the answer, and so does another policy with the same seed and prompts: then answers differ because the
+    policies do.
+    """
+
+    def __init__(self, temperature: float, copies: int, seed: int) -> None:
+        self.temperature, self.copies, self.seed = temperature, copies, seed
+        self.generator: torch.Generator | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Noisy scores (copies · prompts, V) in float32."""
+        if self.generator is None:
+            self.generator = torch.Generator(scores.device).manual_seed(self.seed)
+        shape = (len(scores) // self.copies, scores.shape[1])
+        waits = torch.empty(shape, device=scores.device).exponential_(generator=self.generator)
+        return scores.float() / self.temperature - waits.log().repeat(self.copies, 1)
+
+
+@torch.no_grad()
 def sample_answers(
     policy: QAdapterForCausalLM,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    strength: float,
+    strengths: Sequence[float],
     seed: int,
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
-) -> list[Answer]:
-    """One answer a prompt; the same seed draws the same answers on the same machine.
+) -> list[list[Answer]]:
+    """For each strength one answer a prompt; the same seed draws the same answers on the same machine.
 
-    Prompts go in order of length, so that a batch holds little padding; answers come in the order of `prompts`.
+    Prompts go in order of length, so that a batch holds little padding, and all strengths of a prompt in one batch;
+    answers come in the order of `prompts`.
+
+    Args:
+        temperature: 0 takes the likeliest token each time.
+        batch_size: prompts a batch.
     """
     order = sorted(range(len(prompts)), key=lambda index: (len(json.dumps(prompts[index])), index))
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    drawn = generate_texts(
-        policy, tokenizer, [prompts[index] for index in order], sampling, strength, batch_size=batch_size
-    )
-    return [answer for _, answer in sorted(zip(order, drawn, strict=True), key=lambda pair: pair[0])]
+    ends = end_tokens(policy, tokenizer)
+    pad = next(i for i in (tokenizer.pad_token_id, *ends) if i is not None)
+    dial: Any = torch.tensor(strengths) if len(strengths) > 1 else strengths[0]
+    drawn: list[list[Answer]] = [[] for _ in strengths]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = encode(tokenizer, [prompts[index] for index in rows])
+        width = batch["input_ids"].shape[1]
+        output = policy.generate(
+            **{name: tensor.repeat(len(strengths), 1).to(policy.device) for name, tensor in batch.items()},
+            strength=dial.repeat_interleave(len(rows)) if len(strengths) > 1 else dial,
+            max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+            logits_processor=[CommonNoise(temperature, len(strengths), seed + start)] if temperature else [],
+            eos_token_id=ends, pad_token_id=pad,
+        )  # fmt: skip
+        for place, ids in enumerate(output[:, width:].tolist()):
+            cut = next((index for index, token in enumerate(ids) if token in ends), None)
+            text = tokenizer.decode(ids[:cut], skip_special_tokens=True)
+            drawn[place // len(rows)].append(Answer(text.strip(), finished=cut is not None))
+    return [[answer for _, answer in sorted(zip(order, own, strict=True), key=lambda pair: pair[0])] for own in drawn]
 
 
 def cached_answers(path: Path, draw: Callable[[], list[Answer]]) -> list[Answer]:

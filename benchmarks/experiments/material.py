@@ -1,5 +1,6 @@
 """The texts and prompts that a setting's policies are measured on, and the judge of its samples."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,15 @@ import torch
 
 from benchmarks.experiments.answers import cached_answers, sample_answers
 from benchmarks.experiments.judges import Judge, RewardJudge, RuleJudge, StyleJudge
+from benchmarks.experiments.likelihood import load_items, own_tasks
 from benchmarks.experiments.measure import Material, pair_texts, prompt_groups
 from benchmarks.experiments.methods import Context
 from benchmarks.experiments.pools import fitting, load_pools, read_lines
-from benchmarks.experiments.reward_model import train_reward_model
+from benchmarks.experiments.reward_model import kept_reward_model, train_reward_model
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError, DataError
 from qadapter.evaluation.texts import Text, neutral_texts
-from qadapter.generation import encode
+from qadapter.generation import Answer, encode
 
 TEXTS = ("prose", "wikitext", "lambada", "gsm8k")
 TEXTS_A_SOURCE = 60
@@ -24,17 +26,9 @@ JUDGE_TRAINING = {"epochs": 2.0, "learning_rate": 3e-4}
 
 
 def load_material(context: Context, data: Path) -> Material:
-    """What the policies of a setting are measured on; the base's answers are drawn once and kept."""
+    """What the policies of a setting are measured on, but for the base's answers, which depend on the seed."""
     setting, measuring = context.setting, context.setting.measuring
     prompts = context.pools.prompts[: measuring.sampled_prompts]
-
-    def draw() -> Any:
-        return sample_answers(
-            context.new_policy(), context.tokenizer, prompts, 0.0, context.seed, measuring.max_new_tokens,
-            measuring.temperature, measuring.generation_batch,
-        )  # fmt: skip
-
-    base_answers = cached_answers(context.cache / f"base_answers_{context.seed}.json", draw)
     retained = {}
     for source in setting.retained:
         other = replace(setting, pairs=source, eval_pairs=measuring.retained_pairs)
@@ -45,8 +39,22 @@ def load_material(context: Context, data: Path) -> Material:
         texts={name: load_texts(name, context.tokenizer, data, measuring.max_text_tokens) for name in measuring.texts},
         retained=retained,
         prompts=prompts,
-        base_answers=base_answers,
+        items={name: load_items(name, context.tokenizer, data, measuring.task_limit) for name in own_tasks(measuring)},
+        base_answers=[],
     )
+
+
+def base_answers(context: Context, prompts: Sequence[Any]) -> list[Answer]:
+    """The base's sampled answers with the context's seed: drawn once and kept."""
+    measuring = context.setting.measuring
+
+    def draw() -> list[Answer]:
+        return sample_answers(
+            context.new_policy(), context.tokenizer, prompts, [0.0], context.seed, measuring.max_new_tokens,
+            measuring.temperature, measuring.generation_batch,
+        )[0]  # fmt: skip
+
+    return cached_answers(context.cache / f"base_answers_{context.seed}.json", draw)
 
 
 def load_texts(name: str, tokenizer: Any, data: Path, max_tokens: int) -> list[Text]:
@@ -103,7 +111,12 @@ def make_judge(context: Context) -> Judge:
         _, ids = fitting(pairs, context.tokenizer, setting.max_length, None)
         training = replace(setting.training, **JUDGE_TRAINING)
         device = torch.device(default_device())
-        model = train_reward_model(context.base, ids, training, setting.dtype, 0, device)
+        fixed = context.base, training, setting.dtype, device
+        digest = hashlib.sha256(repr(training).encode()).hexdigest()[:12]
+        model = kept_reward_model(
+            context.cache / f"reward_judge_{digest}.pt", *fixed,
+            lambda: train_reward_model(context.base, ids, training, setting.dtype, 0, device),
+        )  # fmt: skip
         return RewardJudge(model, context.tokenizer, len(ids))
     raise ConfigError(f"judge {setting.judge!r}: choose style, reward or rule:NAME.")
 

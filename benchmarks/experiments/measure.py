@@ -34,6 +34,7 @@ class Material:
         texts: {name: texts whose loss should not rise}.
         retained: {name: pairs of another preference, chosen and rejected by turns}.
         prompts: of the samples; base_answers: the base's samples for each of them.
+        items: {task: items} of the benchmarks of likelihood.py.
     """
 
     pairs: list[Text]
@@ -41,6 +42,7 @@ class Material:
     texts: Mapping[str, list[Text]]
     retained: Mapping[str, list[Text]]
     prompts: list[Any]
+    items: Mapping[str, Any]
     base_answers: list[Answer]
 
 
@@ -71,15 +73,15 @@ def measure(
     """
     columns = [Column(f"{STRENGTH}={value:g}", value) for value in measuring.strengths]
     points = _points(policy, material, measuring, columns, STRENGTH)
+    sampled = [place for place, column in enumerate(columns) if column.strength in measuring.sampled_strengths]
+    judging = policy, tokenizer, material, measuring, judge, seed, samples
+    _judge([points[place] for place in sampled], [columns[place] for place in sampled], *judging)
     for value in measuring.scales:
         with scaled(policy, value):
             column = Column(f"{SCALE}={value:g}", 1.0)
             points += _points(policy, material, measuring, [column], SCALE, value)
             if value in measuring.sampled_scales:
-                _judge(points[-1], column, policy, tokenizer, material, measuring, judge, seed, samples)
-    for point, column in zip(points, columns, strict=False):
-        if column.strength in measuring.sampled_strengths:
-            _judge(point, column, policy, tokenizer, material, measuring, judge, seed, samples)
+                _judge(points[-1:], [column], *judging)
     return points
 
 
@@ -140,8 +142,8 @@ def _mean_kl(drift: TextDrift, column: str) -> float:
 
 
 def _judge(
-    point: dict[str, Any],
-    column: Column,
+    points: Sequence[dict[str, Any]],
+    columns: Sequence[Column],
     policy: QAdapterForCausalLM,
     tokenizer: Any,
     material: Material,
@@ -150,23 +152,27 @@ def _judge(
     seed: int,
     samples: dict[str, list[Answer]],
 ) -> None:
-    """Draw answers, judge them, and measure how far the policy is from the base on its own answers."""
-    answers = sample_answers(
-        policy, tokenizer, material.prompts, column.strength, seed, measuring.max_new_tokens, measuring.temperature,
-        measuring.generation_batch,
+    """Draw answers at each point, judge them, and measure how far the policy is from the base on its own answers."""
+    if not columns:
+        return
+    drawn = sample_answers(
+        policy, tokenizer, material.prompts, [column.strength for column in columns], seed, measuring.max_new_tokens,
+        measuring.temperature, measuring.generation_batch,
     )  # fmt: skip
-    samples[column.name] = answers
-    texts = reference_texts(tokenizer, [Prompt(prompt) for prompt in material.prompts], answers)
-    drifts = measure_texts(policy, [text for text in texts if text is not None], [column], measuring.batch_tokens)
-    point["samples"] = {
-        "score": rounded(judge.scores(material.prompts, answers)),
-        "base_score": rounded(judge.scores(material.prompts, material.base_answers)),
-        "win": equal_length_wins(judge, material.prompts, answers, material.base_answers),
-        "kl": rounded(_mean_kl(drift, column.name) for drift in drifts),
-        "words": [len(answer.text.split()) for answer in answers],
-        "finished": [int(answer.finished) for answer in answers],
-        "repetition": rounded(repetition(answer.text) for answer in answers),
-    }
+    base_scores = judge.scores(material.prompts, material.base_answers)
+    for point, column, answers in zip(points, columns, drawn, strict=True):
+        samples[column.name] = answers
+        texts = reference_texts(tokenizer, [Prompt(prompt) for prompt in material.prompts], answers)
+        drifts = measure_texts(policy, [text for text in texts if text is not None], [column], measuring.batch_tokens)
+        point["samples"] = {
+            "score": rounded(judge.scores(material.prompts, answers)),
+            "base_score": rounded(base_scores),
+            "win": equal_length_wins(judge, material.prompts, answers, material.base_answers),
+            "kl": rounded(_mean_kl(drift, column.name) for drift in drifts),
+            "words": [len(answer.text.split()) for answer in answers],
+            "finished": [int(answer.finished) for answer in answers],
+            "repetition": rounded(repetition(answer.text) for answer in answers),
+        }
 
 
 @contextmanager
@@ -182,6 +188,11 @@ def scaled(policy: QAdapterForCausalLM, factor: float) -> Iterator[None]:
     finally:
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling.update(scaling)
+
+
+def lost(scores: Mapping[str, list[float]], column: str) -> list[float]:
+    """What the column lost of the base's score, an item."""
+    return [before - after for before, after in zip(scores["base"], scores[column], strict=True)]
 
 
 def rounded(values: Any) -> list[float]:

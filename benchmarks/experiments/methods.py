@@ -121,8 +121,8 @@ def replay(context: Context, weight: float = 1.0) -> Trained:
     def draw() -> Any:
         policy = context.new_policy()
         return sample_answers(
-            policy, context.tokenizer, prompts, 0.0, 0, 2 * measuring.max_new_tokens, 0.0, measuring.generation_batch
-        )
+            policy, context.tokenizer, prompts, [0.0], 0, 2 * measuring.max_new_tokens, 0.0, measuring.generation_batch
+        )[0]
 
     answers = cached_answers(context.cache / "replay.json", draw)
     by_prompt = {json.dumps(prompt): answer.text for prompt, answer in zip(prompts, answers, strict=True)}

@@ -39,7 +39,7 @@ def write_pairs(
     longest = TERSE_TOKENS if terse else CAPITALS_TOKENS
     own = cached_answers(
         cache / f"{source}_own.json",
-        lambda: sample_answers(policy, tokenizer, prompts, 0.0, 0, longest, 0.0, batch_size),
+        lambda: sample_answers(policy, tokenizer, prompts, [0.0], 0, longest, 0.0, batch_size)[0],
     )
     wanted = [answer if terse else said.text.upper() for (_, answer), said in zip(rows, own, strict=True)]
     pairs = [
@@ -47,7 +47,7 @@ def write_pairs(
         for prompt, chosen, said in zip(prompts, wanted, own, strict=True)
         if said.text.strip() and said.text.strip() != chosen.strip()
     ]
-    scratch = path.with_suffix(".partial")
+    scratch = path.with_suffix(f".{os.getpid()}.partial")
     scratch.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     os.replace(scratch, path)
     return path

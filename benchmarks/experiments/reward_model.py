@@ -1,7 +1,9 @@
 """A reward model: a LoRA and a linear head on the last token of an answer, trained on pairs by Bradley-Terry."""
 
+import os
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,20 @@ class RewardModel(nn.Module):
             row = torch.cat([context, ids, end]).unsqueeze(0).to(self.head.weight.device)
             scores.append(float(self(row, torch.ones_like(row))))
         return scores
+
+
+def kept_reward_model(path: Path, base: str, training: Training, dtype: str, device: torch.device, train: Any) -> Any:
+    """The reward model whose trained weights lie in the file, or what `train` gives, which is then kept there."""
+    if path.exists():
+        model = RewardModel(new_policy(base, QAdapterConfig(), training, dtype, 0)).to(device)
+        model.load_state_dict(torch.load(path, map_location=device, weights_only=True), strict=False)
+        return model.eval()
+    model = train()
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scratch = path.with_suffix(f".{os.getpid()}.partial")
+    torch.save(weights, scratch)
+    os.replace(scratch, path)
+    return model
 
 
 def adapter_hidden(model: QAdapterForCausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

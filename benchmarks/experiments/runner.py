@@ -1,42 +1,47 @@
 """Runs cells: loads what they share, trains, measures, writes a results file each, and says how long the rest takes."""
 
+import gc
 import hashlib
 import json
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from datasets import disable_progress_bars
 
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.judges import Judge, held_out_accuracy, quiet_sklearn
-from benchmarks.experiments.material import load_material, make_judge, sample_rows
-from benchmarks.experiments.measure import STRENGTH, Material, measure
+from benchmarks.experiments.likelihood import likelihood_results
+from benchmarks.experiments.material import base_answers, load_material, make_judge, sample_rows
+from benchmarks.experiments.measure import STRENGTH, Material, lost, measure
 from benchmarks.experiments.methods import Context, train
 from benchmarks.experiments.own_pairs import write_pairs
 from benchmarks.experiments.pools import load_pools
+from benchmarks.experiments.provenance import provenance
 from benchmarks.experiments.settings import OWN_PAIRS, Setting
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter import QAdapterConfig
-from qadapter.devices import default_device
-from qadapter.evaluation.environment import environment
 from qadapter.export.merged import export_merged
 from qadapter.modeling.bases import load_tokenizer, resolve_base, tokenizer_fingerprint, weight_fingerprint
 
-RIVALS = ("trl", "scikit-learn", "accelerate")
+SETTINGS_KEPT = 8
 PREPARED_BETA = 0.1
+
+
+def say_at_once(line: str) -> None:
+    """Print a line that appears even where output goes to a file."""
+    print(line, flush=True)
 
 
 @dataclass
 class Shared:
-    """What the cells of one setting and seed have in common."""
+    """What the cells of one setting have in common; the base's answers are those of one seed."""
 
     context: Context
     material: Material
@@ -57,14 +62,12 @@ class Runner:
     store: Store
     data: Path
     keep_adapters: bool = False
-    say: Any = print
+    say: Callable[[str], None] = say_at_once
     _shared: dict[str, Shared] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> int:
         """Run those that are not finished; how many were."""
-        quiet_sklearn()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        quiet()
         todo = [cell for cell in cells if not self.store.finished(cell)]
         self.say(f"{len(cells)} cells, {len(cells) - len(todo)} finished before, {len(todo)} to run")
         start = time.perf_counter()
@@ -73,13 +76,23 @@ class Runner:
             result = self.run_cell(cell)
             elapsed = time.perf_counter() - start
             left = elapsed / number * (len(todo) - number)
-            seconds = result["seconds"]
             self.say(
-                f"[{number}/{len(todo)}] {sum(seconds.values()):.0f} s "
-                f"({', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}); "
-                f"{clock(elapsed)} gone, about {clock(left)} left"
+                f"[{number}/{len(todo)}] {sum(result['seconds'].values()):.0f} s ({self.shown_seconds(result)}); "
+                f"{self.shown_figures(result)}; {clock(elapsed)} gone, about {clock(left)} left"
             )
         return len(todo)
+
+    @staticmethod
+    def shown_seconds(result: dict[str, Any]) -> str:
+        """What the parts of a cell took."""
+        return ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items())
+
+    @staticmethod
+    def shown_figures(result: dict[str, Any]) -> str:
+        """What came out at full strength, to see at once whether a run makes sense."""
+        full = next((point for point in result["points"] if point["value"] == 1.0), result["points"][0])
+        kl, margin = (statistics.mean(full["pairs"][name]) for name in ("kl", "margin_gain"))
+        return f"KL {kl:.3f}, margin {margin:+.3f}"
 
     def run_cell(self, cell: Cell) -> dict[str, Any]:
         """Train, measure, write; the result."""
@@ -87,16 +100,17 @@ class Runner:
         shared = self.shared(cell)
         prepared = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=ensured(self.store.work)) as scratch:
-            context = replace(shared.context, work=Path(scratch), seed=cell.seed, setting=cell.setting)
+            context = replace(shared.context, work=Path(scratch))
             trained = train(cell.method, context, dict(cell.options))
         if self.keep_adapters:
             trained.policy.save_pretrained(self.store.work / "adapters" / cell.name, tokenizer=context.tokenizer)
+        free_memory()
         finished = time.perf_counter()
         samples: dict[str, Any] = {"base": shared.material.base_answers}
         points = measure(
             trained.policy, context.tokenizer, shared.material, cell.setting.measuring, shared.judge, cell.seed, samples
         )
-        tasks = self.tasks(cell, trained.policy, context.tokenizer, points)
+        tasks = self.tasks(cell, trained.policy, context.tokenizer, points, shared.material.items)
         self.write_samples(cell, sample_rows(shared.material.prompts, samples))
         result = {
             "base": shared.base,
@@ -123,12 +137,16 @@ class Runner:
         self.store.write(cell, result)
         return result
 
-    def tasks(self, cell: Cell, policy: Any, tokenizer: Any, points: list[dict[str, Any]]) -> dict[str, Any]:
-        """Benchmarks of lm-eval at the sampled strengths, where the setting asks for any.
+    def tasks(
+        self, cell: Cell, policy: Any, tokenizer: Any, points: list[dict[str, Any]], items: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Benchmarks, where the setting asks for any: of lm-eval at the sampled strengths, or of likelihood.py at all.
 
         What each item lost goes to the points as "lost", {task: [base's score − policy's]}.
         """
         measuring = cell.setting.measuring
+        if items:
+            return likelihood_results(policy, items, measuring, points)
         if not measuring.tasks:
             return {}
         from qadapter.evaluation.benchmarks import task_folder
@@ -155,20 +173,26 @@ class Runner:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
     def shared(self, cell: Cell) -> Shared:
-        """What the cell shares with others: computed once, the latest one is kept."""
-        key = json.dumps([cell.described()["setting"], cell.seed], sort_keys=True)
-        if key not in self._shared:
-            self._shared.clear()
-            self._shared[key] = self.load_shared(cell)
-        return self._shared[key]
+        """What the cell shares with others: computed once a setting; the latest settings are kept."""
+        key = setting_key(cell.setting)
+        shared = self._shared.pop(key, None) or self.load_shared(cell.setting)
+        while len(self._shared) >= SETTINGS_KEPT:
+            del self._shared[next(iter(self._shared))]
+        self._shared[key] = shared
+        context = replace(shared.context, seed=cell.seed)
+        answers = base_answers(context, shared.material.prompts)
+        return replace(shared, context=context, material=replace(shared.material, base_answers=answers))
 
-    def load_shared(self, cell: Cell) -> Shared:
-        """Data, base, judge, and the base's own answers."""
-        setting = cell.setting
+    def knows(self, setting: Setting) -> bool:
+        """Whether what the setting's cells share is in memory."""
+        return setting_key(setting) in self._shared
+
+    def load_shared(self, setting: Setting) -> Shared:
+        """Data, base and judge."""
         base = self.base_of(setting)
         tokenizer = load_tokenizer(resolve_base(base))
         cache = self.cache_of(setting)
-        context = Context(setting, None, tokenizer, base, cell.seed, cache, cache)  # type: ignore[arg-type]
+        context = Context(setting, None, tokenizer, base, 0, cache, cache)  # type: ignore[arg-type]
         policy = context.new_policy()
         for source in {setting.pairs, *setting.retained} & set(OWN_PAIRS):
             write_pairs(source, policy, tokenizer, self.data, cache, setting.measuring.generation_batch)
@@ -215,35 +239,24 @@ class Runner:
         return str(folder)
 
 
-def lost(scores: dict[str, list[float]], column: str) -> list[float]:
-    """What the column lost of the base's score, an item."""
-    return [before - after for before, after in zip(scores["base"], scores[column], strict=True)]
+def quiet() -> None:
+    """Libraries say nothing but errors."""
+    quiet_sklearn()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, versions, device and command."""
-    found = environment(device)
-    found["versions"] |= {name: version(name) for name in RIVALS}
-    command = " ".join(["python -m benchmarks.experiments", *map(portable, sys.argv[1:])])
-    return found | {"commit": commit(), "command": command}
+def free_memory() -> None:
+    """Give back what training held: other processes may share the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def portable(argument: str) -> str:
-    """The argument, or of an absolute path its last part: results name no folders of a machine."""
-    return Path(argument).name if argument.startswith("/") else argument
-
-
-def commit() -> str | None:
-    """The checkout's commit, with a mark if files differ from it; None outside a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../../src", ".")
-    return f"{head}{' with changes' if changed else ''}" if head else None
+def setting_key(setting: Setting) -> str:
+    """The first digits of the SHA-256 of all that a setting says."""
+    return Cell(setting, "setting", (), 0).key
 
 
 def ensured(folder: Path) -> Path:
@@ -257,8 +270,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def default_threads() -> int:
-    """Threads for this process on the CPU: two busy processes with two threads each wait for each other."""
-    return 1 if default_device() == "cpu" else torch.get_num_threads()

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.experiments.cells import Cell
+from benchmarks.experiments.medium import MEDIUM_ABLATIONS, MEDIUM_KNOBS, medium_settings
 from benchmarks.experiments.methods import MAIN_KNOBS
+from benchmarks.experiments.named_settings import capitals, dsp, hh, terse
 from benchmarks.experiments.settings import DOMAINS, Measuring, Setting, Training
 from qadapter.errors import ConfigError
 
@@ -56,6 +58,8 @@ class Suite:
         knobs: {method: its options, one dictionary a cell}.
         ablations: names in ABLATIONS, run on the first setting.
         purpose: one sentence for the results page.
+        first: methods that run with all seeds, setting by setting in turn, before anything else.
+        further_seeds: how many of the seeds the other methods run with; None for all.
     """
 
     settings: tuple[Setting, ...]
@@ -63,19 +67,31 @@ class Suite:
     seeds: tuple[int, ...]
     purpose: str
     ablations: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    further_seeds: int | None = None
 
     def cells(self) -> Iterator[Cell]:
         """Each cell once."""
         seen = set()
-        for cell in (*self._main(), *self._ablations()):
+        for cell in (*self._first(), *self._main(), *self._ablations()):
             if cell.key not in seen:
                 seen.add(cell.key)
                 yield cell
 
-    def _main(self) -> Iterator[Cell]:
+    def _first(self) -> Iterator[Cell]:
+        knobs = {method: variants for method, variants in self.knobs.items() if method in self.first}
         for seed in self.seeds:
+            for number in range(max(map(len, knobs.values()), default=0)):
+                for setting in self.settings:
+                    for method, variants in knobs.items():
+                        if number < len(variants):
+                            yield Cell.of(setting, method, variants[number], seed)
+
+    def _main(self) -> Iterator[Cell]:
+        knobs = {method: variants for method, variants in self.knobs.items() if method not in self.first}
+        for seed in self.seeds[: self.further_seeds]:
             for setting in self.settings:
-                for method, variants in self.knobs.items():
+                for method, variants in knobs.items():
                     for options in variants:
                         yield Cell.of(setting, method, options, seed)
 
@@ -84,50 +100,6 @@ class Suite:
             for name in self.ablations:
                 for method, options in ABLATIONS[name]:
                     yield Cell.of(self.settings[0], method, options, seed)
-
-
-# What can be lost on these is a drift of the curves; they are short enough for every policy of a suite.
-TASKS = ("arc_easy", "sciq", "piqa", "lambada")
-CAPITALS = r"rule:regex=\A[^a-z]*[A-Z][^a-z]*\Z"
-KEPT = ("prose", "wikitext", "lambada")
-
-
-def dsp(domain: str, **changes: Any) -> Setting:
-    """A domain of DSP; what the policy should keep is prose, Wikipedia, the last words of LAMBADA, and benchmarks."""
-    measuring = Measuring(texts=KEPT, tasks=TASKS)
-    return replace(Setting(f"dsp-{domain}", f"dsp/{domain}", measuring=measuring), **changes)
-
-
-def hh(**changes: Any) -> Setting:
-    """HH-RLHF: a base tuned to be helpful is made harmless; what it should keep is helpfulness."""
-    setting = Setting(
-        "hh-harmless",
-        "hh-rlhf/harmless",
-        prepared="hh-rlhf/helpful",
-        retained=("hh-rlhf/helpful",),
-        judge="reward",
-        measuring=Measuring(texts=KEPT, tasks=TASKS),
-    )
-    return replace(setting, **changes)
-
-
-def terse(**changes: Any) -> Setting:
-    """Answers of one word against the ability to reason aloud: a preference that conflicts with an ability."""
-    setting = Setting(
-        "terse",
-        "terse",
-        judge="rule:max-words=4",
-        training=Training(epochs=3.0, lora_r=64, learning_rate=5e-4),
-        # Not SciQ, whose questions are trained on.
-        measuring=Measuring(texts=("prose", "gsm8k", "lambada"), tasks=("arc_easy", "piqa", "lambada")),
-        drift_limit=1.0,
-    )
-    return replace(setting, **changes)
-
-
-def capitals(**changes: Any) -> Setting:
-    """Answers in capital letters, a spelling that the base hardly knows, against all ordinary text."""
-    return terse(**({"name": "capitals", "pairs": "capitals", "judge": CAPITALS} | changes))
 
 
 def smoke() -> Suite:
@@ -224,12 +196,29 @@ def ablations() -> Suite:
     return Suite(settings, {}, (0, 1, 2), "What each part of the objective does.", tuple(ABLATIONS))
 
 
+def medium() -> Suite:
+    """Every setting on one GPU in about ten minutes, Q-Adapter against DPO with three seeds first."""
+    purpose = "Every setting with full pairs on one GPU: Q-Adapter and DPO with three seeds, the other rivals with one."
+    return Suite(
+        tuple(medium_settings().values()), MEDIUM_KNOBS, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1
+    )
+
+
+def medium_ablations() -> Suite:
+    """Each ablation on one domain, in the size of "medium" (a suite of its own: its variants tune no method)."""
+    settings = (medium_settings()["dsp-entertainment"],)
+    purpose = "What each part of the objective does, with full pairs on one GPU."
+    return Suite(settings, {}, (0, 1), purpose, MEDIUM_ABLATIONS)
+
+
 SUITES: dict[str, Callable[[], Suite]] = {
     "smoke": smoke,
     "dsp-small": dsp_small,
     "cpu": cpu,
     "scales-small": scales_small,
     "ablations-small": ablations_small,
+    "medium": medium,
+    "medium-ablations": medium_ablations,
     "full": full,
     "ablations": ablations,
 }

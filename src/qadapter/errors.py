@@ -17,3 +17,7 @@ class DataError(QAdapterError):
 
 class AdapterFormatError(QAdapterError):
     """An adapter folder that is damaged, foreign, or does not belong to the given base model."""
+
+
+class TrainingError(QAdapterError):
+    """A run that cannot lead to an adapter any more."""

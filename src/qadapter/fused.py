@@ -9,6 +9,7 @@ forming the gradient in the forward pass is the one of Liger and of apple/ml-cro
 Sizes: N response tokens, H hidden size, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,12 @@ from qadapter.functional import MixCoefficients, mix_streams
 # an accelerator, where a chunk must be large enough that reading the head's weights is not what takes the time.
 CHUNK_ELEMENTS = {"cpu": 2**22}
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
+# Rows of an accelerator's matmul tile: a chunk is a multiple of it.
+TILE = 128
+
+
+# (logits, base_logits, targets, scale) -> statistics, probabilities.
+Reduce = Callable[[Tensor, Tensor, Tensor, float], tuple["TokenStatistics", Tensor]]
 
 
 class TokenStatistics(NamedTuple):
@@ -76,6 +83,7 @@ def single_head_statistics(
     targets: Tensor,
     scale: float = 1.0,
     chunk_size: int | None = None,
+    compiled: bool = False,
 ) -> TokenStatistics:
     """Equals `token_statistics(scale · mixed @ Wᵀ, scale · base_hidden @ Wᵀ, targets)`, chunk by chunk.
 
@@ -86,27 +94,28 @@ def single_head_statistics(
         targets: token ids, (N,).
         scale: factor on the logits (Cohere, Granite).
         chunk_size: tokens at a time; None chooses by the device (`default_chunk_size`).
+        compiled: run what follows the matmuls as `compiled_reduce_chunk`.
     """
     chunk_size = chunk_size or default_chunk_size(weight.shape[0], weight.device)
-    return TokenStatistics(*_SingleHead.apply(mixed, base_hidden.detach(), weight, targets, float(scale), chunk_size))
+    reduce = compiled_reduce_chunk() if compiled else reduce_chunk
+    columns = _SingleHead.apply(mixed, base_hidden.detach(), weight, targets, float(scale), chunk_size, reduce)
+    return TokenStatistics(*columns)
 
 
 class _SingleHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed, base_hidden, weight, targets, scale, chunk_size):  # type: ignore[override]
+    def forward(ctx: Any, mixed, base_hidden, weight, targets, scale, chunk_size, reduce):  # type: ignore[override]
         wide = torch.promote_types(weight.dtype, torch.float32)
         columns = [mixed.new_empty(mixed.shape[0], dtype=wide) for _ in TokenStatistics._fields]
-        needs_gradient = ctx.needs_input_grad[0]
-        expected = mixed.new_empty(mixed.shape, dtype=wide) if needs_gradient else None
+        expected = mixed.new_empty(mixed.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         for start in range(0, mixed.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = F.linear(mixed[rows].to(weight.dtype), weight).to(wide) * scale  # (n, V)
-            base_logits = F.linear(base_hidden[rows].to(weight.dtype), weight).to(wide) * scale
-            statistics = token_statistics(logits, base_logits, targets[rows])
+            logits = F.linear(mixed[rows].to(weight.dtype), weight)  # (n, V)
+            base_logits = F.linear(base_hidden[rows].to(weight.dtype), weight)
+            statistics, probabilities = reduce(logits, base_logits, targets[rows], scale)
             for column, values in zip(columns, statistics, strict=True):
                 column[rows] = values
             if expected is not None:
-                probabilities = logits.sub_(statistics.lse.unsqueeze(-1)).exp_().to(weight.dtype)
                 expected[rows] = probabilities @ weight * scale  # E_softmax[W], (n, H)
         ctx.save_for_backward(expected, weight, targets)
         ctx.scale, ctx.dtype = scale, mixed.dtype
@@ -119,7 +128,39 @@ class _SingleHead(torch.autograd.Function):
         expected, weight, targets = ctx.saved_tensors
         grad_logits, grad_lse = grads[:2]
         grad = grad_logits.unsqueeze(-1) * ctx.scale * weight[targets] + grad_lse.unsqueeze(-1) * expected
-        return grad.to(ctx.dtype), None, None, None, None, None
+        return grad.to(ctx.dtype), None, None, None, None, None, None
+
+
+def reduce_chunk(logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float) -> tuple[TokenStatistics, Tensor]:
+    """`token_statistics` of the scaled logits (n, V), and the policy's probabilities in the logits' own dtype.
+
+    Exponentiates each logit once, in three buffers of the chunk's size, and overwrites what it is given.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    narrow, index = logits.dtype, targets.unsqueeze(-1)
+    logits, base_logits = logits.to(wide), base_logits.to(wide)
+    if scale != 1.0:
+        logits, base_logits = logits.mul_(scale), base_logits.mul_(scale)
+    chosen, base_chosen = (z.gather(-1, index).squeeze(-1) for z in (logits, base_logits))
+    base_top = base_logits.amax(-1, keepdim=True)
+    exponentials = (base_logits - base_top).exp_()
+    base_lse = exponentials.sum(-1).log_().add_(base_top.squeeze(-1))
+    top = logits.amax(-1, keepdim=True)
+    probabilities = torch.sub(logits, top, out=exponentials).exp_()
+    total = probabilities.sum(-1, keepdim=True)
+    probabilities.div_(total)
+    lse = (total.log_() + top).squeeze(-1)
+    policy_mean = logits.mul_(probabilities).sum(-1)
+    base_mean = base_logits.mul_(probabilities).sum(-1)
+    kl = policy_mean - lse - base_mean + base_lse
+    statistics = TokenStatistics(chosen, lse, base_chosen, base_lse, kl, lse - policy_mean)
+    return statistics, probabilities.to(narrow)
+
+
+@functools.cache
+def compiled_reduce_chunk() -> Reduce:
+    """`reduce_chunk` in a few kernels that read the logits as they are, for an accelerator."""
+    return torch.compile(reduce_chunk)
 
 
 def two_head_statistics(
@@ -154,5 +195,6 @@ def two_head_statistics(
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose float32 logits fill a chunk on that kind of device, at least one."""
-    return max(1, CHUNK_ELEMENTS.get(device.type, ACCELERATOR_CHUNK_ELEMENTS) // vocabulary)
+    """Tokens whose float32 logits fill a chunk on that kind of device, at least one; whole tiles on an accelerator."""
+    rows = max(1, CHUNK_ELEMENTS.get(device.type, ACCELERATOR_CHUNK_ELEMENTS) // vocabulary)
+    return rows if device.type == "cpu" or rows < TILE else rows - rows % TILE

@@ -1,7 +1,10 @@
 """The trainer: transformers.Trainer with the objective of `qadapter.functional`, its metrics, and adapter folders."""
 
+import functools
 import logging
+import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,15 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from qadapter.base_states import IN_MEMORY, BaseStatesCollator, PairsWithStates, keep_base_states
-from qadapter.data import PackedCollator, PreferenceCollator, tokenise_preferences
+from qadapter.data import PackedCollator, PreferenceCollator, TokenisationReport, tokenise_preferences
 from qadapter.data.micro_batches import MicroBatchCollator
-from qadapter.errors import ConfigError
+from qadapter.data.token_cache import cacheable, tokenise_cached
+from qadapter.errors import ConfigError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.bases import tokenizer_fingerprint
 from qadapter.modeling.checkpoint import write_json
+from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.packed import enable_packing
 from qadapter.objective import pair_losses
@@ -31,8 +37,10 @@ class QAdapterTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with defaults for a LoRA on preference pairs, and how to tokenise them.
 
     Args:
+        torch_compile: compile each decoder layer by itself, and the head (`qadapter.modeling.compiled`).
         max_length: tokens of prompt and answer together; prompts are cut from the left to fit, answers never.
         max_prompt_length: tokens of the prompt alone; None leaves it to max_length.
+        cache_tokens: keep the tokens of 1,000 rows or more for later runs (`qadapter.data.token_cache`).
         packing: run each pair's prompt once and put pairs side by side in a row instead of padding them, where the
             architecture and its attention allow; the loss is the same.
         share_trunk: run the layers below the first adapted one once for both streams; the loss is the same.
@@ -42,11 +50,15 @@ class QAdapterTrainingArguments(TrainingArguments):
             one after the other; the loss is the same. None runs a batch at once.
     """
 
+    torch_compile: bool = field(default=False, metadata={"help": "Compile each decoder layer, and the head."})
     learning_rate: float = 3e-4
     logging_steps: float = 10
+    # It reads the loss at every step, for which the host would wait; the trainer stops at one that is not finite.
+    logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     max_length: int | None = field(default=1024, metadata={"help": "Longest prompt and answer together, in tokens."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
+    cache_tokens: bool = field(default=True, metadata={"help": "Keep the tokens of 1,000 rows or more for later runs."})
     packing: bool = field(default=True, metadata={"help": "Shared prompts and packed rows instead of padding."})
     share_trunk: bool = field(default=True, metadata={"help": "Layers below the first adapted one run once."})
     cache_base_states: str | None = field(
@@ -59,7 +71,14 @@ class QAdapterTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise ConfigError("fp16 = true: float16 training of this objective diverges. Use bf16 = true, or neither.")
+        for name in ("torch_compile_backend", "torch_compile_mode"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true, without a {name[14:]}.")
+        # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
+        layer_by_layer = self.torch_compile
+        self.torch_compile = False
         super().__post_init__()
+        self.torch_compile = layer_by_layer
         # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
@@ -93,6 +112,8 @@ class QAdapterTrainer(Trainer):
         tokenizer = kwargs.get("processing_class")
         if not args.share_trunk:
             model.shared_layers = 0
+        if args.torch_compile:
+            compile_layers(model)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collator_for(model, padding_token(tokenizer, model), args.packing)
         self._pair_collator = kwargs["data_collator"]
@@ -152,9 +173,7 @@ class QAdapterTrainer(Trainer):
             return dataset
         if tokenizer is None:
             raise ConfigError(f"{name} holds text but processing_class is missing: pass the base model's tokenizer.")
-        dataset, self.tokenisation_reports[name] = tokenise_preferences(
-            dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length
-        )
+        dataset, self.tokenisation_reports[name] = tokenised_pairs(dataset, tokenizer, args)
         return dataset
 
     def compute_loss(
@@ -207,10 +226,21 @@ class QAdapterTrainer(Trainer):
         sums[name] = (old_total + total, old_weight + weight)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of training to its log entries; those of an evaluation are in its own already."""
+        """Add the metrics of training to its log entries; those of an evaluation are in its own already.
+
+        Raises:
+            TrainingError: the mean loss of the steps since the last entry is not finite.
+        """
         if "loss" in logs or "train_loss" in logs:
             logs |= self._averages("train")
         super().log(logs, start_time)
+        loss = logs.get("loss", logs.get("train_loss", 0.0))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the mean loss up to step {self.state.global_step} is {loss}: training has diverged. "
+                f"Lower learning_rate ({self.args.learning_rate:g}) or set a smaller max_grad_norm "
+                f"({self.args.max_grad_norm:g})."
+            )
 
     def evaluation_loop(
         self,
@@ -256,6 +286,14 @@ class QAdapterTrainer(Trainer):
             super()._load_best_model()
         else:
             load_adapter_weights(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
+
+
+def tokenised_pairs(dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> tuple[Any, TokenisationReport]:
+    """(tokenised pairs, report), as the arguments say; large datasets through the cache of tokens."""
+    tokenise: Callable[..., Any] = tokenise_preferences
+    if args.cache_tokens and cacheable(dataset, tokenizer):
+        tokenise = functools.partial(tokenise_cached, fingerprint=tokenizer_fingerprint(tokenizer))
+    return tokenise(dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
 
 
 def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -> PackedCollator | PreferenceCollator:

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, set_seed
 
 from qadapter.config import QAdapterConfig
-from qadapter.data import load_preference_dataset, tokenise_preferences, train_eval_split
+from qadapter.data import load_preference_dataset, train_eval_split
 from qadapter.data.columns import parse_columns
 from qadapter.data.sources import SHORT_NAMES
 from qadapter.devices import pick_dtype
@@ -26,7 +26,7 @@ from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_tokenizer, resolve_base
 from qadapter.modeling.manifest import MANIFEST_NAME
-from qadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
+from qadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments, tokenised_pairs
 from qadapter.training_log import CURVE_NAME, LOG_NAME
 
 logger = logging.getLogger(__name__)
@@ -380,9 +380,7 @@ def tokenised(name: str, dataset: Any, tokenizer: Any, training: QAdapterTrainin
     """The tokenised dataset (None if there is none); warns of what was dropped or cut."""
     if dataset is None:
         return None
-    dataset, report = tokenise_preferences(
-        dataset, tokenizer, max_length=training.max_length, max_prompt_length=training.max_prompt_length
-    )
+    dataset, report = tokenised_pairs(dataset, tokenizer, training)
     if report.dropped or report.truncated_prompts:
         logger.warning("%s: %s", name, report.summary())
     return dataset

@@ -116,6 +116,13 @@ def test_impossible_settings_are_named(train, folder, options, match):
     assert not folder.exists()
 
 
+def test_training_that_diverges_is_one_line(train, folder):
+    outcome = train("--learning-rate", "1e30")
+    assert_refused(
+        outcome, r"the mean loss up to step \d is (nan|inf): .* Lower learning_rate \(1e\+30\)", folder=folder
+    )
+
+
 @pytest.mark.parametrize("option", ["--load-in-4bit", "--load-in-8bit"])
 def test_quantising_without_bitsandbytes_says_what_to_install(train, folder, monkeypatch, option):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -4,9 +4,11 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 
+import datasets
 import pytest
 from commands import PROMPT, SHORT, qadapter, succeeded
 
+from qadapter.data import token_cache
 from qadapter.training_log import read_log
 
 
@@ -63,6 +65,21 @@ def test_the_base_s_states_are_kept_in_a_folder_and_a_batch_runs_in_parts(train,
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     kept = sorted(path.name for path in (tmp_path / "states").iterdir())
     assert kept == ["base_states.json", "pairs-00000000.safetensors"]
+
+
+def test_tokens_are_kept_unless_told_otherwise(train, tmp_path, monkeypatch):
+    """What was cut is said of kept tokens too. The threshold is lowered to what the file has."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(token_cache, "LEAST_ROWS", 7)
+    weights = tmp_path / "run" / "adapters" / "default" / "adapter_model.safetensors"
+    results = []
+    for options, entries in ((("--cache-tokens", "false"), 0), ((), 1), ((), 1)):
+        outcome = train("--max-length", 36, "--overwrite", *options)
+        succeeded(outcome)
+        results.append((outcome.err, weights.read_bytes()))
+        assert len(list((tmp_path / "cache").glob("qadapter/*"))) == entries
+    assert results[1:] == results[:1] * 2
+    assert re.search("training pairs: 7 rows, 7 kept, 7 prompts truncated", results[0][0])
 
 
 def test_several_files_are_mixed_by_weight(train, pairs, write_pairs, tmp_path):

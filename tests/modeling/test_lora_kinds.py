@@ -25,7 +25,7 @@ from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import ConfigError
 from qadapter.functional import mix_coefficients, mix_streams
 from qadapter.fused import token_statistics
-from qadapter.modeling.streams import StreamLinear
+from qadapter.modeling.streams import StreamLinear, narrow_adapters
 
 HEAD_TOO = ["q_proj", "down_proj", "lm_head"]
 KINDS = {
@@ -214,3 +214,29 @@ def test_coefficient_of_a_lone_stream_is_kept(setting, strength):
         actual = policy(**BATCH, strength=strength).logits.double().log_softmax(-1)
     torch.testing.assert_close(actual[REAL], expected[REAL], **ROUNDING)
     assert actual.shape[-1] == VOCABULARY
+
+
+def test_copies_of_an_adapter_in_the_bases_dtype_follow_its_changes(tmp_path):
+    policy = tiny_policy(tiny_base(dtype=torch.bfloat16)).eval()
+    ids = torch.tensor(token_ids(7, 7))
+    with torch.no_grad():
+        expected = policy(input_ids=ids, strength=0.7).logits
+        narrow_adapters(policy.base)
+        assert torch.equal(policy(input_ids=ids, strength=0.7).logits, expected)
+        for parameter in policy.adapter_parameters().values():
+            parameter.mul_(2)
+        changed = policy(input_ids=ids, strength=0.7).logits
+        narrow_adapters(policy.base)
+        assert torch.equal(policy(input_ids=ids, strength=0.7).logits, changed)
+    assert not torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_products_written_as_sums_are_the_products(streams, monkeypatch):
+    policy, ids = tiny_policy(tiny_base(dtype=torch.float64)).eval(), torch.tensor(token_ids(7, 7))
+    strength = 1.0 if streams == 1 else 0.7
+    with torch.no_grad():
+        expected = policy(input_ids=ids, strength=strength).logits
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        actual = policy(input_ids=ids, strength=strength).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)

@@ -5,6 +5,7 @@ token by token runs on the row; attention runs on the sequences that the row sta
 `PreferenceCollator` makes the padded rows that this equals.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ class PackedSequences(NamedTuple):
     position_ids: Tensor  # (1, S)
     gather_indices: Tensor  # (M,), where in the row each token of the sequences stands, one sequence after the other
     restore_indices: Tensor  # (S,), where in the sequences each token of the row stands
+    repeated_indices: Tensor  # (M - S,), tokens of the sequences that `restore_indices` leaves out: copies
+    boundaries: Tensor  # (sequences + 1,) int32, where in the M tokens each sequence begins, and the last one's end
     sequence_lengths: list[int]
 
     @classmethod
@@ -38,10 +41,13 @@ class PackedSequences(NamedTuple):
             places.append([*(places[leader][:shared] if shared else ()), *range(start + shared, start + len(ids))])
         gather = torch.tensor([place for sequence in places for place in sequence])
         restore, positions = torch.empty(2, len(row), dtype=torch.long)
-        restore[gather] = torch.arange(len(gather))  # what is shared is read off any of its sequences: they agree
+        everywhere = torch.arange(len(gather))
+        restore[gather] = everywhere  # what is shared is read off any of its sequences: they agree
+        repeated = everywhere[restore[gather] != everywhere]
         positions[gather] = torch.tensor([position for sequence in places for position in range(len(sequence))])
         lengths = [len(sequence) for sequence in sequences]
-        return cls(torch.tensor([row]), positions.unsqueeze(0), gather, restore, lengths)
+        boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return cls(torch.tensor([row]), positions.unsqueeze(0), gather, restore, repeated, boundaries, lengths)
 
 
 def _agreement(ids: Sequence[int], others: Sequence[int]) -> int:

@@ -11,11 +11,13 @@ from qadapter.data.rows import Pair, RowError
 from qadapter.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, Features, IterableDataset
 
     Pairs = TypeVar("Pairs", Dataset, IterableDataset)
 
 FIRST_ROWS = 100  # rows that decide on the layout
+# Kept tokens are those of one version: raise it with any change that gives some row other ids, or drops another row.
+TOKENISATION_VERSION = 1
 
 
 @dataclass
@@ -103,21 +105,27 @@ def first_rows(dataset: Any) -> list[dict[str, Any]]:
 
 def mapped(dataset: Any, tokenise: "PairTokeniser", names: list[str]) -> Any:
     """The dataset with its columns replaced; in memory, because a cache file would outlive the tokenizer."""
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
 
-    features = Features(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32"))))
     options: dict[str, Any] = {
         "batched": True,
         "with_indices": True,
         "remove_columns": names,
-        "features": features,
+        "features": token_features(),
     }
     if isinstance(dataset, Dataset):
         # A fingerprint of our own spares `datasets` from pickling the tokenizer to compute one.
         options |= {"keep_in_memory": True, "load_from_cache_file": False, "desc": "Tokenising pairs"}
         options["new_fingerprint"] = generate_random_fingerprint()
     return dataset.map(tokenise, **options)
+
+
+def token_features() -> "Features":
+    """The columns of tokenised pairs."""
+    from datasets import Features, List, Value
+
+    return Features(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int32"))))
 
 
 class PairTokeniser:

@@ -33,8 +33,8 @@ from qadapter.modeling.packed import enable_packing, packed_batch
 from qadapter.modeling.streams import Stream
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 
-# Rows a matmul with the head, relative to training's: without gradients there is memory for more, and on a CPU the
-# head's weights are packed anew for each matmul.
+# Rows a matmul with the head on a CPU, relative to training's: the head's weights are packed anew for each matmul, and
+# without gradients there is memory for more.
 CHUNK_FACTOR = 4
 # Elements of the rows that are worked on together on a CPU: four such matrices stay in its cache.
 BLOCK_ELEMENTS = 2**18
@@ -123,7 +123,7 @@ def measure_passages(
     measured: dict[int, TextDrift] = {}
     training = model.training
     model.eval()
-    packs = enable_packing(model.base)
+    packs = packing_pays(model) and enable_packing(model.base)
     batches = batches_by_beginning if packs else batches_by_length
     for batch in batches([passage.ids for passage in passages], batch_tokens):
         rows = [passages[index] for index in batch]
@@ -143,6 +143,11 @@ def measure_passages(
             advance(len(batch))
     model.train(training)
     return [measured[index] for index in range(len(passages))]
+
+
+def packing_pays(model: QAdapterForCausalLM) -> bool:
+    """Whether packed rows are the faster ones: not on a GPU in float32, where attention is a kernel a sequence."""
+    return model.device.type == "cpu" or model.dtype != torch.float32
 
 
 def _require_finite(base: BaseTokens, drifts: Mapping[str, TokenDrift]) -> None:
@@ -205,7 +210,8 @@ def token_drift(
     directions: Mapping[str, Direction],
 ) -> tuple[BaseTokens, dict[str, TokenDrift]]:
     """The drift of N tokens from the hidden states (N, H) before them, on the CPU."""
-    chunk = CHUNK_FACTOR * default_chunk_size(model.head.linear.weight.shape[0], model.device)
+    chunk = default_chunk_size(model.head.linear.weight.shape[0], model.device)
+    chunk *= CHUNK_FACTOR if model.device.type == "cpu" else 1
     parts: list[tuple[BaseTokens, dict[str, TokenDrift]]] = []
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)

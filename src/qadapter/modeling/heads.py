@@ -20,6 +20,7 @@ class Head:
     module: nn.Module
     scale: float
     softcap: float | None
+    compiled: bool = False  # whether training compiles what follows the matmul (`compiled.compile_layers`)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
@@ -99,7 +100,7 @@ class Head:
         weight = self.linear.weight
         if self.shared:
             mixed = mix_streams([adapter_hidden, base_hidden], coefficients)
-            return single_head_statistics(mixed, base_hidden, weight, targets, self.scale, chunk_size)
+            return single_head_statistics(mixed, base_hidden, weight, targets, self.scale, chunk_size, self.compiled)
 
         def logits_of(stream: Stream, rows: Tensor) -> Tensor:
             with plan.running(stream):

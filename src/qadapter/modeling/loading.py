@@ -27,6 +27,7 @@ from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from qadapter.modeling.manifest import ADAPTER_NAME, MANIFEST_NAME, Manifest, read_manifest
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import check_probe
+from qadapter.modeling.streams import narrow_adapters
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def _assemble(
     model.base_source, model.tokenizer_fingerprint = source, first.manifest.tokenizer
     model.requires_grad_(False)
     model.eval()
+    narrow_adapters(model.base)
     if verify:
         for root in dict.fromkeys(entry.root for entry in stored.values()):
             names = {entry.stored_name: name for name, entry in stored.items() if entry.root == root}

@@ -117,6 +117,8 @@ class TrainingPasses:
         position_ids: Tensor,
         gather_indices: Tensor,
         restore_indices: Tensor,
+        repeated_indices: Tensor,
+        boundaries: Tensor,
         sequence_lengths: list[int],
         state_indices: Tensor,
         target_ids: Tensor,
@@ -129,7 +131,9 @@ class TrainingPasses:
         The base must have been switched to packed attention (`packed.enable_packing`). The slow twin runs the same
         pairs in padded rows of their own.
         """
-        sequences = PackedSequences(input_ids, position_ids, gather_indices, restore_indices, sequence_lengths)
+        sequences = PackedSequences(
+            input_ids, position_ids, gather_indices, restore_indices, repeated_indices, boundaries, sequence_lengths
+        )
         batch = packed_batch(self.base, sequences)
         return self._statistics(batch, base_states, trunk_states, state_indices, target_ids, completion_mask)
 

@@ -8,11 +8,12 @@ Python lists in every layer and is limited to eval mode; ours uses slices.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
@@ -32,6 +33,9 @@ UNSUPPORTED_SETTINGS = (
     "kasa_config",
 )  # fmt: skip
 SUPPORTED_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+# Compiled decoding writes products of at most this rank, for at most so many tokens, as sums.
+LARGEST_SUMMED_RANK, MOST_SUMMED_TOKENS = 8, 64
 
 
 class StreamPlan:
@@ -64,6 +68,8 @@ class StreamLinear(LoraLinear):
     """PEFT's LoRA linear layer whose forward follows a `StreamPlan` instead of the set of active adapters."""
 
     plan: StreamPlan | None = None
+    # Of the weights that `narrow_adapters` copied, by stream: of A and of B.
+    narrowed_versions: Mapping[str, tuple[int, int]] = {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, plus each adapter's update on that adapter's rows."""
@@ -79,7 +85,10 @@ class StreamLinear(LoraLinear):
                 )
             return result
         if len(blocks) == 1:
-            return self._adapted(result, x, blocks[0])
+            if blocks[0] not in self.narrowed_versions or torch.is_grad_enabled():
+                return self._adapted(result, x, blocks[0])
+            self._adapt_in_place(result, x, str(blocks[0]))
+            return result
         if type(self.base_layer) is not nn.Linear:
             result = result.clone()  # quantised layers may hand out a view that must not be written to
         sizes = self.plan.sizes or (1,) * len(blocks)
@@ -93,13 +102,47 @@ class StreamLinear(LoraLinear):
 
     def _adapt_in_place(self, result: Tensor, x: Tensor, stream: str) -> None:
         """Add an adapter's update to a block of rows; decoding takes two kernels for it instead of eight."""
-        lora_a, lora_b = self.lora_A[stream], self.lora_B[stream]
-        plain = stream not in self.lora_variant and lora_a.weight.dtype == x.dtype == result.dtype
+        lora_a, lora_b = self._decoding_weights(stream, x.dtype)
+        plain = stream not in self.lora_variant and lora_a.dtype == x.dtype == result.dtype
         if torch.is_grad_enabled() or self.training or not plain or not result.is_contiguous():
             result.copy_(self._adapted(result, x, stream))
+        elif torch.compiler.is_compiling() and self.sums_products(x.shape[:-1].numel(), lora_a.shape[0]):
+            # A kernel for each product this small costs more than the product; sums melt into the kernels around.
+            update = (x.unsqueeze(-2) * lora_a).sum(-1)  # (..., r)
+            result.add_((update.unsqueeze(-2) * lora_b).sum(-1), alpha=self.scaling[stream])
         else:
-            update = lora_a(x).flatten(0, -2)
-            result.flatten(0, -2).addmm_(update, lora_b.weight.t(), alpha=self.scaling[stream])
+            update = F.linear(x, lora_a).flatten(0, -2)
+            result.flatten(0, -2).addmm_(update, lora_b.t(), alpha=self.scaling[stream])
+
+    @staticmethod
+    def sums_products(tokens: int, rank: int) -> bool:
+        """Whether compiled decoding of so many tokens writes an adapter's products as sums."""
+        return tokens <= MOST_SUMMED_TOKENS and rank <= LARGEST_SUMMED_RANK
+
+    def _decoding_weights(self, stream: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The adapter's two matrices, cast to half precision if `dtype` is, or as `narrow_adapters` has kept them."""
+        lora_a, lora_b = self.lora_A[stream].weight, self.lora_B[stream].weight
+        if dtype not in HALF_PRECISION:
+            return lora_a, lora_b
+        narrow_a, narrow_b = (getattr(self, f"narrow_{side}_{stream}", None) for side in "AB")
+        if narrow_a is None or narrow_b is None:
+            return lora_a.to(dtype), lora_b.to(dtype)
+        if not torch.compiler.is_compiling() and self.narrowed_versions[stream] != (lora_a._version, lora_b._version):
+            return lora_a.to(dtype), lora_b.to(dtype)
+        return narrow_a, narrow_b
+
+    def narrow_adapters(self) -> None:
+        """Keep copies of adapters in the base's dtype where it is half precision: decoding need not cast them."""
+        dtype = self.get_base_layer().weight.dtype
+        versions = {}
+        for stream in self.lora_A if dtype in HALF_PRECISION else ():
+            lora_a, lora_b = self.lora_A[stream].weight, self.lora_B[stream].weight
+            if lora_a.is_inference() or lora_b.is_inference():  # has no version to tell changes by
+                continue
+            versions[stream] = lora_a._version, lora_b._version
+            self.register_buffer(f"narrow_A_{stream}", lora_a.detach().to(dtype), persistent=False)
+            self.register_buffer(f"narrow_B_{stream}", lora_b.detach().to(dtype), persistent=False)
+        self.narrowed_versions = versions
 
     def _adapted(self, result: Tensor, x: Tensor, stream: Stream) -> Tensor:
         if stream is None or stream not in self.lora_A:
@@ -108,8 +151,14 @@ class StreamLinear(LoraLinear):
             variant = self.lora_variant[stream]
             return variant.forward(self, active_adapter=stream, x=x, result=result).to(result.dtype)
         lora_a, lora_b = self.lora_A[stream], self.lora_B[stream]
-        x = self.lora_dropout[stream](self._cast_input_dtype(x, lora_a.weight.dtype))
-        return (result + lora_b(lora_a(x)) * self.scaling[stream]).to(result.dtype)
+        x = self.lora_dropout[stream](x)
+        if x.dtype in HALF_PRECISION:
+            # Matmuls in the adapter's float32 would take the hidden states there and run ten times slower.
+            with torch.autocast(x.device.type, x.dtype):
+                update = lora_b(lora_a(x))
+        else:
+            update = lora_b(lora_a(self._cast_input_dtype(x, lora_a.weight.dtype)))
+        return (result + update * self.scaling[stream]).to(result.dtype)
 
 
 class StreamConv1D(StreamLinear):
@@ -168,6 +217,13 @@ def follow_plan(model: nn.Module, plan: StreamPlan) -> None:
             raise ConfigError(
                 f"LoRA on {name} ({kind}) cannot run beside the base in one batch: leave it out of target_modules."
             )
+
+
+def narrow_adapters(model: nn.Module) -> None:
+    """Let every LoRA layer keep its adapters in the base's dtype, too, for decoding; for adapters that are trained."""
+    for module in model.modules():
+        if isinstance(module, StreamLinear):
+            module.narrow_adapters()
 
 
 def repeat_rows(value: Any, times: int, rows: int) -> Any:
