@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import APART, lora
-from served import FAMILIES, MIXED, UPPER, assert_same, engine, exported, greedy, metric, prompts, tiny_folder
+from served import FAMILIES, MIXED, STRENGTH, UPPER, assert_same, engine, exported, greedy, metric, prompts, tiny_folder
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 
@@ -93,5 +93,5 @@ def test_bfloat16_is_as_close_as_the_transformers_path(tmp_path):
 
 
 @torch.no_grad()
-def last_logps(policy, row):
-    return policy(torch.tensor([row]), strength=0.7).logits[0, -1].float().log_softmax(-1)
+def last_logps(policy, row, strength=STRENGTH):
+    return policy(torch.tensor([row]), strength=strength).logits[0, -1].float().log_softmax(-1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.export import export_vllm
 from qadapter.export.vllm import VLLM_ARCHITECTURES
 from qadapter_vllm import FAMILIES
+from qadapter_vllm.startup import StartupChecks
 
 
 def start(folder, **options):
@@ -116,6 +118,15 @@ def test_engine_options_that_do_not_fit_are_refused(folders, monkeypatch, option
     base, adapter = folders
     with pytest.raises(ConfigError, match=match):
         start(base, **overridden(adapter), **options)
+
+
+@pytest.mark.parametrize("method", ["eagle3", "mtp", "suffix"])
+def test_drafts_that_read_hidden_states_or_need_the_v1_runner_are_refused(folders, method):
+    base, adapter = folders
+    config = start(base, **overridden(adapter))
+    config.speculative_config = SimpleNamespace(method=method)
+    with pytest.raises(ConfigError, match=f"drafts by '{method}' are not supported.*Use n-gram drafts"):
+        StartupChecks.verify_and_update_config(config)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import v2_stand_in  # noqa: F401 -- before anything of vLLM's
-from served import MIXED, answers_at, assert_same, engine, exported, prompts, tiny_folder
+from served import MIXED, answers_at, assert_same, engine, exported, metric, prompts, tiny_folder
 from test_parity import ALIKE
 from vllm.exceptions import VLLMValidationError
 
@@ -35,3 +35,14 @@ def test_one_stream_refuses_strengths_unless_the_dial_is_kept(tmp_path):
     with engine(folder, hf_overrides={"qadapter": {"dial": True}}) as llm:
         for row, answer, strength in zip(rows, answers_at(llm, rows, STRENGTHS), STRENGTHS, strict=True):
             assert_same(policy, [row], [answer], strength=strength)
+
+
+def test_a_draft_model_changes_nothing(tmp_path):
+    policy, base = tiny_folder(tmp_path)
+    drafts = {"method": "draft_model", "model": str(base), "num_speculative_tokens": 2}
+    rows = prompts(*MIXED)
+    with engine(exported(policy, tmp_path / "out"), speculative_config=drafts) as llm:
+        for row, answer, strength in zip(rows, answers_at(llm, rows, STRENGTHS, tokens=40), STRENGTHS, strict=True):
+            assert_same(policy, [row], [answer], strength=strength)
+        drafted, accepted = (metric(llm, f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
+        assert 0 < accepted < drafted

@@ -13,14 +13,14 @@ from vllm.sequence import IntermediateTensors
 
 from qadapter_vllm.lora import add_lora, merged
 from qadapter_vllm.settings import read_policy
-from qadapter_vllm.streams import split_attention
+from qadapter_vllm.streams import StreamDecoder, split_attention
 from qadapter_vllm.verification import FingerprintReader, check_fingerprint, check_probe
 
 
 class QAdapterModel(nn.Module, SupportsQuant):
     """What all families share; a family names its decoder, which is one of vLLM's with `StreamDecoder` mixed in."""
 
-    decoder_class: type[nn.Module]
+    decoder_class: type[StreamDecoder]
     # For families whose decoder does not map the files' names itself.
     top_mapper: WeightsMapper | None = None
     packed_modules_mapping = {  # noqa: RUF012 -- vLLM reads it on the class
@@ -35,9 +35,10 @@ class QAdapterModel(nn.Module, SupportsQuant):
         self.policy = read_policy(config, vllm_config.model_config.model)
         self.tied = config.tie_word_embeddings
         self.dtype = vllm_config.model_config.dtype
+        self.quantisation = vllm_config.model_config.quantization
         self.model = self.decoder_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.model.streams, self.model.first_layer = len(self.policy.streams), self.policy.first_layer
-        split_attention(self.model, self.model.streams, self.model.first_layer, vllm_config)
+        split_attention(self.model, vllm_config)
         # One stream with an adapter has nothing beside it: the adapter is merged, unless the base is quantised.
         self.merges = not self.policy.has_dial and vllm_config.quant_config is None
         if not self.merges:
@@ -98,7 +99,7 @@ class QAdapterModel(nn.Module, SupportsQuant):
         for updates in self.policy.updates.values() if self.merges else ():
             weights = merged(weights, updates)
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.top_mapper)
-        check_fingerprint(reader.fingerprint(), self.policy, vllm_model=self.config.name_or_path)
+        check_fingerprint(reader.fingerprint(), self.policy, self.config.name_or_path, self.quantisation)
         return loaded
 
     def process_weights_after_loading(self) -> None:

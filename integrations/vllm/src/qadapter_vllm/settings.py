@@ -5,16 +5,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
-from qadapter.functional import composed_coefficients, mix_coefficients
+from qadapter.functional import MixCoefficients, composed_coefficients, mix_coefficients
 from qadapter.modeling.loading import StoredAdapter, local_folder, read_folder
 from qadapter.modeling.lora_files import KEY
 from qadapter.modeling.mixing import checked_number, checked_weights
 
-KEYS = ("adapter", "adapters", "weights", "strength", "dial", "verify")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEYS = ("adapter", "adapters", "weights", "strength", "dial", "quantised", "verify")
 TARGET = re.compile(r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 
 
@@ -29,6 +32,7 @@ class Settings:
         strength: the dial's default, 1 being the trained policy.
         dial: keep the base's stream even where the default strength needs one stream only, so that requests may
             choose their strength.
+        quantised: take a quantised copy of the base trained on: the probe alone tells whether it is one.
         verify: refuse, instead of warn about, another base, tokenizer or adapter than those trained with.
     """
 
@@ -37,6 +41,7 @@ class Settings:
     weights: Mapping[str, float] | None = None
     strength: float = 1.0
     dial: bool = False
+    quantised: bool = False
     verify: bool = True
 
     @classmethod
@@ -54,7 +59,8 @@ class Settings:
             )
         if unknown := sorted(set(entry) - set(KEYS)):
             raise ConfigError(f"the config's qadapter entry has the unknown keys {unknown}; known are {list(KEYS)}.")
-        kinds = {"adapter": str, "adapters": Mapping, "weights": Mapping, "dial": bool, "verify": bool}
+        kinds: dict[str, type] = {"adapter": str, "adapters": Mapping, "weights": Mapping}
+        kinds["dial"] = kinds["quantised"] = kinds["verify"] = bool
         for key, kind in kinds.items():
             if entry.get(key) is not None and not isinstance(entry[key], kind):
                 raise ConfigError(f"qadapter.{key} = {entry[key]!r}: must be a {kind.__name__}.")
@@ -103,8 +109,8 @@ class Policy:
         modules = [module for updates in self.updates.values() for module in updates]
         return min((layer_of(module) for module in modules), default=0)
 
-    def coefficients(self, strength: float) -> list[float]:
-        """The weight of each stream's hidden states at a strength."""
+    def coefficients(self, strength: "float | Tensor") -> "list[float | Tensor]":
+        """The weight of each stream's hidden states at a strength, or at one a token."""
         return [offset + strength * slope for offset, slope in zip(self.offsets, self.slopes, strict=True)]
 
     def graph(self) -> dict[str, Any]:
@@ -141,8 +147,10 @@ def read_policy(hf_config: Any, model: str) -> Policy:
     trained = {name: _mix(entry.config) for name, entry in stored.items()}
     _, offset = composed_coefficients(trained, dict.fromkeys(weights, 0.0))
     slopes, base_at_one = composed_coefficients(trained, weights)
-    table: dict[str | None, tuple[float, float]] = {name: (0.0, slope) for name, slope in slopes.items() if slope}
-    table[None] = (offset, base_at_one - offset)
+    table: dict[str | None, tuple[float, float]] = {
+        name: (0.0, float(slope)) for name, slope in slopes.items() if slope
+    }
+    table[None] = (float(offset), float(base_at_one) - float(offset))
     if not settings.dial:
         needed = {stream: row for stream, row in table.items() if row[0] + settings.strength * row[1]}
         table = needed if len(needed) == 1 else table
@@ -151,8 +159,8 @@ def read_policy(hf_config: Any, model: str) -> Policy:
     return Policy(settings, tuple(table), offsets, table_slopes, updates, stored)
 
 
-def _mix(config: QAdapterConfig) -> Any:
-    return mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)
+def _mix(config: QAdapterConfig) -> MixCoefficients:
+    return mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)  # type: ignore[arg-type]
 
 
 def _stored_adapters(settings: Settings, model: str) -> dict[str, StoredAdapter]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # Draft methods that read the target's tokens only; the others read its hidden states, which are a mix here.
-DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model")
+DRAFT_METHODS = ("ngram", "ngram_gpu", "draft_model")
 
 
 class StartupChecks(VerifyAndUpdateConfig):
@@ -57,7 +57,8 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
         ),
         (
             speculative is None or speculative.method in DRAFT_METHODS,
-            "this draft method reads the base's hidden states. Use n-gram or suffix drafts, or a draft model.",
+            f"drafts by {speculative and speculative.method!r} are not supported: they read the base's hidden states, "
+            "or need the V1 runner. Use n-gram drafts or a draft model.",
         ),
         (
             speculative is None or vllm_config.use_v2_model_runner,

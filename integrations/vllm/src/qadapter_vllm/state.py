@@ -1,9 +1,8 @@
 """Each request's strength on its way to the model, for vLLM's V2 model runner."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -12,6 +11,9 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from qadapter_vllm.admission import requested_strength
 
+if TYPE_CHECKING:
+    from qadapter_vllm.model import QAdapterModel
+
 
 class StrengthState(DefaultModelState):
     """Keeps the strength of each running request and gives the model one a token.
@@ -19,7 +21,9 @@ class StrengthState(DefaultModelState):
     The tensor given to the model is always the same memory, because CUDA graphs replay on its address.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, model: "QAdapterModel", encoder_cache: Any, device: torch.device
+    ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.has_dial = model.policy.has_dial
         self.default = model.policy.settings.strength

@@ -4,12 +4,15 @@ Everything that works row by row is vLLM's own code on more rows. Attention is n
 its own, and with it a key-value cache, which the engine sees, pages, shares and counts like any other layer's.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionType
 
 from qadapter.errors import ConfigError
@@ -20,6 +23,10 @@ class StreamDecoder(nn.Module):
 
     streams: int = 1
     first_layer: int = 0
+    # The decoder's own.
+    embed_input_ids: Any
+    layers: Any
+    norm: Any
 
     def forward(
         self,
@@ -68,11 +75,6 @@ def twin(attention: Attention, prefix: str, vllm_config: VllmConfig) -> Attentio
     plain = attention.attn_type == AttentionType.DECODER and attention.kv_sharing_target_layer_name is None
     if not plain or attention.has_sink or type(attention) is not Attention:
         raise ConfigError(f"{attention.layer_name}: this kind of attention cannot run in two streams.")
-    if next(attention.parameters(), None) is not None:
-        raise ConfigError(
-            f"{attention.layer_name}: the base's files hold scales for a quantised key-value cache, which the second "
-            "stream cannot take over. Serve the base without them."
-        )
     return Attention(
         attention.num_heads,
         attention.head_size,
@@ -98,11 +100,21 @@ def plain_attention(layer: Attention, query: Tensor, key: Tensor, value: Tensor)
     return mixed.transpose(0, 1).reshape(rows, -1)
 
 
-def split_attention(decoder: nn.Module, streams: int, first_layer: int, vllm_config: VllmConfig) -> None:
-    """Let the layers from `first_layer` on attend in `streams` streams.
+def split_attention(decoder: StreamDecoder, vllm_config: VllmConfig) -> None:
+    """Let the decoder's layers from `first_layer` on attend in `streams` streams.
 
     With one stream the wrapper stays too: the probe attends without a cache.
+
+    Raises:
+        ConfigError: attention that cannot run in streams.
     """
     for index, layer in enumerate(decoder.layers):
-        count = streams if index >= first_layer else 1
-        layer.self_attn.attn = StreamAttention(layer.self_attn.attn, count, vllm_config)
+        attention = layer.self_attn.attn
+        # A quantised base's attention has scales to be read for a quantised cache, which a stream's own would miss.
+        if is_quantized_kv_cache(attention.kv_cache_dtype) and next(attention.parameters(), None) is not None:
+            raise ConfigError(
+                f"{attention.layer_name}: a quantised key-value cache ({attention.kv_cache_dtype}) of a quantised base "
+                "has scales that the streams cannot share. Pass --kv-cache-dtype bfloat16 (or float16)."
+            )
+        count = decoder.streams if index >= decoder.first_layer else 1
+        layer.self_attn.attn = StreamAttention(attention, count, vllm_config)
