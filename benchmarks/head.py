@@ -6,7 +6,7 @@
 The work is the log-probability of each response token under the policy, with gradient to the policy's hidden states,
 and under the base, without; the head's weight is frozen. Ours also gives log-sum-exps, KL and entropy, TRL's entropy,
 mean logits and accuracy, the others nothing else. The contenders take turns within each round; figures are medians
-over rounds, ratios are to the bare matmuls of the same round. Errors are to full logits in float32 of the same
+over rounds, ratios are to the bare matmuls of the same round. Errors are to full logits in float64 of the same
 inputs. A contender that cannot run here is left out, and the reason recorded.
 """
 
@@ -64,7 +64,7 @@ def errors(head: Head, outcome: Run, expected: tuple[Logps, Tensor]) -> dict[str
             exact = exact if head.rows is None else exact.unflatten(0, (head.rows, -1)).sum(-1)
             found[name] = float((values.detach() - exact).abs().max())
     if head.rows is None and gradient is not None:
-        found["gradient_error"] = float((gradient.float() - expected_gradient).norm() / expected_gradient.norm())
+        found["gradient_error"] = float((gradient.double() - expected_gradient).norm() / expected_gradient.norm())
     return {name: float(f"{value:.3g}") for name, value in found.items()}
 
 

@@ -61,16 +61,19 @@ def problem(tokens: int, hidden: int, vocabulary: int, device: str, dtype: torch
 
 
 def oracle(given: Problem) -> tuple[Logps, Tensor]:
-    """Log-probabilities under both, and the gradient to the policy's states, in float32 from full logits by chunks."""
-    weight, logps, base_logps, gradients = given.weight.float(), [], [], []
+    """Log-probabilities under both, and the gradient to the policy's states, in float64 from full logits by chunks.
+
+    Not in float32: it would share the rounding of some contenders and show them as exact.
+    """
+    weight, logps, base_logps, gradients = given.weight.double(), [], [], []
     streams = given.hidden, given.base_hidden, given.targets, given.cotangent
     for hidden, base_hidden, targets, cotangent in zip(*(stream.split(256) for stream in streams), strict=True):
-        hidden = hidden.float().requires_grad_()
+        hidden = hidden.double().requires_grad_()
         chosen = F.linear(hidden, weight).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        gradients.append(torch.autograd.grad(chosen, hidden, cotangent)[0])
+        gradients.append(torch.autograd.grad(chosen, hidden, cotangent.double())[0])
         logps.append(chosen.detach())
         with torch.no_grad():
-            base = F.linear(base_hidden.float(), weight).log_softmax(-1)
+            base = F.linear(base_hidden.double(), weight).log_softmax(-1)
             base_logps.append(base.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
     return (torch.cat(logps), torch.cat(base_logps)), torch.cat(gradients)
 
@@ -159,6 +162,8 @@ def cut_cross_entropy(given: Problem, **arguments: object) -> Head:
     """Apple's cut-cross-entropy, which skips blocks of small probabilities in the gradient unless told not to."""
     from cut_cross_entropy import linear_cross_entropy
 
+    if arguments and not given.weight.is_cuda:
+        raise RuntimeError("only its kernel for GPUs skips anything")
     impl = "cce" if given.weight.is_cuda else "torch_compile"
     arguments |= {"reduction": "none", "impl": impl}
     forward = by(lambda hidden: -linear_cross_entropy(hidden, given.weight, given.targets, **arguments))
