@@ -1,9 +1,11 @@
 """Trade-off curves and their area, with intervals over prompts and seeds; the definitions of the results page.
 
 A curve is what a policy reaches along its dial: points (drift, gain), the base being (0, 0). Since less is always to be
-had for less, its *envelope* is the largest gain at or below a drift. The area is the mean of the envelope over
-√(drift / limit) from 0 to 1, on the root axis because KL grows with the square of a small change; it has the gain's
-unit. Its lower half, up to a quarter of the limit, is the mean over √(drift / limit) from 0 to ½.
+had for less, its *envelope* is the largest gain at or below a drift. Between two measured points it is a straight line
+in drift: that much is to be had by answering a share of the requests at the one setting and the rest at the other,
+and more than was measured is credited to nobody. The area is the mean of the envelope over √(drift / limit) from 0 to
+1, weighed on the root axis because KL grows with the square of a small change; it has the gain's unit. Its lower half,
+up to a quarter of the limit, is the mean over √(drift / limit) from 0 to ½.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-GRID = 201
+GRID = 401
 RESAMPLES = 400
 HALVES = (0, 1)
 Array = np.ndarray
@@ -81,13 +83,13 @@ def area(drifts: Sequence[float], gains: Sequence[float], limit: float, until: f
     """Mean height of the envelope over √(drift / limit) in [0, until]; flat beyond the largest drift."""
     xs, ys = envelope(drifts, gains)
     grid = np.linspace(0, 1, GRID)
-    return float(_mean_height(np.interp(grid[grid <= until], np.sqrt(xs / limit), ys)))
+    return float(_mean_height(np.interp(grid[grid <= until] ** 2, xs / limit, ys)))
 
 
 def gain_at(drifts: Sequence[float], gains: Sequence[float], drift: float) -> float:
-    """Height of the envelope at a drift, interpolated on the root axis."""
+    """Height of the envelope at a drift."""
     xs, ys = envelope(drifts, gains)
-    return float(np.interp(np.sqrt(drift), np.sqrt(xs), ys))
+    return float(np.interp(drift, xs, ys))
 
 
 def drift_for(drifts: Sequence[float], gains: Sequence[float], gain: float) -> float | None:
@@ -99,8 +101,7 @@ def drift_for(drifts: Sequence[float], gains: Sequence[float], gain: float) -> f
     if index == 0:
         return 0.0
     share = (gain - ys[index - 1]) / (ys[index] - ys[index - 1])
-    roots = np.sqrt(xs)
-    return float((roots[index - 1] + share * (roots[index] - roots[index - 1])) ** 2)
+    return float(xs[index - 1] + share * (xs[index] - xs[index - 1]))
 
 
 class Draws:
@@ -169,15 +170,15 @@ def areas(drifts: Array, gains: Array, limit: float) -> tuple[Array, Array]:
     """The area, all and lower half, in each resample; equals `area` row by row."""
     order = np.argsort(drifts, 1, kind="stable")
     zeros = np.zeros((len(drifts), 1))
-    xs = np.sqrt(np.concatenate([zeros, np.take_along_axis(drifts, order, 1)], 1) / limit)
+    xs = np.concatenate([zeros, np.take_along_axis(drifts, order, 1)], 1) / limit
     ys = np.maximum.accumulate(np.concatenate([zeros, np.take_along_axis(gains, order, 1)], 1), 1)
     grid = np.linspace(0, 1, GRID)
-    heights = np.stack([np.interp(grid, *row) for row in zip(xs, ys, strict=True)])
+    heights = np.stack([np.interp(grid**2, *row) for row in zip(xs, ys, strict=True)])
     return _mean_height(heights), _mean_height(heights[:, : GRID // 2 + 1])
 
 
 def _mean_height(heights: Array) -> Array:
-    """The mean of piecewise linear functions from their values at equal steps."""
+    """The mean of functions from their values at equal steps, by the trapezoidal rule."""
     return (heights.sum(-1) - (heights[..., 0] + heights[..., -1]) / 2) / (heights.shape[-1] - 1)
 
 

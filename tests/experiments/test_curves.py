@@ -25,16 +25,25 @@ def test_the_envelope_starts_at_the_base_and_never_falls():
 
 
 def test_a_gain_that_grows_with_the_root_of_drift_has_half_its_end_as_area():
-    drifts = [0.01, 0.04, 0.09, 0.25]
+    drifts = np.linspace(0, 0.5, 101)[1:] ** 2
     gains = [2 * drift**0.5 for drift in drifts]
-    assert area(drifts, gains, 0.25) == pytest.approx(0.5)  # of a gain of 1 at the limit
-    assert area(drifts, gains, 0.25, until=0.5) == pytest.approx(0.25)
+    assert area(drifts, gains, 0.25) == pytest.approx(0.5, abs=1e-4)  # of a gain of 1 at the limit
+    assert area(drifts, gains, 0.25, until=0.5) == pytest.approx(0.25, abs=2e-4)
     assert gain_at(drifts, gains, 0.0625) == pytest.approx(0.5)
     assert drift_for(drifts, gains, 0.5) == pytest.approx(0.0625)
 
 
+def test_what_was_not_measured_is_a_share_of_what_was():
+    # One point at the limit: half of the requests answered by the base halve drift and gain.
+    assert gain_at([0.25], [1.0], 0.125) == pytest.approx(0.5)
+    assert drift_for([0.25], [1.0], 0.5) == pytest.approx(0.125)
+    # The mean of x² over x from 0 to 1, and to ½.
+    assert area([0.25], [1.0], 0.25) == pytest.approx(1 / 3, abs=1e-5)
+    assert area([0.25], [1.0], 0.25, until=0.5) == pytest.approx(1 / 12, abs=1e-5)
+
+
 def test_a_curve_that_ends_early_is_flat_from_there_and_one_below_the_base_counts_nothing():
-    assert area([0.0625], [1.0], 0.25) == pytest.approx(0.75)
+    assert area([0.0625], [1.0], 0.25) == pytest.approx(0.5 / 3 + 0.5, abs=1e-4)
     assert area([0.1, 0.2], [-1.0, -2.0], 0.25) == 0.0
     assert drift_for([0.1], [0.5], 0.6) is None
     assert drift_for([0.1], [0.5], 0.0) == 0.0
