@@ -172,7 +172,8 @@ def test_progress_counts_every_text_and_the_mode_is_restored():
 def test_numbers_that_are_not_finite_are_refused():
     model = tiny_policy()
     with torch.no_grad():
-        next(iter(model.adapter_parameters().values())).fill_(torch.nan)
+        # Not a query's: attention on some CPUs makes zeros of NaN queries.
+        next(p for name, p in model.adapter_parameters().items() if "v_proj" in name).fill_(torch.nan)
     with pytest.raises(ConfigError, match="'policy' are not finite: the adapter is damaged"):
         measure_texts(model, TEXTS, [Column("policy")])
 

@@ -70,6 +70,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise AdapterFormatError(f"{path}: tensor {name!r} holds numbers of type {tensor.dtype}.")
+        # Attention on some CPUs turns NaN queries into zeros: the policy's answers need not show the damage.
+        if not bool(tensor.isfinite().all()):
+            raise AdapterFormatError(f"{path}: tensor {name!r} holds NaN or infinity: the adapter is damaged.")
     return tensors
 
 
