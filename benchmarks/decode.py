@@ -11,10 +11,8 @@ rounds, ratios are to the base of the same round.
 import argparse
 import copy
 import functools
-import json
 import math
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
@@ -26,13 +24,13 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from results_file import write
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.modeling.bases import load_base, resolve_base
-from qadapter.modeling.streams import StreamLinear, narrow_adapters
+from qadapter.modeling.streams import narrow_adapters
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA_8B = {
@@ -43,6 +41,13 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128_256,
 }
+
+# The base's own first; "LoRA by matmuls" differs where it is compiled only.
+VARIANTS = (
+    "base", "policy, strength 0", "base + plain LoRA", "policy, strength 1, alpha_0 = alpha_tilde",
+    "policy, strength 1, merged", "policy", "policy, LoRA by matmuls", "policy, upper half", "policy, two adapters",
+    "two naive passes",
+)  # fmt: skip
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 Maker = Callable[[], Step]
@@ -99,8 +104,9 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
         narrow_adapters(made.eval().base)  # as loading does
         return decoder(made, batch, options, static, strength=strength)
 
-    def policy(config: QAdapterConfig, strength: float, first_layer: int = 0) -> Step:
+    def policy(config: QAdapterConfig, strength: float, first_layer: int = 0, sums: bool = True) -> Step:
         made = QAdapterForCausalLM.from_base(copy_of(model), config, lora(), first_adapted_layer=first_layer)
+        made.plan.sums_products = sums
         return of(made, strength)
 
     def pair() -> Step:
@@ -121,24 +127,18 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
         first, second = decoder(model, batch, options, static), plain()
         return lambda tokens: 0.3 * first(tokens) + 0.7 * second(tokens)
 
-    def with_products() -> Step:
-        StreamLinear.sums_products = staticmethod(lambda tokens, rank: False)  # type: ignore[method-assign]
-        return policy(apart, 0.7)
-
-    steps: dict[str, Maker] = {
+    return {
         "base": lambda: decoder(model, batch, options, static),
         "policy, strength 0": lambda: policy(apart, 0.0),
         "base + plain LoRA": plain,
         "policy, strength 1, alpha_0 = alpha_tilde": lambda: policy(QAdapterConfig(), 1.0),
         "policy, strength 1, merged": folded,
         "policy": lambda: policy(apart, 0.7),
+        "policy, LoRA by matmuls": lambda: policy(apart, 0.7, sums=False),
         "policy, upper half": lambda: policy(apart, 0.7, model.config.num_hidden_layers // 2),
         "policy, two adapters": pair,
         "two naive passes": two_passes,
     }
-    if options.processes:  # it changes the class
-        steps["policy, LoRA by matmuls"] = with_products
-    return {name: make for name, make in steps.items() if not options.only or name in ("base", *options.only)}
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -165,6 +165,7 @@ def here(model: PreTrainedModel, batches: list[int], options: argparse.Namespace
         (batch, name): functools.partial(timed, make(), batch, options)
         for batch in batches
         for name, make in makers(model, batch, options, static).items()
+        if name in options.only
     }
 
 
@@ -172,10 +173,9 @@ def here(model: PreTrainedModel, batches: list[int], options: argparse.Namespace
 def in_processes(batches: list[int], options: argparse.Namespace, static: bool) -> Iterator[Rounds]:
     """The same, each in a process with a model of its own: they compile side by side, and run in turn."""
     context = multiprocessing.get_context("spawn")
-    names = list(makers(PreTrainedModel, 1, options, static))  # type: ignore[arg-type]
     processes, ends = [], {}
     for batch in batches:
-        for name in names:
+        for name in options.only:
             ends[batch, name], theirs = context.Pipe()
             processes.append(context.Process(target=_serve, args=(theirs, name, batch, options, static), daemon=True))
             processes[-1].start()
@@ -248,9 +248,10 @@ def main() -> None:
     parser.add_argument("--no-eager", action="store_true", help="not uncompiled")
     parser.add_argument("--processes", action="store_true", help="each variant in a process of its own")
     parser.add_argument("--patience", type=int, default=300, help="seconds a process may take to get ready")
-    parser.add_argument("--only", nargs="+", default=[], help="variants by name, beside the base")
+    parser.add_argument("--only", nargs="+", default=VARIANTS, choices=VARIANTS, help="beside the base")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    options.only = [variant for variant in VARIANTS if variant in ("base", *options.only)]
     options.kinds = [kind for kind, wanted in ((False, not options.no_eager), (True, options.compile)) if wanted]
     name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.dtype = getattr(torch, name)
@@ -270,18 +271,15 @@ def main() -> None:
                 print(f"{kind}, batch {batch}")
                 for variant, values in figures.items():
                     print(f"  {variant:<44} {values['milliseconds']:>9.2f} ms  {values['ratio']:>6.2f}x")
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": f"{device}, {torch.get_num_threads()} threads",
-        "dtype": name,
-        "shape": options.shape,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "results": results,
-    }
-    output = options.output or RESULTS / f"decode_{options.shape}_{options.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    write(
+        options.output,
+        f"decode_{options.shape}_{options.device}",
+        options.device,
+        name,
+        {"torch": torch.__version__, "transformers": transformers.__version__},
+        shape=options.shape,
+        results=results,
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ inputs. A contender that cannot run here is left out, and the reason recorded.
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
@@ -24,9 +22,9 @@ from typing import Any
 import torch
 from allocations import PeakAllocations
 from head_contenders import Head, Logps, Problem, heads, installed, oracle, problem
+from results_file import write
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 REFERENCE = "bare matmuls"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
@@ -163,22 +161,19 @@ def main() -> None:
     for name, values in measure(ready, given, options.rounds).items():
         figures[name] = values | figures[name]
     print(table(figures))
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": f"{device}, {torch.get_num_threads()} threads",
-        "dtype": dtype,
-        "versions": installed(PACKAGES),
-        "vocabulary": options.vocabulary,
-        "hidden": options.hidden,
-        "tokens": options.tokens,
-        "chunk_size": given.chunk_size,
-        "rounds": options.rounds,
-        "figures": figures,
-    }
-    output = options.output or RESULTS / f"head_{options.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    write(
+        options.output,
+        f"head_{options.device}",
+        options.device,
+        dtype,
+        installed(PACKAGES),
+        vocabulary=options.vocabulary,
+        hidden=options.hidden,
+        tokens=options.tokens,
+        chunk_size=given.chunk_size,
+        rounds=options.rounds,
+        figures=figures,
+    )
 
 
 if __name__ == "__main__":

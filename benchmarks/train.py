@@ -12,9 +12,7 @@ DPOTrainer (its fused head, reference by disabled adapter) of the same round and
 
 import argparse
 import gc
-import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -29,13 +27,13 @@ from allocations import PeakAllocations
 from arithmetic import matmul_rate, needed_operations
 from contenders import Contender, Pairs, contenders
 from decode import LLAMA_8B, synchronise
+from results_file import write
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qadapter import load_preference_dataset
 from qadapter.data import tokenise_preferences
 from qadapter.modeling.bases import load_base, load_tokenizer, resolve_base
 
-RESULTS = Path(__file__).parent / "results"
 # What --check holds: pairs a second over TRL's, and peak allocations of a step over TRL's.
 FLOORS = {"ours": 1.5, "ours, upper half": 1.8}
 CEILINGS = {"ours": 0.5, "ours, upper half": 0.5}
@@ -219,8 +217,19 @@ def main() -> int:
         options.pairs, options.checkpoint_every = int(pairs), int(every or 0)
         figures = measure(base, options)
         results.append({"pairs": options.pairs, "checkpoint_every": options.checkpoint_every, "figures": figures})
-        if not options.check:
-            write(results, options)
+        if not options.check:  # after each setting: a run that is cut short leaves what it has measured
+            write(
+                options.output,
+                f"train_{options.shape}_{options.device}",
+                options.device,
+                name,
+                {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)},
+                shape=options.shape,
+                targets=options.targets or "all linear layers",
+                length=options.length,
+                prompt=options.prompt,
+                results=results,
+            )
         print(f"{options.pairs} pairs a step, checkpoints every {options.checkpoint_every} layers")
         for contender, values in figures.items():
             ratio = values["ratio_to_rival"] or math.nan
@@ -234,25 +243,6 @@ def main() -> int:
             print(f"worse than allowed: {problem}")
         return 1 if problems else 0
     return 0
-
-
-def write(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """The results file, anew after each setting: a run that is cut short leaves what it has measured."""
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": f"{device}, {torch.get_num_threads()} threads",
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "shape": options.shape,
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)},
-        "targets": options.targets or "all linear layers",
-        "length": options.length,
-        "prompt": options.prompt,
-        "results": results,
-    }
-    output = options.output or RESULTS / f"train_{options.shape}_{options.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class QAdapterTrainingArguments(TrainingArguments):
             raise ConfigError("fp16 = true: float16 training of this objective diverges. Use bf16 = true, or neither.")
         for name in ("torch_compile_backend", "torch_compile_mode"):
             if getattr(self, name) is not None:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true, without a {name[14:]}.")
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true alone; leave it out.")
         # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
         layer_by_layer = self.torch_compile
         self.torch_compile = False

@@ -86,15 +86,20 @@ def layer_windows(model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
 
 def packed_batch(model: PreTrainedModel, sequences: PackedSequences) -> dict[str, Any]:
     """The decoder's arguments for a packed row, on the model's device."""
-    lengths = sequences.sequence_lengths
-    input_ids, position_ids, gather, restore, repeated, boundaries = (
-        tensor.to(model.device) for tensor in sequences if isinstance(tensor, Tensor)
+    device, lengths = model.device, sequences.sequence_lengths
+    row = PackedRow(
+        gather=sequences.gather_indices.to(device),
+        restore=sequences.restore_indices.to(device),
+        repeated=sequences.repeated_indices.to(device),
+        boundaries=sequences.boundaries.to(device),
+        lengths=lengths,
+        longest=max(lengths),
     )
     return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
+        "input_ids": sequences.input_ids.to(device),
+        "position_ids": sequences.position_ids.to(device),
         "attention_mask": layer_windows(model),
-        "packed": PackedRow(gather, restore, repeated, boundaries, lengths, max(lengths)),
+        "packed": row,
     }
 
 

@@ -49,6 +49,7 @@ class StreamPlan:
         self.blocks: tuple[Stream, ...] = resting
         self.sizes: tuple[int, ...] | None = None
         self.layer_pass: Any = None  # a `trunk.LayerPass`, or None: every layer runs as it is
+        self.sums_products = True  # compiled decoding writes small products of adapters as sums; False: as matmuls
 
     @contextmanager
     def running(self, *blocks: Stream, sizes: tuple[int, ...] | None = None, layer_pass: Any = None) -> Iterator[None]:
@@ -106,7 +107,7 @@ class StreamLinear(LoraLinear):
         plain = stream not in self.lora_variant and lora_a.dtype == x.dtype == result.dtype
         if torch.is_grad_enabled() or self.training or not plain or not result.is_contiguous():
             result.copy_(self._adapted(result, x, stream))
-        elif torch.compiler.is_compiling() and self.sums_products(x.shape[:-1].numel(), lora_a.shape[0]):
+        elif self._sums_products(x.shape[:-1].numel(), lora_a.shape[0]):
             # A kernel for each product this small costs more than the product; sums melt into the kernels around.
             update = (x.unsqueeze(-2) * lora_a).sum(-1)  # (..., r)
             result.add_((update.unsqueeze(-2) * lora_b).sum(-1), alpha=self.scaling[stream])
@@ -114,10 +115,9 @@ class StreamLinear(LoraLinear):
             update = F.linear(x, lora_a).flatten(0, -2)
             result.flatten(0, -2).addmm_(update, lora_b.t(), alpha=self.scaling[stream])
 
-    @staticmethod
-    def sums_products(tokens: int, rank: int) -> bool:
-        """Whether compiled decoding of so many tokens writes an adapter's products as sums."""
-        return tokens <= MOST_SUMMED_TOKENS and rank <= LARGEST_SUMMED_RANK
+    def _sums_products(self, tokens: int, rank: int) -> bool:
+        small = tokens <= MOST_SUMMED_TOKENS and rank <= LARGEST_SUMMED_RANK
+        return small and torch.compiler.is_compiling() and self.plan is not None and self.plan.sums_products
 
     def _decoding_weights(self, stream: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The adapter's two matrices, cast to half precision if `dtype` is, or as `narrow_adapters` has kept them."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qadapter.modeling.streams import HALF_PRECISION
+
 varlen_attn: Any = None
 with suppress(ImportError):  # torch before 2.10
     from torch.nn.attention.varlen import varlen_attn
@@ -20,7 +22,6 @@ AVAILABLE = "window_size" in PARAMETERS and "scale" in PARAMETERS
 
 # The kernel's limits, and the arguments of an architecture's attention that it does not know.
 LARGEST_HEAD = 256
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 UNKNOWN_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 
 
