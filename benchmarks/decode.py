@@ -203,7 +203,7 @@ def _serve(end: Any, name: str, batch: int, options: argparse.Namespace, static:
     try:
         step = makers(base_model(options), batch, options, static)[name]()
         timed(step, batch, options)
-    except Exception as error:
+    except Exception as error:  # out of memory, or whatever the compiler raises: the other variants are measured
         end.send(f"{type(error).__name__}: {error}")
         return
     end.send(None)

@@ -146,7 +146,7 @@ def work(number: int, board: Board, cells: Sequence[Cell], make_runner: Any, thr
         start = time.monotonic()
         try:
             result = patiently(runner.run_cell, cell)
-        except Exception:
+        except Exception:  # told of and left: the other cells are worth having
             runner.say(f"FAILED {cell.name}\n{traceback.format_exc()}")
             board.mark(f"failed-{cell.key}")
             continue
@@ -194,7 +194,8 @@ def prepare(board: Board, mark: str, cell: Cell, cells: Sequence[Cell], runner: 
     try:
         for seed in dict.fromkeys(other.seed for other in cells if other.setting == cell.setting):
             runner.shared(Cell(cell.setting, cell.method, cell.options, seed))
-    except Exception:
+    except Exception:  # the cells that need it will fail by themselves, each with its reason
         runner.say(f"FAILED to prepare {cell.setting.name}\n{traceback.format_exc()}")
+    else:
+        runner.say(f"{cell.setting.name} prepared in {time.monotonic() - start:.0f} s")
     board.mark(mark)
-    runner.say(f"{cell.setting.name} prepared in {time.monotonic() - start:.0f} s")
