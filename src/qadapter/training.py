@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -306,6 +306,31 @@ class StopOnInterrupt(TrainerCallback):
         self.on_step_end(args, state, control)
 
 
+class NewRun(TrainerCallback):
+    """Makes room in the output folder as training begins: what can be refused has passed by then."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the run that the folder holds; one process of many does."""
+        if args.should_save:
+            remove_run(Path(args.output_dir))
+
+
+@contextmanager
+def nothing_left_of_refusals(folder: Path) -> Iterator[None]:
+    """Within the context, an error removes `folder` and those above that were not there before, where still empty.
+
+    The Trainer makes its folder before it, its optimizer and the checkpoint have been checked.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that holds something
+            for path in new:
+                path.rmdir()
+        raise
+
+
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
     """Within the context, errors on a full disk say so: torch's own writer raises anything but that."""
@@ -342,7 +367,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     Raises:
         KeyboardInterrupt: stopped by the user; a checkpoint is saved, the adapter folder is not.
     """
-    # What is cheap to check comes first, and nothing is removed before the new run is about to start.
+    # What is cheap to check comes first.
     checkpoint = checkpoint_to_resume(run.training, run.overwrite)
     check_settings(run.data, run.training)
     name, options, lora = base_name(run.model), model_options(run.model), run.adapter.to_peft()
@@ -355,16 +380,15 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     options |= {"first_adapted_layer": run.adapter.first_adapted_layer, "revision": run.model.revision}
     model = QAdapterForCausalLM.from_base(name, run.method, lora, **options)
     folder = Path(str(run.training.output_dir))
-    if checkpoint is None and run.training.should_save:  # one process of many
-        remove_run(folder)
-    with StopOnInterrupt() as interrupt, full_disk_named(folder):
+    makes_room = [] if checkpoint else [NewRun()]
+    with StopOnInterrupt() as interrupt, nothing_left_of_refusals(folder), full_disk_named(folder):
         trainer = QAdapterTrainer(
             model=model,
             args=run.training,
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
-            callbacks=[interrupt, *(callbacks or [])],
+            callbacks=[interrupt, *makes_room, *(callbacks or [])],
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:

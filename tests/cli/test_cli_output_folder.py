@@ -63,6 +63,7 @@ def test_overwrite_replaces_the_run_and_keeps_other_files(train, adapter, folder
         ("--model", "nobody/nothing"),
         ("--lora-target-modules", "nope"),
         ("--learning-rate", "nan"),
+        ("--optim", "galore_adamw"),
     ],
 )
 def test_overwrite_keeps_the_old_run_if_the_new_one_cannot_start(train, adapter, folder, mistake):
@@ -70,6 +71,27 @@ def test_overwrite_keeps_the_old_run_if_the_new_one_cannot_start(train, adapter,
     before = contents(folder)
     assert train("--overwrite", *mistake).code == 1
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "refused_late",
+    [
+        ("--optim", "galore_adamw"),  # as the optimizer is made
+        ("--resume-from-checkpoint", "nowhere"),  # as it is loaded
+        ("--cache-base-states", __file__),  # as the batches are
+    ],
+)
+def test_a_run_refused_by_the_trainer_leaves_no_folder(train, tmp_path, refused_late):
+    there = set(tmp_path.iterdir())
+    outcome = train(*refused_late, folder=tmp_path / "new" / "run")
+    assert (outcome.code, outcome.err.count("\n")) == (1, 1), outcome.err
+    assert set(tmp_path.iterdir()) == there
+
+
+def test_a_run_refused_by_the_trainer_keeps_an_empty_folder_that_was_there(train, folder):
+    folder.mkdir()
+    assert_refused(train("--resume-from-checkpoint", "nowhere"), "nowhere")
+    assert folder.is_dir()
 
 
 def test_a_file_as_output_folder_is_refused(train, folder):
