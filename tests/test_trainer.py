@@ -509,6 +509,40 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_is_logged(tmp_path, val
     assert last.get("loss", last.get("train_loss")) is None
 
 
+class Breaks(TrainerCallback):
+    """Makes one number of the adapter NaN at the end of a step, after that step's loss."""
+
+    def __init__(self, policy, step):
+        self.policy, self.step = policy, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                [*self.policy.adapter_parameters().values()][-1][0, 0] = math.nan
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_evaluation_whose_loss_is_not_finite_ends_the_run_before_its_checkpoint(policy, tmp_path, several):
+    name = "eval_hard_loss" if several else "eval_loss"
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    callbacks = [Breaks(policy, 3)]
+    trainer = tiny_trainer(
+        policy, tmp_path, None, token_pairs(4), max_steps=4, logging_steps=100, callbacks=callbacks, **options
+    )
+    if several:
+        trainer.eval_dataset = {"hard": trainer.eval_dataset}
+    with pytest.raises(TrainingError, match=rf"the {name} after step 3 is nan: .* Lower learning_rate \(0.0003"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert read_log(tmp_path / LOG_NAME)[-1][name] is None
+
+
+def test_a_loss_that_is_not_finite_before_training_is_not_blamed_on_the_steps(tmp_path):
+    trainer = tiny_trainer(policy_with(math.nan), tmp_path, None, token_pairs(4))
+    with pytest.raises(TrainingError, match=r"eval_loss is nan before any training: load the base in float32"):
+        trainer.evaluate()
+
+
 def test_a_loss_that_is_not_finite_is_left_out_where_the_filter_was_asked_for(tmp_path):
     trainer = tiny_trainer(policy_with(math.nan), tmp_path, max_steps=2, logging_nan_inf_filter=True)
     trainer.train()

@@ -229,18 +229,31 @@ class QAdapterTrainer(Trainer):
         """Add the metrics of training to its log entries; those of an evaluation are in its own already.
 
         Raises:
-            TrainingError: the mean loss of the steps since the last entry is not finite.
+            TrainingError: the mean loss of the steps since the last entry, or of an evaluation, is not finite.
         """
         if "loss" in logs or "train_loss" in logs:
             logs |= self._averages("train")
         super().log(logs, start_time)
-        loss = logs.get("loss", logs.get("train_loss", 0.0))
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the mean loss up to step {self.state.global_step} is {loss}: training has diverged. "
-                f"Lower learning_rate ({self.args.learning_rate:g}) or set a smaller max_grad_norm "
-                f"({self.args.max_grad_norm:g})."
+        for name, value in logs.items():
+            if (name == "loss" or name.endswith("_loss")) and not math.isfinite(value):
+                raise self._divergence(name, value)
+
+    def _divergence(self, name: str, value: float) -> TrainingError:
+        """An evaluation's loss ends the run as well: the policy cannot answer pairs like those it is trained for.
+
+        Going on could only save it, and no choice of the best checkpoint can compare with NaN. It comes before the
+        step's checkpoint, so that the last one is of a policy that could.
+        """
+        step = self.state.global_step
+        if name not in ("loss", "train_loss") and step == 0:
+            return TrainingError(
+                f"{name} is {value} before any training: load the base in float32, or check its files."
             )
+        which = f"mean loss up to step {step}" if name in ("loss", "train_loss") else f"{name} after step {step}"
+        return TrainingError(
+            f"the {which} is {value}: training has diverged. Lower learning_rate ({self.args.learning_rate:g}) "
+            f"or set a smaller max_grad_norm ({self.args.max_grad_norm:g})."
+        )
 
     def evaluation_loop(
         self,
