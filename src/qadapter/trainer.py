@@ -26,6 +26,7 @@ from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.packed import enable_packing
+from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
 from qadapter.training_log import TrainingLogCallback
 
@@ -93,7 +94,8 @@ class QAdapterTrainer(Trainer):
     interval without a host synchronisation a step.
 
     Raises:
-        ConfigError: the model is not a `QAdapterForCausalLM`, its adapter is in float16, or a tokenizer is missing.
+        ConfigError: the model is not a `QAdapterForCausalLM`, its adapter is in float16, its base is quantised in a way
+            that cannot be trained on, or a tokenizer is missing.
     """
 
     # compute_loss returns a mean over the micro-batch's pairs: the Trainer divides by the accumulation steps.
@@ -107,6 +109,7 @@ class QAdapterTrainer(Trainer):
             )
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
             raise ConfigError("the model is in float16, in which this objective diverges: load it with dtype=bfloat16.")
+        check_trainable(model.base, model.base_source.name)
         if not isinstance(args, QAdapterTrainingArguments):
             raise ConfigError(f"args is a {type(args).__name__}: give QAdapterTrainingArguments.")
         tokenizer = kwargs.get("processing_class")

@@ -26,6 +26,7 @@ from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_tokenizer, resolve_base
 from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.modeling.quantised import check_trainable_files
 from qadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments, tokenised_pairs
 from qadapter.training_log import CURVE_NAME, LOG_NAME
 
@@ -371,8 +372,10 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     checkpoint = checkpoint_to_resume(run.training, run.overwrite)
     check_settings(run.data, run.training)
     name, options, lora = base_name(run.model), model_options(run.model), run.adapter.to_peft()
+    source = resolve_base(name, run.model.revision)
+    check_trainable_files(source)
     train_set, eval_set = load_datasets(run.data, run.training.seed)
-    tokenizer = load_tokenizer(resolve_base(name, run.model.revision))
+    tokenizer = load_tokenizer(source)
     # Tokenised before the model is loaded: bad data should be known within seconds.
     train_set = tokenised("training pairs", train_set, tokenizer, run.training)
     eval_set = tokenised("held-out pairs", eval_set, tokenizer, run.training)

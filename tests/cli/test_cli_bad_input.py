@@ -1,7 +1,10 @@
 """Data and settings that cannot work: one clear line, an exit code, and nothing half-written."""
 
 import errno
+import json
+import shutil
 import sys
+from types import ModuleType
 
 import pytest
 from commands import assert_refused, qadapter, succeeded
@@ -127,6 +130,22 @@ def test_training_that_diverges_is_one_line(train, folder):
 def test_quantising_without_bitsandbytes_says_what_to_install(train, folder, monkeypatch, option):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert_refused(train(option), r"quantised bases need bitsandbytes.*pip install 'qadapter\[quantised\]'")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "gptq", "unheard-of"])
+@pytest.mark.parametrize("options", [(), ("--load-in-4bit",)])
+def test_a_quantised_base_is_refused_before_anything_is_read(
+    train, base, tmp_path, folder, monkeypatch, method, options
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    copy = shutil.copytree(base, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    outcome = train(*options, model=copy, dataset="nowhere.jsonl")
+    assert_refused(
+        outcome, rf"base model '{copy}' is quantised \({method}\), .*Train on the model that it was made from"
+    )
     assert not folder.exists()
 
 

@@ -133,7 +133,7 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
     """The base model from safetensors in a folder or hub repository; remote code is never run.
 
     Raises:
-        ConfigError: nothing loadable is there.
+        ConfigError: nothing loadable is there, or a package that reads its weights is missing.
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -149,6 +149,10 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
         raise ConfigError(
             f"base model {source.name!r} cannot be loaded: {reason} "
             "Give a folder with config.json and safetensors, or a hub id that is cached or reachable."
+        ) from error
+    except ImportError as error:  # of a quantisation
+        raise ConfigError(
+            f"base model {source.name!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

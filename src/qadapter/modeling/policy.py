@@ -35,6 +35,7 @@ from qadapter.modeling.mixing import (
     times,
 )
 from qadapter.modeling.passes import TrainingPasses
+from qadapter.modeling.quantised import check_trainable_files
 from qadapter.modeling.streams import (
     Stream,
     StreamPlan,
@@ -136,11 +137,15 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
             peft_config: the adapter; LoRA of rank 8 on all linear layers but the head by default.
             first_adapted_layer: adapt this decoder layer and those above it only; both streams share the layers below.
             model_kwargs: passed to AutoModelForCausalLM.from_pretrained (dtype, revision, device_map, ...).
+
+        Raises:
+            ConfigError: the base cannot be loaded, carries an adapter, or is quantised and cannot be trained on.
         """
         peft_config = peft_config or default_peft_config()
         source = None
         if isinstance(base, str | PathLike):
             source = resolve_base(base, model_kwargs.pop("revision", None))
+            check_trainable_files(source, model_kwargs.get("quantization_config"))
             base = load_base(source, **model_kwargs)
         elif model_kwargs:
             raise ConfigError(f"{sorted(model_kwargs)} apply to a model that is loaded by id, not to a given one.")
