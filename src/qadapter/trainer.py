@@ -41,7 +41,7 @@ class QAdapterTrainingArguments(TrainingArguments):
         torch_compile: compile each decoder layer by itself, and the head (`qadapter.modeling.compiled`).
         max_length: tokens of prompt and answer together; prompts are cut from the left to fit, answers never.
         max_prompt_length: tokens of the prompt alone; None leaves it to max_length.
-        cache_tokens: keep the tokens of 1,000 rows or more for later runs (`qadapter.data.token_cache`).
+        cache_tokens: keep the tokens of 1,000 rows or more for later runs, 5 GiB at most (`qadapter.data.token_cache`).
         packing: run each pair's prompt once and put pairs side by side in a row instead of padding them, where the
             architecture and its attention allow; the loss is the same.
         share_trunk: run the layers below the first adapted one once for both streams; the loss is the same.
@@ -59,7 +59,9 @@ class QAdapterTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     max_length: int | None = field(default=1024, metadata={"help": "Longest prompt and answer together, in tokens."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
-    cache_tokens: bool = field(default=True, metadata={"help": "Keep the tokens of 1,000 rows or more for later runs."})
+    cache_tokens: bool = field(
+        default=True, metadata={"help": "Keep tokens of 1,000 rows or more for later runs, 5 GiB at most."}
+    )
     packing: bool = field(default=True, metadata={"help": "Shared prompts and packed rows instead of padding."})
     share_trunk: bool = field(default=True, metadata={"help": "Layers below the first adapted one run once."})
     cache_base_states: str | None = field(

@@ -5,8 +5,10 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import datasets
@@ -301,6 +303,91 @@ def test_a_damaged_entry_is_said_and_made_anew(cache, chatml, damage, caplog, no
     assert len(caplog.records) == 1
 
 
+def test_an_entry_that_another_process_removes_while_it_is_read_is_made_anew(cache, chatml, monkeypatch, caplog):
+    expected = through_cache(CHATS, chatml)
+    read_entry = token_cache.read_entry
+
+    def reading(entry, limits):
+        shutil.rmtree(entry)
+        return read_entry(entry, limits)
+
+    monkeypatch.setattr(token_cache, "read_entry", reading)
+    assert_same(through_cache(CHATS, chatml), expected)
+    assert len(list(cache.iterdir())) == 1
+    assert caplog.records == []
+
+
+# -- the size limit ------------------------------------------------------------------------------------------------
+
+
+def aged(path, seconds):
+    """Last used so many seconds before now."""
+    os.utime(path, (time.time() - seconds,) * 2)
+    return path
+
+
+@pytest.fixture
+def three(cache, chatml):
+    """Entries of different rows by their number, the last used longest ago."""
+    entries = {}
+    for number in (1, 2, 3):
+        before = set(cache.iterdir()) if cache.exists() else set()
+        through_cache(CHATS[number:], chatml)
+        entries[number] = aged(only(set(cache.iterdir()) - before), 100 * number)
+    return entries
+
+
+def limit_to(monkeypatch, *entries):
+    monkeypatch.setattr(token_cache, "MOST_BYTES", sum(map(token_cache.folder_bytes, entries)))
+
+
+def test_a_cache_within_the_limit_loses_nothing(cache, chatml, three, monkeypatch):
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 10**6)
+    through_cache(CHATS, chatml)
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_new_entry_drives_out_those_used_longest_ago(cache, chatml, three, monkeypatch, not_again):
+    limit_to(monkeypatch, *three.values())
+    through_cache(CHATS[2:], chatml)  # reading is use
+    through_cache(CHATS, chatml)
+    assert not three[3].exists()
+    assert not three[1].exists()  # the new one is larger than the one used longest ago
+    not_again()
+    through_cache(CHATS[2:], chatml)
+    through_cache(CHATS, chatml)
+
+
+def test_the_entry_in_use_stays_though_it_alone_is_larger_than_the_limit(cache, chatml, three, monkeypatch):
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 1)
+    expected = through_cache(CHATS, chatml)
+    entry = only(cache.iterdir())
+    assert_same(through_cache(CHATS, chatml), expected)
+    assert list(cache.iterdir()) == [entry]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(cache, chatml, monkeypatch):
+    left, written, foreign = (cache / name for name in (".writing-old", ".writing-new", "notes"))
+    for folder in (left, written, foreign):
+        folder.mkdir(parents=True)
+        (folder / "data.arrow").write_bytes(b"ARROW")
+    for folder in (left, foreign):
+        aged(folder, 2 * token_cache.STALE_SECONDS)
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 1)
+    through_cache(CHATS, chatml)
+    assert [folder.exists() for folder in (left, written, foreign)] == [False, True, True]
+
+
+def test_entries_that_cannot_be_removed_are_left(three, monkeypatch):
+    def forbid(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 1)
+    monkeypatch.setattr(os, "replace", forbid)
+    token_cache.remove_oldest(three[1])
+    assert all(entry.exists() for entry in three.values())
+
+
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -355,28 +442,34 @@ def test_of_two_that_tokenise_at_once_the_first_leaves_its_entry(cache, chatml, 
     assert caplog.records == []
 
 
-def tokenise_in_process(folder, barrier, results):
+def tokenise_in_process(folder, barrier, results, most_bytes, datasets_of_rows):
     datasets.config.HF_DATASETS_CACHE = folder
     datasets.disable_progress_bars()
-    token_cache.LEAST_ROWS = 1
+    token_cache.LEAST_ROWS, token_cache.MOST_BYTES = 1, most_bytes
     tokenizer = tiny_tokenizer()
     barrier.wait()
-    for _ in range(3):
-        tokenised, report = through_cache(CHATS, tokenizer)
+    for rows in datasets_of_rows:
+        tokenised, report = through_cache(rows, tokenizer)
         results.put((tokenised.to_list(), report))
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_get_the_same_tokens(cache):
+@pytest.mark.parametrize("most_bytes", [2**30, 1])
+def test_two_processes_at_once_get_the_same_tokens(cache, most_bytes):
+    """Also where each removes what the other has just written, or reads."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
-    arguments = (str(cache.parent), barrier, results)
+    others = [CHATS[1:], CHATS] * 5 if most_bytes == 1 else []
+    arguments = (str(cache.parent), barrier, results, most_bytes, [*others, CHATS, CHATS, CHATS])
     processes = [context.Process(target=tokenise_in_process, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
-    got = [results.get(timeout=120) for _ in range(6)]
+    got = [results.get(timeout=120) for _ in range(2 * (len(others) + 3))]
     for process in processes:
         process.join()
-    tokenised, report = tokenise_preferences(Dataset.from_list(CHATS), tiny_tokenizer())
-    assert got == [(tokenised.to_list(), report)] * 6
+    assert [process.exitcode for process in processes] == [0, 0]
+    fresh = [tokenise_preferences(Dataset.from_list(rows), tiny_tokenizer()) for rows in (CHATS, CHATS[1:])]
+    expected, fewer = [(tokenised.to_list(), report) for tokenised, report in fresh]
+    assert got.count(fewer) == len(others)
+    assert got.count(expected) == len(others) + 6
     assert len(list(cache.iterdir())) == 1

@@ -1,7 +1,8 @@
 """Tokenised pairs kept between runs: Arrow files in a folder of their own in the cache of `datasets`.
 
 `tokenise_preferences` is the slow twin: what comes from the cache equals what it gives. An entry is named by all that
-the ids depend on, so nothing in it ever becomes outdated, and any of the folders may be removed at any time.
+the ids depend on, so nothing in it ever becomes outdated, and any of the folders may be removed at any time. Those that
+were used longest ago are, where all take more than MOST_BYTES.
 """
 
 import contextlib
@@ -9,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
@@ -34,6 +37,11 @@ LEAST_ROWS = 1000
 BATCH_ROWS = 1000
 MANIFEST = "tokens.json"
 PAIRS = "pairs"
+MOST_BYTES = 5 * 2**30
+# Entries, and what a process leaves of one that was killed while it wrote or removed it.
+OWN_NAMES = re.compile(r"[0-9a-f]{64}|\.(writing|removing)-.*")
+# A scratch folder this old is nobody's any more.
+STALE_SECONDS = 24 * 3600
 
 
 def cacheable(dataset: Any, tokenizer: Any) -> bool:
@@ -67,22 +75,30 @@ def tokenise_cached(
 
     `fingerprint`: that of the tokenizer and its template, as adapter folders have it.
     A damaged entry is made anew and an unwritable cache is done without, each with a warning. Processes that come
-    at once all tokenise; the first to end leaves its entry.
+    at once all tokenise; the first to end leaves its entry. An entry that another process removes meanwhile is as good
+    as none.
     """
     limits = Limits(max_length, max_prompt_length)
     entry = cache_folder() / entry_name(dataset, tokenizer, fingerprint, limits)
     if os.path.exists(entry):
         try:
-            return read_entry(entry, limits)
+            found = read_entry(entry, limits)
         except Exception as error:  # damaged files raise many types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("the cached tokens in %s are damaged (%s): the pairs are tokenised anew.", entry, reason)
-            remove_entry(entry)
+            if os.path.exists(entry):
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                logger.warning("the cached tokens in %s are damaged (%s): the pairs are tokenised anew.", entry, reason)
+                remove_entry(entry)
+        else:
+            with contextlib.suppress(OSError):  # removed meanwhile, or not ours to touch
+                os.utime(entry)
+            return found
     tokenised, report = tokenise_preferences(dataset, tokenizer, **limits._asdict())
     try:
         write_entry(entry, tokenised, report)
     except OSError as error:
         logger.warning("the tokens cannot be kept in %s (%s): the next run tokenises again.", entry.parent, error)
+    else:
+        remove_oldest(entry)
     return tokenised, report
 
 
@@ -177,6 +193,36 @@ def write_entry(entry: Path, tokenised: "Dataset", report: TokenisationReport) -
         except OSError:
             if not entry.is_dir():
                 raise
+
+
+def remove_oldest(kept: Path) -> None:
+    """Remove the entries used longest ago until all take MOST_BYTES at most; `kept`, the one in use, stays."""
+    others, total = [], folder_bytes(kept)
+    with contextlib.suppress(OSError):
+        for path in kept.parent.iterdir():
+            if path == kept or not OWN_NAMES.fullmatch(path.name):
+                continue
+            with contextlib.suppress(OSError):  # another process has removed it
+                used = path.stat().st_mtime
+                if not path.name.startswith(".") or used < time.time() - STALE_SECONDS:
+                    others.append((used, path, folder_bytes(path)))
+    total += sum(size for _, _, size in others)
+    for _, path, size in sorted(others):
+        if total <= MOST_BYTES:
+            break
+        logger.info("the cache of tokens has %d bytes, of %d allowed: %s is removed.", total, MOST_BYTES, path)
+        remove_entry(path)
+        total -= size
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder; of those that are left where another process removes it meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def remove_entry(entry: Path) -> None:
