@@ -1,11 +1,17 @@
+import contextlib
 import gzip
+import itertools
 import json
 import logging
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 from data_examples import chat_pair, plain_pair
 
@@ -116,13 +122,27 @@ def test_impossible_options_are_refused(write_lines, options):
         load_preference_dataset(write_lines(PAIRS), **options)
 
 
-def test_an_unreachable_hub_is_one_line_with_the_way_out(monkeypatch):
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach the Hub\nand a long story")
+class Caused(datasets.exceptions.DatasetGenerationError):
+    """An error of the builders, which says what went wrong in its cause."""
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    __cause__ = ValueError("JSON parse error\nand a long story")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("Couldn't reach the Hub\nand a long story"), "Couldn't reach the Hub"),
+        (StopIteration(), "there are no rows"),
+        (Caused("An error occurred"), "JSON parse error"),
+    ],
+)
+def test_a_hub_dataset_that_cannot_be_loaded_is_one_line_with_the_way_out(monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        DataError, match=r"nobody/nothing: the dataset cannot be loaded.*Couldn't reach.*local file"
+        DataError, match=rf"nobody/nothing: the dataset cannot be loaded.*: {said}\. .*local file"
     ) as caught:
         load_preference_dataset("nobody/nothing")
     assert "\n" not in str(caught.value)
@@ -173,66 +193,111 @@ def test_a_copy_of_the_published_dsp_file_gives_the_pairs_of_a_domain(tmp_path):
     assert loaded[0]["prompt"] == "Why is the sky blue?"
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_the_dsp_name_reads_the_published_split(hub, split, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: hub.append((names, options)) or DSP_ROWS)
-    loaded = load_preference_dataset("dsp/academy", split=split)
-    assert [(row["chosen"], row["rejected"]) for row in loaded] == DSP_PAIRS
-    ((names, options),) = hub
-    assert names == ("json", None)
-    assert options["data_files"].endswith(f"/Linear95/DSP/HEAD/data/domain_specific_preference.{split}.json")
+class Publisher(BaseHTTPRequestHandler):
+    """Answers with `content` of its server: bytes, None (there is no such file), or an iterator of them."""
+
+    def do_GET(self):
+        content = self.server.content
+        self.server.asked.append(self.path)
+        self.send_response(404 if content is None else 200)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # the client has had enough
+            for part in [content or b""] if not isinstance(content, Iterator) else content:
+                self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """Where the published DSP file of a split is looked for, instead of the network; it is not there yet."""
-    monkeypatch.setattr(dsp, "ADDRESS", str(tmp_path / "published.{split}.json"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "published.train.json"
+    """A server of this machine that stands in for that of the published files."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
+        server.content, server.asked = json.dumps(DSP_ROWS).encode(), []
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setattr(dsp, "ADDRESS", f"http://127.0.0.1:{server.server_port}/published.{{split}}.json")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield server
+        server.shutdown()
+        thread.join()
 
 
-def test_the_published_dsp_file_is_read_as_a_copy_of_it_is(published):
-    published.write_text(json.dumps(DSP_ROWS), encoding="utf-8")
-    assert (
-        load_preference_dataset("dsp/academy").to_list()
-        == load_preference_dataset(f"dsp/academy:{published}").to_list()
-    )
+def kept(tmp_path):
+    return sorted(path.name for path in (tmp_path / "cache").glob("qadapter-downloads/**/*"))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_dsp_name_reads_the_published_split_and_fetches_it_once(published, tmp_path, split, streaming):
+    for _ in range(2):
+        loaded = list(load_preference_dataset("dsp/academy", split=split, streaming=streaming))
+        assert [(row["chosen"], row["rejected"]) for row in loaded] == DSP_PAIRS
+    assert published.asked == [f"/published.{split}.json"]
+    assert kept(tmp_path) == [f"published.{split}.json"]
+
+
+def test_the_published_address_is_that_of_the_authors(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dsp, "downloaded_list", lambda *arguments: asked.append(arguments))
+    dsp.published_file("test")
+    [(address, most_bytes)] = asked
+    assert address.endswith("/Linear95/DSP/HEAD/data/domain_specific_preference.test.json")
+    assert most_bytes == 100 * 2**20
 
 
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (None, "Unable to find"),
-        ("", "there are no rows"),
-        ("<html><body>404: Not Found</body></html>", "JSON parse error"),
-        (json.dumps(DSP_ROWS)[:-30], "when decoding object value"),
-        ('[{"a": 1}]', "responses has to hold the answers by domain"),
+        (None, "404"),
+        (b"", "not JSON: Expecting value"),
+        (b"<html><body>404: Not Found</body></html>", "not JSON: Expecting value"),
+        (json.dumps(DSP_ROWS).encode()[:-30], "not JSON"),
+        (b'{"a": 1}', "no list of rows"),
     ],
-    ids=["missing", "empty", "another page", "cut short", "another list"],
+    ids=["missing", "empty", "another page", "cut short", "no list"],
 )
-def test_a_published_file_that_is_not_what_it_should_be_is_one_line(published, content, cause):
-    if content is not None:
-        published.write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=cause) as caught:
+def test_a_published_file_that_is_not_what_it_should_be_is_one_line_and_not_kept(published, tmp_path, content, cause):
+    whole, published.content = published.content, content
+    with pytest.raises(DataError, match=rf"http://.*/published.train.json: .*{cause}.*'dsp/academy:FILE'") as caught:
         load_preference_dataset("dsp/academy")
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(str(published))
-    assert "dsp/academy:FILE" in message or ", row 1: " in message
-
-
-def test_a_broken_download_in_the_cache_is_fetched_anew(monkeypatch):
-    modes = []
-
-    def load_dataset(*_, download_mode=None, **__):
-        modes.append(download_mode)
-        if download_mode is None:
-            raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
-        return DSP_ROWS
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "\n" not in str(caught.value)
+    assert kept(tmp_path) == []
+    published.content = whole
     assert load_preference_dataset("dsp/academy").num_rows == len(DSP_PAIRS)
-    assert modes == [None, "force_redownload"]
+
+
+def test_a_published_file_of_another_list_is_one_line(published):
+    published.content = b'[{"a": 1}]'
+    with pytest.raises(DataError, match=r"row 1: responses has to hold the answers by domain"):
+        load_preference_dataset("dsp/academy")
+
+
+def test_no_more_is_fetched_than_the_limit(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(dsp, "MOST_BYTES", 10_000)
+    published.content = itertools.repeat(b" " * 1000)
+    with pytest.raises(DataError, match=r"published.train.json: the file has more than 10000 bytes, the most that are"):
+        load_preference_dataset("dsp/academy")
+    assert kept(tmp_path) == []
+
+
+def test_a_file_as_large_as_the_limit_is_fetched(published, monkeypatch):
+    monkeypatch.setattr(dsp, "MOST_BYTES", len(published.content))
+    assert load_preference_dataset("dsp/academy").num_rows == len(DSP_PAIRS)
+
+
+def test_nothing_is_fetched_offline(published, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="cannot be fetched: .*offline mode is enabled"):
+        load_preference_dataset("dsp/academy")
+    assert published.asked == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(published, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(DataError, match=r"cannot be kept in .*cache/qadapter-downloads .*'dsp/academy:FILE'"):
+        load_preference_dataset("dsp/academy")
 
 
 def test_a_copy_of_an_hh_rlhf_file_is_read_as_the_hub_gives_it(hub, tmp_path):

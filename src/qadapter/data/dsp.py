@@ -8,12 +8,15 @@ the others, four a query. (The converted files dsp_DOMAIN_pairs.*.json are the l
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from qadapter.data.downloads import downloaded_list
 from qadapter.data.rows import RawRow, RowError
 from qadapter.errors import DataError
 
 DOMAINS = ("academy", "business", "entertainment", "literature")
 PREFIX = "dsp/"
 SPLITS = ("train", "test")
+# GitHub holds no larger file.
+MOST_BYTES = 100 * 2**20
 ADDRESS = "https://raw.githubusercontent.com/Linear95/DSP/HEAD/data/domain_specific_preference.{split}.json"
 
 
@@ -33,11 +36,18 @@ def dsp_source(name: str) -> tuple[str, Path | None] | None:
     return domain, Path(path).expanduser() if separator else None
 
 
-def published_file(split: str) -> str:
-    """The address of a split's file; raises DataError for a split that is not published."""
+def published_file(split: str) -> Path:
+    """The file of a split, fetched by the first call.
+
+    Raises:
+        DataError: a split that is not published, or a file that cannot be had.
+    """
     if split not in SPLITS:
         raise DataError(f"dsp: no split {split!r}; the splits are {', '.join(SPLITS)}")
-    return ADDRESS.format(split=split)
+    try:
+        return downloaded_list(ADDRESS.format(split=split), MOST_BYTES)
+    except DataError as error:
+        raise DataError(f"{error}. Or download it by other means and name it as 'dsp/academy:FILE'") from error
 
 
 def domain_pairs(rows: Iterable[RawRow], domain: str) -> Iterator[RawRow]:

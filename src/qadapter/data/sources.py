@@ -146,9 +146,7 @@ def open_rows(source: Source, split: str = "train", streaming: bool = False) -> 
     dsp = dsp_source(name)
     if dsp is not None:
         domain, file = dsp
-        rows = (
-            hub_rows("json", "train", streaming, data_files=published_file(split)) if file is None else read_rows(file)
-        )
+        rows = read_rows(published_file(split) if file is None else file)
         return domain_pairs(rows, domain)
     path = existing_path(source)
     if path is not None:
