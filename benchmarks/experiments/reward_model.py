@@ -16,7 +16,7 @@ from benchmarks.experiments.trainer import new_policy
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.data import PreferenceCollator
 from qadapter.generation import Answer, encode
-from qadapter.trainer import padding_token
+from qadapter.training_batches import padding_token
 
 
 class RewardModel(nn.Module):

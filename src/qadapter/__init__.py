@@ -14,7 +14,7 @@ _EXPORTS = {
     "QAdapterError": "qadapter.errors",
     "QAdapterForCausalLM": "qadapter.modeling",
     "QAdapterTrainer": "qadapter.trainer",
-    "QAdapterTrainingArguments": "qadapter.trainer",
+    "QAdapterTrainingArguments": "qadapter.training_arguments",
     "load_preference_dataset": "qadapter.data",
 }
 __all__ = sorted(_EXPORTS)
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qadapter.errors import QAdapterError as QAdapterError
     from qadapter.modeling import QAdapterForCausalLM as QAdapterForCausalLM
     from qadapter.trainer import QAdapterTrainer as QAdapterTrainer
-    from qadapter.trainer import QAdapterTrainingArguments as QAdapterTrainingArguments
+    from qadapter.training_arguments import QAdapterTrainingArguments as QAdapterTrainingArguments
 
 
 def __getattr__(name: str):

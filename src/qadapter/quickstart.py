@@ -24,8 +24,9 @@ from qadapter.evaluation.scoring import drift_summary, pair_summary, score_pairs
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import BUILTIN_MODEL, BaseSource, load_tokenizer, resolve_base
-from qadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments
+from qadapter.trainer import QAdapterTrainer
 from qadapter.training import remove_run
+from qadapter.training_arguments import QAdapterTrainingArguments
 
 # Found on SmolLM2-135M-Instruct and two CPU cores; benchmarks/LOG.md has the runs. A smaller beta than the package's
 # default lets the style show after one short pass.

@@ -1,91 +1,27 @@
 """The trainer: transformers.Trainer with the objective of `qadapter.functional`, its metrics, and adapter folders."""
 
-import functools
-import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from qadapter.base_states import IN_MEMORY, BaseStatesCollator, PairsWithStates, keep_base_states
-from qadapter.data import PackedCollator, PreferenceCollator, TokenisationReport, tokenise_preferences
-from qadapter.data.micro_batches import MicroBatchCollator
-from qadapter.data.token_cache import cacheable, tokenise_cached
+from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
 from qadapter.errors import ConfigError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.bases import tokenizer_fingerprint
 from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
-from qadapter.modeling.packed import enable_packing
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
+from qadapter.training_arguments import QAdapterTrainingArguments
+from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
 from qadapter.training_log import TrainingLogCallback
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class QAdapterTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with defaults for a LoRA on preference pairs, and how to tokenise them.
-
-    Args:
-        torch_compile: compile each decoder layer by itself, and the head (`qadapter.modeling.compiled`).
-        max_length: tokens of prompt and answer together; prompts are cut from the left to fit, answers never.
-        max_prompt_length: tokens of the prompt alone; None leaves it to max_length.
-        cache_tokens: keep the tokens of 1,000 rows or more for later runs, 5 GiB at most (`qadapter.data.token_cache`).
-        packing: run each pair's prompt once and put pairs side by side in a row instead of padding them, where the
-            architecture and its attention allow; the loss is the same.
-        share_trunk: run the layers below the first adapted one once for both streams; the loss is the same.
-        cache_base_states: "memory" or a folder: keep the base's hidden states of the training pairs, so that from the
-            second epoch on the base does not run (`qadapter.base_states`); None does not.
-        micro_batch_tokens: split a batch into parts of at most so many tokens, pairs of similar length together, run
-            one after the other; the loss is the same. None runs a batch at once.
-    """
-
-    torch_compile: bool = field(default=False, metadata={"help": "Compile each decoder layer, and the head."})
-    learning_rate: float = 3e-4
-    logging_steps: float = 10
-    # It reads the loss at every step, for which the host would wait; the trainer stops at one that is not finite.
-    logging_nan_inf_filter: bool = False
-    remove_unused_columns: bool = False
-    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt and answer together, in tokens."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
-    cache_tokens: bool = field(
-        default=True, metadata={"help": "Keep tokens of 1,000 rows or more for later runs, 5 GiB at most."}
-    )
-    packing: bool = field(default=True, metadata={"help": "Shared prompts and packed rows instead of padding."})
-    share_trunk: bool = field(default=True, metadata={"help": "Layers below the first adapted one run once."})
-    cache_base_states: str | None = field(
-        default=None, metadata={"help": "Keep the base's hidden states over the epochs: memory, or a folder."}
-    )
-    micro_batch_tokens: int | None = field(
-        default=None, metadata={"help": "Run a batch in parts of at most so many tokens, sorted by length."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.fp16:
-            raise ConfigError("fp16 = true: float16 training of this objective diverges. Use bf16 = true, or neither.")
-        for name in ("torch_compile_backend", "torch_compile_mode"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true alone; leave it out.")
-        # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
-        layer_by_layer = self.torch_compile
-        self.torch_compile = False
-        super().__post_init__()
-        self.torch_compile = layer_by_layer
-        # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
-        self.label_names: list[str] = self.label_names or []
+from qadapter.training_metrics import PairMetrics
 
 
 class QAdapterTrainer(Trainer):
@@ -122,7 +58,7 @@ class QAdapterTrainer(Trainer):
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collator_for(model, padding_token(tokenizer, model), args.packing)
         self._pair_collator = kwargs["data_collator"]
-        kwargs["data_collator"] = self._with_options(self._pair_collator, args)
+        kwargs["data_collator"] = with_options(self._pair_collator, args)
         self.tokenisation_reports: dict[str, Any] = {}
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args)
@@ -134,17 +70,8 @@ class QAdapterTrainer(Trainer):
             for name in ("cache_base_states", "micro_batch_tokens"):
                 if getattr(args, name):
                     raise ConfigError(f"{name} = {getattr(args, name)!r}: not with FSDP or DeepSpeed. Leave it out.")
-        self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
+        self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
-
-    @staticmethod
-    def _with_options(collator: Any, args: QAdapterTrainingArguments) -> Any:
-        packed = isinstance(collator, PackedCollator)
-        if args.cache_base_states:
-            collator = BaseStatesCollator(collator)
-        if args.micro_batch_tokens is not None:
-            collator = MicroBatchCollator(collator, args.micro_batch_tokens, packed)
-        return collator
 
     def get_train_dataloader(self) -> Any:
         """As the Trainer's; with `cache_base_states`, the base's states are computed first, by one process for all."""
@@ -194,7 +121,7 @@ class QAdapterTrainer(Trainer):
         mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
-        self._collect("train" if model.training else "eval", quantities, mask)
+        self._metrics["train" if model.training else "eval"].add(quantities, mask)
         loss = losses.mean() * share
         return (loss, statistics) if return_outputs else loss
 
@@ -207,29 +134,6 @@ class QAdapterTrainer(Trainer):
             losses = [self.compute_loss(model, part) for part in inputs.get("micro_batches") or [inputs]]
         return torch.stack(losses).sum(), None, None
 
-    def _collect(self, mode: str, quantities: dict[str, Tensor], mask: Tensor) -> None:
-        chosen, rejected = quantities["returns"].chunk(2)
-        logps_chosen, logps_rejected = quantities["logps"].chunk(2)
-        per_pair = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": logps_chosen,
-            "logps/rejected": logps_rejected,
-            "qadapter/penalty": quantities["penalty"],
-        }
-        for name, values in per_pair.items():
-            self._add(mode, name, values.sum(), values.new_full((), len(values)))
-        tokens = mask.sum()
-        for name, key in {"entropy": "entropy", "qadapter/kl": "kl", "qadapter/value": "values"}.items():
-            self._add(mode, name, (quantities[key] * mask).sum(), tokens)
-
-    def _add(self, mode: str, name: str, total: Tensor, weight: Tensor) -> None:
-        sums = self._sums[mode]
-        old_total, old_weight = sums.get(name, (0, 0))
-        sums[name] = (old_total + total, old_weight + weight)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of training to its log entries; those of an evaluation are in its own already.
 
@@ -237,7 +141,7 @@ class QAdapterTrainer(Trainer):
             TrainingError: the mean loss of the steps since the last entry, or of an evaluation, is not finite.
         """
         if "loss" in logs or "train_loss" in logs:
-            logs |= self._averages("train")
+            logs |= self._metrics["train"].averages(self._summed)
         super().log(logs, start_time)
         for name, value in logs.items():
             if (name == "loss" or name.endswith("_loss")) and not math.isfinite(value):
@@ -270,18 +174,13 @@ class QAdapterTrainer(Trainer):
     ) -> Any:
         """As the Trainer's, with our metrics under the same prefix."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update(self._averages("eval", f"{metric_key_prefix}_"))
+        averages = self._metrics["eval"].averages(self._summed)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
         return output
 
-    def _averages(self, mode: str, prefix: str = "") -> dict[str, float]:
-        """What was collected since the last call, averaged over all processes."""
-        sums = self._sums.pop(mode, {})
-        if not sums:
-            return {}
-        pairs = torch.stack([torch.stack([total.double(), weight.double()]) for total, weight in sums.values()])
-        means = self.accelerator.reduce(pairs, reduction="sum")
-        ratios = (means[:, 0] / means[:, 1]).tolist()
-        return {prefix + name: ratio for name, ratio in zip(sums, ratios, strict=True)}
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(values, reduction="sum")
 
     # -- saving and resuming -----------------------------------------------------------------------------------
 
@@ -304,30 +203,3 @@ class QAdapterTrainer(Trainer):
             super()._load_best_model()
         else:
             load_adapter_weights(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
-
-
-def tokenised_pairs(dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> tuple[Any, TokenisationReport]:
-    """(tokenised pairs, report), as the arguments say; large datasets through the cache of tokens."""
-    tokenise: Callable[..., Any] = tokenise_preferences
-    if args.cache_tokens and cacheable(dataset, tokenizer):
-        tokenise = functools.partial(tokenise_cached, fingerprint=tokenizer_fingerprint(tokenizer))
-    return tokenise(dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
-
-
-def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -> PackedCollator | PreferenceCollator:
-    """The collator of the cheapest batches that the model can run: packed rows, else padded ones."""
-    if packing and enable_packing(model.base):
-        return PackedCollator()
-    if packing:
-        logger.info("%s with this attention cannot run packed rows: batches are padded.", type(model.base).__name__)
-    return PreferenceCollator(pad_token_id=pad_token_id)
-
-
-def padding_token(tokenizer: Any, model: QAdapterForCausalLM) -> int:
-    """The id to pad with; padding is masked everywhere, so any id will do where no pad token is defined."""
-    for owner in (tokenizer, model.config.get_text_config(decoder=True)):
-        for name in ("pad_token_id", "eos_token_id"):
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    return 0

@@ -27,7 +27,9 @@ from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_tokenizer, resolve_base
 from qadapter.modeling.manifest import MANIFEST_NAME
 from qadapter.modeling.quantised import check_trainable_files
-from qadapter.trainer import QAdapterTrainer, QAdapterTrainingArguments, tokenised_pairs
+from qadapter.trainer import QAdapterTrainer
+from qadapter.training_arguments import QAdapterTrainingArguments
+from qadapter.training_batches import tokenised_pairs
 from qadapter.training_log import CURVE_NAME, LOG_NAME
 
 logger = logging.getLogger(__name__)

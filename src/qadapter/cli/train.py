@@ -19,8 +19,8 @@ from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError
 from qadapter.modeling.manifest import MAX_JSON_BYTES
-from qadapter.trainer import QAdapterTrainingArguments
 from qadapter.training import AdapterArguments, DataArguments, ModelArguments, Run, RunArguments, train
+from qadapter.training_arguments import QAdapterTrainingArguments
 
 DESCRIPTION = (
     "Train a Q-Adapter on preference pairs. The command line beats --config, which beats --preset and the defaults; "

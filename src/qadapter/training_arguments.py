@@ -1,0 +1,62 @@
+"""The trainer's arguments: transformers', with our defaults, and what our batches and passes need."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from qadapter.errors import ConfigError
+
+
+@dataclass
+class QAdapterTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with defaults for a LoRA on preference pairs, and how to tokenise them.
+
+    Args:
+        torch_compile: compile each decoder layer by itself, and the head (`qadapter.modeling.compiled`).
+        max_length: tokens of prompt and answer together; prompts are cut from the left to fit, answers never.
+        max_prompt_length: tokens of the prompt alone; None leaves it to max_length.
+        cache_tokens: keep the tokens of 1,000 rows or more for later runs, 5 GiB at most (`qadapter.data.token_cache`).
+        packing: run each pair's prompt once and put pairs side by side in a row instead of padding them, where the
+            architecture and its attention allow; the loss is the same.
+        share_trunk: run the layers below the first adapted one once for both streams; the loss is the same.
+        cache_base_states: "memory" or a folder: keep the base's hidden states of the training pairs, so that from the
+            second epoch on the base does not run (`qadapter.base_states`); None does not.
+        micro_batch_tokens: split a batch into parts of at most so many tokens, pairs of similar length together, run
+            one after the other; the loss is the same. None runs a batch at once.
+    """
+
+    torch_compile: bool = field(default=False, metadata={"help": "Compile each decoder layer, and the head."})
+    learning_rate: float = 3e-4
+    logging_steps: float = 10
+    # It reads the loss at every step, for which the host would wait; the trainer stops at one that is not finite.
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt and answer together, in tokens."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
+    cache_tokens: bool = field(
+        default=True, metadata={"help": "Keep tokens of 1,000 rows or more for later runs, 5 GiB at most."}
+    )
+    packing: bool = field(default=True, metadata={"help": "Shared prompts and packed rows instead of padding."})
+    share_trunk: bool = field(default=True, metadata={"help": "Layers below the first adapted one run once."})
+    cache_base_states: str | None = field(
+        default=None, metadata={"help": "Keep the base's hidden states over the epochs: memory, or a folder."}
+    )
+    micro_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Run a batch in parts of at most so many tokens, sorted by length."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.fp16:
+            raise ConfigError("fp16 = true: float16 training of this objective diverges. Use bf16 = true, or neither.")
+        for name in ("torch_compile_backend", "torch_compile_mode"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true alone; leave it out.")
+        # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
+        layer_by_layer = self.torch_compile
+        self.torch_compile = False
+        super().__post_init__()
+        self.torch_compile = layer_by_layer
+        # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+        self.label_names: list[str] = self.label_names or []

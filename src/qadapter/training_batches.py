@@ -1,0 +1,54 @@
+"""From pairs to the batches of training: tokens by the arguments' limits, and the cheapest collator for the model."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from qadapter.base_states import BaseStatesCollator
+from qadapter.data import PackedCollator, PreferenceCollator, TokenisationReport, tokenise_preferences
+from qadapter.data.micro_batches import MicroBatchCollator
+from qadapter.data.token_cache import cacheable, tokenise_cached
+from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.bases import tokenizer_fingerprint
+from qadapter.modeling.packed import enable_packing
+from qadapter.training_arguments import QAdapterTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def tokenised_pairs(dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> tuple[Any, TokenisationReport]:
+    """(tokenised pairs, report), as the arguments say; large datasets through the cache of tokens."""
+    tokenise: Callable[..., Any] = tokenise_preferences
+    if args.cache_tokens and cacheable(dataset, tokenizer):
+        tokenise = functools.partial(tokenise_cached, fingerprint=tokenizer_fingerprint(tokenizer))
+    return tokenise(dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+
+
+def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -> PackedCollator | PreferenceCollator:
+    """The collator of the cheapest batches that the model can run: packed rows, else padded ones."""
+    if packing and enable_packing(model.base):
+        return PackedCollator()
+    if packing:
+        logger.info("%s with this attention cannot run packed rows: batches are padded.", type(model.base).__name__)
+    return PreferenceCollator(pad_token_id=pad_token_id)
+
+
+def with_options(collator: Any, args: QAdapterTrainingArguments) -> Any:
+    """The collator with what the arguments ask for: kept states of the base, parts of a token budget."""
+    packed = isinstance(collator, PackedCollator)
+    if args.cache_base_states:
+        collator = BaseStatesCollator(collator)
+    if args.micro_batch_tokens is not None:
+        collator = MicroBatchCollator(collator, args.micro_batch_tokens, packed)
+    return collator
+
+
+def padding_token(tokenizer: Any, model: QAdapterForCausalLM) -> int:
+    """The id to pad with; padding is masked everywhere, so any id will do where no pad token is defined."""
+    for owner in (tokenizer, model.config.get_text_config(decoder=True)):
+        for name in ("pad_token_id", "eos_token_id"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    return 0

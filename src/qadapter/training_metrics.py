@@ -1,0 +1,51 @@
+"""Metrics of preference pairs, summed where the loss is computed and averaged once they are logged."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class PairMetrics:
+    """Sums on the device, of as many batches as come between two log entries; adding reads nothing from it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, quantities: dict[str, Tensor], mask: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            quantities: those of `objective.pair_losses`, of 2P sequences (chosen first) or a response token each.
+            mask: True on response tokens.
+        """
+        chosen, rejected = quantities["returns"].chunk(2)
+        logps_chosen, logps_rejected = quantities["logps"].chunk(2)
+        per_pair = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": logps_chosen,
+            "logps/rejected": logps_rejected,
+            "qadapter/penalty": quantities["penalty"],
+        }
+        for name, values in per_pair.items():
+            self._add(name, values.sum(), values.new_full((), len(values)))
+        tokens = mask.sum()
+        for name, key in {"entropy": "entropy", "qadapter/kl": "kl", "qadapter/value": "values"}.items():
+            self._add(name, (quantities[key] * mask).sum(), tokens)
+
+    def _add(self, name: str, total: Tensor, weight: Tensor) -> None:
+        old_total, old_weight = self._sums.get(name, (0, 0))
+        self._sums[name] = (old_total + total, old_weight + weight)
+
+    def averages(self, summed: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What was added since the last call, averaged; `summed` adds up a tensor over all processes."""
+        sums, self._sums = self._sums, {}
+        if not sums:
+            return {}
+        pairs = torch.stack([torch.stack([total.double(), weight.double()]) for total, weight in sums.values()])
+        means = summed(pairs)
+        ratios = (means[:, 0] / means[:, 1]).tolist()
+        return dict(zip(sums, ratios, strict=True))
