@@ -19,7 +19,7 @@ LAYERS = (
     ("data", "modeling"),
     ("base_states",),
     ("training_log", "training_arguments", "training_batches", "training_metrics"),
-    ("trainer", "generation", "inspection"),
+    ("trainer", "run_settings", "run_folder", "generation", "inspection"),
     ("evaluation", "export"),
     ("training", "quickstart"),
     ("serving", "playground"),

@@ -24,8 +24,8 @@ from qadapter.evaluation.scoring import drift_summary, pair_summary, score_pairs
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import BUILTIN_MODEL, BaseSource, load_tokenizer, resolve_base
+from qadapter.run_folder import remove_run
 from qadapter.trainer import QAdapterTrainer
-from qadapter.training import remove_run
 from qadapter.training_arguments import QAdapterTrainingArguments
 
 # Found on SmolLM2-135M-Instruct and two CPU cores; benchmarks/LOG.md has the runs. A smaller beta than the package's

@@ -19,7 +19,8 @@ from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError
 from qadapter.modeling.manifest import MAX_JSON_BYTES
-from qadapter.training import AdapterArguments, DataArguments, ModelArguments, Run, RunArguments, train
+from qadapter.run_settings import AdapterArguments, DataArguments, ModelArguments, Run, RunArguments
+from qadapter.training import train
 from qadapter.training_arguments import QAdapterTrainingArguments
 
 DESCRIPTION = (

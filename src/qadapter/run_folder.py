@@ -1,0 +1,113 @@
+"""The output folder of a training run: another run in it is respected, and a refused run leaves nothing."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qadapter.errors import ConfigError
+from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.training_arguments import QAdapterTrainingArguments
+from qadapter.training_log import CURVE_NAME, LOG_NAME
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
+RUN_FILES = (
+    MANIFEST_NAME, LOG_NAME, CURVE_NAME, "training_arguments.json", "README.md", "audit.json", "audit.html",
+    "sweep.json", "sweep.svg", "sweep.html",
+)  # fmt: skip
+# With less free than this, an error while writing is taken to mean that the disk is full.
+LEAST_FREE_BYTES = 2**20
+
+
+def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -> str | None:
+    """The checkpoint to resume from, if any; changes nothing.
+
+    Raises:
+        ConfigError: the folder is a file, holds another run and `overwrite` is false, or has no such checkpoint.
+    """
+    folder = Path(str(training.output_dir))
+    if folder.is_file():
+        raise ConfigError(f"output folder {folder} is a file: choose another.")
+    resume = training.resume_from_checkpoint
+    if resume:
+        return last_checkpoint(folder) if str(resume).lower() in ("last", "true") else str(resume)
+    found = run_parts(folder)
+    if found and not overwrite:
+        raise ConfigError(
+            f"output folder {folder} holds another run ({found[0].name}): choose another one, "
+            "or pass --resume-from-checkpoint last to go on with it, or --overwrite to replace it."
+        )
+    return None
+
+
+def run_parts(folder: Path) -> list[Path]:
+    """What a run has left in its folder: files, checkpoints, adapters."""
+    files = [folder / name for name in RUN_FILES]
+    checkpoints = sorted(path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name))
+    return [path for path in (*files, *checkpoints, folder / "adapters") if path.exists()]
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run has left in its folder; anything else in it is the user's and stays."""
+    for path in run_parts(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def last_checkpoint(folder: Path) -> str:
+    """The newest whole checkpoint of a run: one whose adapter and trainer state were both written."""
+    whole = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if CHECKPOINT.fullmatch(path.name)
+        and (path / MANIFEST_NAME).exists()
+        and (path / "trainer_state.json").exists()
+    ]
+    if not whole:
+        raise ConfigError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out.")
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
+
+
+class NewRun(TrainerCallback):
+    """Makes room in the output folder as training begins: what can be refused has passed by then."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the run that the folder holds; one process of many does."""
+        if args.should_save:
+            remove_run(Path(args.output_dir))
+
+
+@contextmanager
+def nothing_left_of_refusals(folder: Path) -> Iterator[None]:
+    """Within the context, an error removes `folder` and those above that were not there before, where still empty.
+
+    The Trainer makes its folder before it, its optimizer and the checkpoint have been checked.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that holds something
+            for path in new:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Within the context, errors on a full disk say so: torch's own writer raises anything but that."""
+    try:
+        yield
+    except Exception as error:
+        if folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
