@@ -9,13 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
-from qadapter.functional import composed_coefficients, mix_coefficients
 from qadapter.fused import TokenStatistics
 from qadapter.modeling.bases import BaseSource, load_base, resolve_base, tokenizer_fingerprint
 from qadapter.modeling.decoding import PolicyGenerationMixin
@@ -27,30 +26,26 @@ from qadapter.modeling.mixing import (
     Strength,
     capped_logits,
     checked_cap,
-    checked_number,
-    checked_weights,
     evaluated,
     kept_columns,
     last_strength,
-    times,
 )
 from qadapter.modeling.passes import TrainingPasses
 from qadapter.modeling.quantised import check_trainable_files
+from qadapter.modeling.stacked import StackedPasses, shape_of
 from qadapter.modeling.streams import (
-    Stream,
     StreamPlan,
     adapter_parameters,
     disable_dropout,
     follow_plan,
-    repeat_rows,
     with_stream_layers,
 )
-from qadapter.modeling.trunk import ForkRows, share_trunk, with_first_layer
+from qadapter.modeling.trunk import share_trunk, with_first_layer
 
 DEFAULT_ADAPTER = "default"
 
 
-class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin):
+class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, PolicyGenerationMixin):
     """A causal language model whose logits are those of the customised policy.
 
     Wraps, and never changes, a base model: its weights stay bit-identical, `strength=0` is exactly the base.
@@ -155,33 +150,7 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
         model.base_source = source or model.base_source
         return model
 
-    # -- streams -----------------------------------------------------------------------------------------------
-
-    def trained_coefficients(self) -> dict[str, Any]:
-        """Weights (c_θ, c_b) of each adapter's trained policy."""
-        return {
-            name: mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)  # type: ignore[arg-type]
-            for name, config in self.configs.items()
-        }
-
-    def stream_coefficients(
-        self, strength: float | Tensor | None = None, adapter_weights: AdapterWeights | None = None
-    ) -> dict[Stream, float | Tensor]:
-        """The weight of each stream that the policy needs; streams without weight are left out.
-
-        Args are those of `forward`; a callable strength must have been evaluated.
-        """
-        strength = self.strength if strength is None else strength
-        strength = strength.to(self.device) if isinstance(strength, Tensor) else checked_number(strength, "strength")
-        if isinstance(adapter_weights, Tensor):
-            adapter_weights = dict(zip(self.adapters, adapter_weights.unbind(-1), strict=True))
-        weights = checked_weights(adapter_weights, self.adapter_weights)
-        scaled = {name: times(strength, weight) for name, weight in weights.items()}
-        adapters, base = composed_coefficients(self.trained_coefficients(), scaled)
-        coefficients: dict[Stream, float | Tensor] = dict(adapters.items())
-        coefficients[None] = base
-        needed = {stream: c for stream, c in coefficients.items() if isinstance(c, Tensor) or c != 0.0}
-        return needed or {None: 1.0}
+    # -- the policy --------------------------------------------------------------------------------------------
 
     @contextmanager
     def merged(self) -> Iterator["QAdapterForCausalLM"]:
@@ -201,8 +170,6 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
             )
         with folded(self.base, name):
             yield self
-
-    # -- the policy --------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -246,7 +213,7 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
             return self.token_statistics(input_ids, attention_mask, completion_mask, **kwargs)  # type: ignore[arg-type]
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
-        rows, tokens = _shape_of(batch)
+        rows, tokens = shape_of(batch)
         used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
         used = self.strength if used is None else used
         if isinstance(used, Tensor) and used.numel() != 1 and used.shape not in ((rows,), (rows, tokens)):
@@ -255,7 +222,7 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
         cap = checked_cap(max_kl, self.device, read=not isinstance(max_kl, Tensor))
         coefficients = self.stream_coefficients(used, adapter_weights)
         streams = list(coefficients) if cap is None else list(dict.fromkeys([*coefficients, None]))
-        hidden, cache = self._stacked_pass(streams, batch, past_key_values, use_cache)
+        hidden, cache = self.stacked_pass(streams, batch, past_key_values, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = {stream: states[:, kept] for stream, states in hidden.items()}
         coefficients = {stream: kept_columns(c, kept) for stream, c in coefficients.items()}
@@ -270,32 +237,6 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
         if labels is not None:
             loss = ForCausalLMLoss(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-
-    def _stacked_pass(
-        self, streams: list[Stream], batch: dict[str, Any], cache: Any, use_cache: bool | None
-    ) -> tuple[dict[Stream, Tensor], Any]:
-        """One pass of the decoder over all streams' copies of the batch: their hidden states, and the cache."""
-        rows, _ = _shape_of(batch)
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        fork = None
-        if self.forks(len(streams)):
-            fork = ForkRows(self.shared_layers, rows, len(streams))
-        else:
-            batch = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
-        with self.plan.running(*streams, layer_pass=fork):
-            output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
-        blocks = output.last_hidden_state.split(rows)
-        return dict(zip(streams, blocks, strict=True)), output.past_key_values
-
-    def forks(self, streams: int) -> bool:
-        """Whether a pass of so many streams parts above the first layer, with one cache for all below.
-
-        FlexAttention's block masks cannot be repeated in the middle of a pass.
-        """
-        flexible = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
-        return streams > 1 and self.shared_layers > 0 and not flexible
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""
@@ -356,14 +297,6 @@ def check_adapter_names(names: list[str]) -> None:
     for name in names:
         if name in "lora_" or "lora_" in name or "." in name:
             raise ConfigError(f"adapter name {name!r} cannot be told from PEFT's parameter names: choose another.")
-
-
-def _shape_of(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """(B, T) of a batch given as ids or as embeddings."""
-    inputs = batch["input_ids"] if batch["input_ids"] is not None else batch["inputs_embeds"]
-    if inputs is None:
-        raise ConfigError("give input_ids or inputs_embeds.")
-    return inputs.shape[0], inputs.shape[1]
 
 
 def default_peft_config() -> LoraConfig:

@@ -1,0 +1,89 @@
+"""The streams that a policy needs at a setting of the dial, and the one pass of the decoder over all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from qadapter.errors import ConfigError
+from qadapter.functional import composed_coefficients, mix_coefficients
+from qadapter.modeling.mixing import AdapterWeights, checked_number, checked_weights, times
+from qadapter.modeling.streams import Stream, repeat_rows
+from qadapter.modeling.trunk import ForkRows
+
+
+class StackedPasses:
+    """The part of `QAdapterForCausalLM` that mixes streams."""
+
+    # What the policy has.
+    adapters: Any
+    adapter_weights: dict[str, float]
+    base: Any
+    config: Any
+    configs: Any
+    device: Any
+    plan: Any
+    shared_layers: int
+    strength: Any
+    training: bool
+
+    def trained_coefficients(self) -> dict[str, Any]:
+        """Weights (c_θ, c_b) of each adapter's trained policy."""
+        return {
+            name: mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)
+            for name, config in self.configs.items()
+        }
+
+    def stream_coefficients(
+        self, strength: float | Tensor | None = None, adapter_weights: AdapterWeights | None = None
+    ) -> dict[Stream, float | Tensor]:
+        """The weight of each stream that the policy needs; streams without weight are left out.
+
+        Args are those of `forward`; a callable strength must have been evaluated.
+        """
+        strength = self.strength if strength is None else strength
+        strength = strength.to(self.device) if isinstance(strength, Tensor) else checked_number(strength, "strength")
+        if isinstance(adapter_weights, Tensor):
+            adapter_weights = dict(zip(self.adapters, adapter_weights.unbind(-1), strict=True))
+        weights = checked_weights(adapter_weights, self.adapter_weights)
+        scaled = {name: times(strength, weight) for name, weight in weights.items()}
+        adapters, base = composed_coefficients(self.trained_coefficients(), scaled)
+        coefficients: dict[Stream, float | Tensor] = dict(adapters.items())
+        coefficients[None] = base
+        needed = {stream: c for stream, c in coefficients.items() if isinstance(c, Tensor) or c != 0.0}
+        return needed or {None: 1.0}
+
+    def stacked_pass(
+        self, streams: list[Stream], batch: dict[str, Any], cache: Any, use_cache: bool | None
+    ) -> tuple[dict[Stream, Tensor], Any]:
+        """One pass of the decoder over all streams' copies of the batch: their hidden states, and the cache."""
+        rows, _ = shape_of(batch)
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        fork = None
+        if self.forks(len(streams)):
+            fork = ForkRows(self.shared_layers, rows, len(streams))
+        else:
+            batch = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
+        with self.plan.running(*streams, layer_pass=fork):
+            output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
+        blocks = output.last_hidden_state.split(rows)
+        return dict(zip(streams, blocks, strict=True)), output.past_key_values
+
+    def forks(self, streams: int) -> bool:
+        """Whether a pass of so many streams parts above the first layer, with one cache for all below.
+
+        FlexAttention's block masks cannot be repeated in the middle of a pass.
+        """
+        flexible = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
+        return streams > 1 and self.shared_layers > 0 and not flexible
+
+
+def shape_of(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """(B, T) of a batch given as ids or as embeddings."""
+    inputs = batch["input_ids"] if batch["input_ids"] is not None else batch["inputs_embeds"]
+    if inputs is None:
+        raise ConfigError("give input_ids or inputs_embeds.")
+    return inputs.shape[0], inputs.shape[1]
