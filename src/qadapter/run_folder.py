@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qadapter.errors import ConfigError
-from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_log import CURVE_NAME, LOG_NAME
 
@@ -30,14 +30,18 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
     """The checkpoint to resume from, if any; changes nothing.
 
     Raises:
-        ConfigError: the folder is a file, holds another run and `overwrite` is false, or has no such checkpoint.
+        ConfigError: the folder is a file, holds another run and `overwrite` is false, or has no checkpoint.
+        AdapterFormatError: what is named is no checkpoint.
     """
     folder = Path(str(training.output_dir))
     if folder.is_file():
         raise ConfigError(f"output folder {folder} is a file: choose another.")
     resume = training.resume_from_checkpoint
     if resume:
-        return last_checkpoint(folder) if str(resume).lower() in ("last", "true") else str(resume)
+        if str(resume).lower() in ("last", "true"):
+            return last_checkpoint(folder)
+        read_manifest(Path(str(resume)))
+        return str(resume)
     found = run_parts(folder)
     if found and not overwrite:
         raise ConfigError(

@@ -77,21 +77,29 @@ def test_overwrite_keeps_the_old_run_if_the_new_one_cannot_start(train, adapter,
     "refused_late",
     [
         ("--optim", "galore_adamw"),  # as the optimizer is made
-        ("--resume-from-checkpoint", "nowhere"),  # as it is loaded
+        ("--resume-from-checkpoint", "{adapter}/checkpoint-4", "--beta", "3"),  # as it is loaded
         ("--cache-base-states", __file__),  # as the batches are
     ],
 )
-def test_a_run_refused_by_the_trainer_leaves_no_folder(train, tmp_path, refused_late):
+def test_a_run_refused_by_the_trainer_leaves_no_folder(train, adapter, tmp_path, refused_late):
     there = set(tmp_path.iterdir())
-    outcome = train(*refused_late, folder=tmp_path / "new" / "run")
+    outcome = train(*(option.format(adapter=adapter) for option in refused_late), folder=tmp_path / "new" / "run")
     assert (outcome.code, outcome.err.count("\n")) == (1, 1), outcome.err
     assert set(tmp_path.iterdir()) == there
 
 
 def test_a_run_refused_by_the_trainer_keeps_an_empty_folder_that_was_there(train, folder):
     folder.mkdir()
-    assert_refused(train("--resume-from-checkpoint", "nowhere"), "nowhere")
+    assert_refused(train("--cache-base-states", __file__), "cache_base_states")
     assert folder.is_dir()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_the_data_is_read(train, folder):
+    assert_refused(
+        train("--resume-from-checkpoint", "nowhere", dataset="nowhere.jsonl"),
+        "^error: nowhere is not an adapter folder: .*one of its checkpoint",
+    )
+    assert not folder.exists()
 
 
 def test_a_file_as_output_folder_is_refused(train, folder):
