@@ -227,6 +227,9 @@ def test_assisted_decoding_gives_the_same_text(policy, base, strength):
         ("[1, 2", True),
         ("<think>let me see", True),
         ("<think>let me see</think>The answer", False),
+        ('<think>let me see</think>\n{"name": ', True),
+        ('<think>{</think>{"name": "a"} and', False),
+        ('{"name": "</think>', True),
         ("<tool_call>{", True),
         ("a list [1, 2", False),
     ],
@@ -243,7 +246,39 @@ def test_conditional_strength_leaves_the_base_alone_inside_a_fence(base):
     fence = torch.cat([prompt, torch.tensor([tokenizer("```x")["input_ids"]])], dim=1)
     assert condition(StepState(fence, prompt.shape[1])).tolist() == [0.0]
     assert condition(StepState(prompt, prompt.shape[1])).tolist() == pytest.approx([0.8])
-    policy.generate(prompt, max_new_tokens=3, do_sample=False, strength=condition)
+    cache = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():  # the answer up to here, as if the policy had opened the fence
+        inside = policy.generate(fence, strength=lambda state: condition(StepState(state.input_ids, 2)), **cache)
+    assert torch.equal(inside, base.generate(fence, **cache))
+    assert not torch.equal(inside, policy.generate(fence, strength=0.8, **cache))
+
+
+def test_reasoning_that_the_template_opens_in_the_prompt_is_protected():
+    tokenizer = models.tiny_tokenizer()
+    prompt = torch.tensor([tokenizer("why? <think> ")["input_ids"], tokenizer("<think> is it?")["input_ids"][:13]])
+    condition = OffInside(tokenizer)
+    for answer, strengths in {"so": [0.0, 1.0], "so</think>": [1.0, 1.0], 'so</think>{"a': [0.0, 1.0]}.items():
+        written = torch.tensor([tokenizer(answer)["input_ids"]] * 2)
+        state = StepState(torch.cat([prompt, written], dim=1), prompt.shape[1])
+        assert condition(state).tolist() == strengths
+
+
+def test_callable_strength_in_forward_is_asked_once_for_the_whole_text(policy):
+    seen = []
+
+    def by_length(state):
+        seen.append((tuple(state.input_ids.shape), state.prompt_length))
+        return torch.tensor([0.2, 1.0, -0.5])
+
+    actual = logits(policy, strength=by_length)
+    assert seen == [((3, 9), 0)]
+    assert torch.equal(actual, logits(policy, strength=torch.tensor([0.2, 1.0, -0.5])))
+
+
+@pytest.mark.parametrize("value", [float("nan"), torch.tensor([1.0, float("nan"), 0.0])])
+def test_callable_strength_that_is_not_finite_is_refused(policy, value):
+    with pytest.raises(ConfigError, match=r"strength \(from the callable\) = .*must be.* finite"):
+        policy.generate(IDS, max_new_tokens=2, strength=lambda state: value)
 
 
 def test_kl_from_the_base_is_monotone_in_strength(policy):
