@@ -50,8 +50,12 @@ class AnswerRequest(BaseModel):
         return {"strength": self.strength, "adapter_weights": self.weights, "max_kl": self.max_kl}
 
 
-def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str) -> FastAPI:
-    """The application; one answer is generated at a time, and a reader who leaves ends theirs."""
+def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength: float = 1.0) -> FastAPI:
+    """The application; one answer is generated at a time, and a reader who leaves ends theirs.
+
+    Args:
+        strength: where the page's slider stands at first.
+    """
     app = FastAPI(title="qadapter playground", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
     busy = threading.Lock()
@@ -62,6 +66,7 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str) -> FastAP
             "title": title,
             "base": model.base_source.name,
             "adapters": dict(model.adapter_weights),
+            "strength": strength,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
 

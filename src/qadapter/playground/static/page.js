@@ -200,5 +200,10 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") hi
 fetch("api/policy").then((response) => response.json()).then((policy) => {
   element("policy-name").textContent = `${policy.title} on ${policy.base}`;
   element("length").max = policy.max_new_tokens;
+  const slider = element("strength");
+  slider.min = Math.min(slider.min, policy.strength);
+  slider.max = Math.max(slider.max, policy.strength);
+  slider.value = policy.strength;
   addWeights(policy.adapters);
+  dialMoved();
 });
