@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -125,12 +126,14 @@ def _assemble(
     _check_same_origin(stored)
     base, source = _load_base(first.manifest, base_model, model_kwargs)
     fingerprint = weight_fingerprint(base)
+    # The fingerprint is one for float32 and bfloat16; float16 holds other numbers.
+    half = " In float16 the same weights differ: try bfloat16 or float32 first." if base.dtype == torch.float16 else ""
     for entry in stored.values():
         if fingerprint != entry.manifest.base["fingerprint"]:
             _refuse(
                 f"{entry.root}: the base model differs: trained on {entry.manifest.base['name']!r} "
                 f"(revision {entry.manifest.base['revision'] or 'main'}), but {source.name!r} has other weights. "
-                "Pass the original with base_model= (--base-model).",
+                f"Pass the original with base_model= (--base-model).{half}",
                 verify,
             )
         _check_tokenizer(entry.manifest, entry.root, source, tokenizer, verify)
