@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import models
+import numpy as np
 import pytest
 import torch
 from transformers import StaticCache, set_seed
@@ -180,6 +181,10 @@ def test_generate_reports_the_strength_used_at_each_token(policy):
     with torch.no_grad():
         again = policy(written, strength=every).logits.argmax(-1)
     assert torch.equal(again[:, 8:-1], written[:, 9:])
+
+
+def test_a_number_of_numpy_is_a_number(policy):
+    assert torch.equal(logits(policy, strength=np.float32(0.5)), logits(policy, strength=0.5))
 
 
 def test_callable_strength_sees_every_token_and_equals_a_loop(policy):

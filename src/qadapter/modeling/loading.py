@@ -26,6 +26,7 @@ from qadapter.modeling.bases import (
 from qadapter.modeling.checkpoint import file_digest
 from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from qadapter.modeling.manifest import ADAPTER_NAME, MANIFEST_NAME, Manifest, read_manifest
+from qadapter.modeling.mixing import checked_number, checked_weights
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import check_probe
 from qadapter.modeling.streams import narrow_adapters
@@ -73,7 +74,7 @@ def load(
 
     Raises:
         AdapterFormatError: a folder is no adapter, is damaged, or belongs to another base or chat template.
-        ConfigError: settings that exclude each other, or weights of unknown adapters.
+        ConfigError: settings that exclude each other, weights of unknown adapters or that are no finite numbers.
     """
     if adapters is None:
         if isinstance(folder, PreTrainedModel):
@@ -84,12 +85,13 @@ def load(
             raise ConfigError("with adapters={name: folder, ...} the first argument is the base model.")
         stored = {name: _only_adapter(name, path, verify) for name, path in adapters.items()}
         base_model = folder
+    weights = {
+        name: checked_number(weight, f"adapter_weights[{name!r}]")
+        for name, weight in checked_weights(adapter_weights, dict.fromkeys(stored, 0.0)).items()
+    }
     model = _assemble(stored, base_model, tokenizer, verify, model_kwargs)
     if adapter_weights is not None:
-        unknown = sorted(set(adapter_weights) - set(stored))
-        if unknown:
-            raise ConfigError(f"adapter_weights names {unknown}; the adapters are {sorted(stored)}.")
-        model.adapter_weights = {name: float(adapter_weights.get(name, 0.0)) for name in stored}
+        model.adapter_weights = weights
     elif adapters is None:
         model.adapter_weights = {name: entry.manifest.weights[name] for name, entry in stored.items()}
     return model

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ AdapterWeights = Mapping[str, float | Tensor] | Tensor
 
 def checked_number(value: Any, name: str) -> float:
     """`value` as a float, refused if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):  # numpy's are Real, too
         raise ConfigError(f"{name} = {value!r}: must be a finite number (0 is the base, 1 the policy).")
     return float(value)
 
