@@ -113,6 +113,25 @@ def test_bad_requests_are_refused_and_the_page_lives_on(address, body, status):
     assert ask(address)[-1]["tokens"]
 
 
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ('{"prompt": "a", "strength": NaN}', "strength: Input should be a finite number"),
+        ('{"prompt": "a", "strength": 1e999}', "strength: Input should be a finite number"),
+        ('{"prompt": "a", "weights": {"concise": -Infinity}}', "concise: Input should be a finite number"),
+        ('{"prompt": "a", "weights": {"concise": 1e30}}', "concise: Input should be less than or equal to 10"),
+        ('{"prompt": "\\ud800"}', "prompt: Input should be a valid string"),
+        ("{", "JSON decode error"),
+        ("[]", "body: Input should be a valid dictionary"),
+    ],
+)
+def test_bodies_that_json_or_text_cannot_repeat_are_refused_in_words(address, raw, said):
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{address}/api/answer", content=raw, headers=headers, timeout=30)
+    assert response.status_code == 422
+    assert said in response.json()["error"]
+
+
 def test_a_foreign_host_name_is_refused(address):
     assert httpx.get(f"{address}/", headers={"Host": "evil.example"}).status_code == 400
 

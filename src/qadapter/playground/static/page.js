@@ -45,9 +45,7 @@ async function stream(body, signal, onEvent) {
 
 async function problem(response) {
   const body = await response.json().catch(() => ({}));
-  if (body.error) return body.error;
-  if (Array.isArray(body.detail)) return body.detail.map((item) => `${item.loc.at(-1)}: ${item.msg}`).join("; ");
-  return `the server answered ${response.status}`;
+  return body.error || `the server answered ${response.status}`;
 }
 
 async function write(target, body, signal, onTokens) {
