@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -148,6 +149,19 @@ def test_a_seed_makes_sampling_repeat(policy, tokenizer):
 def test_a_tiny_nucleus_is_the_greedy_answer(policy, tokenizer):
     nucleus = Sampling(9, temperature=1.0, top_p=1e-6, seed=0)
     assert generate_texts(policy, tokenizer, PROMPTS, nucleus) == generate_texts(policy, tokenizer, PROMPTS, SHORT)
+
+
+@pytest.mark.parametrize(("length", "warns"), [(505, True), (504, False)])
+def test_a_prompt_beyond_the_context_is_warned_of(policy, length, warns):
+    """The context is 512, and 7 characters are the template's."""
+    template = tiny_tokenizer("{{ 'prompt ' }}{{ messages[0]['content'] }}")
+    prompt, sampling = "x" * length, Sampling(max_new_tokens=1)
+    for answer in (
+        lambda: generate_texts(policy, template, [prompt], sampling),
+        lambda: list(stream_text(policy, template, prompt, sampling)),
+    ):
+        with pytest.warns(UserWarning, match="the prompt has 512 tokens, .* made for 512") if warns else nullcontext():
+            answer()
 
 
 def test_no_prompts_give_no_answers(policy, tokenizer):

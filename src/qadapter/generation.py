@@ -1,6 +1,7 @@
 """Text in, text out: chat template, batching, streaming."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,7 @@ def generate_texts(
     for start in range(0, len(prompts), batch_size):
         batch = encode(tokenizer, prompts[start : start + batch_size])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        _warn_beyond_context(model, batch["input_ids"].shape[1])
         arguments: dict[str, Any] = {**batch, **_arguments(ends, tokenizer), **sampling.to_kwargs()}
         output = model.generate(**arguments, strength=strength)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
@@ -125,6 +127,16 @@ def generate_texts(
         if progress is not None:
             progress(len(batch["input_ids"]))
     return answers
+
+
+def _warn_beyond_context(model: QAdapterForCausalLM, length: int) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and length >= limit:
+        warnings.warn(
+            f"the prompt has {length} tokens, but the base model was made for {limit} with the answer: expect "
+            "nonsense, or shorten it.",
+            stacklevel=3,
+        )
 
 
 def _arguments(ends: list[int], tokenizer: Any) -> dict[str, Any]:
@@ -171,6 +183,7 @@ def stream_text(
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     batch = {name: tensor.to(model.device) for name, tensor in encode(tokenizer, [prompt]).items()}
+    _warn_beyond_context(model, batch["input_ids"].shape[1])
     ends = end_tokens(model, tokenizer)
     streamer = _AnswerStreamer(tokenizer, ends)
     cancelled, failure = _Cancelled(), []

@@ -79,6 +79,11 @@ def test_no_verify_turns_the_refusal_of_another_base_into_a_warning(adapter, oth
     assert re.fullmatch(r"warning: .*the base model differs[^\n]+\n", outcome.err)
 
 
+def test_half_precision_that_changes_the_weights_is_refused_with_the_reason(adapter):
+    outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--dtype", "float16")
+    assert_refused(outcome, "the base model differs: .* In float16 the same weights differ: try bfloat16 or float32")
+
+
 # -- chat ----------------------------------------------------------------------------------------------------------
 
 

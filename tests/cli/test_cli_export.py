@@ -1,6 +1,7 @@
 """Exports through the command line, each checked by the tool that it is for: transformers, PEFT, gguf."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -75,7 +76,10 @@ def test_distilled_approaches_the_policy_at_half_strength(export, exported, base
     options = ("--strength", 0.5, "--prompts-file", prompts, "--epochs", 8, "--max-new-tokens", 12)
     out = succeeded(export("--format", "distilled", *options))
     assert "on 4 held-out prompts" in out
-    assert "strength 0.5" in (exported / "README.md").read_text()
+    card = (exported / "README.md").read_text()
+    assert "strength 0.5" in card
+    (gap,) = re.findall(r"KL\(policy ‖ LoRA\) on 4 held-out prompts: \d\.\d{4} nats a token", out)
+    assert gap in card
     policy.strength = 0.5
     student = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), exported)
     models = (student, AutoModelForCausalLM.from_pretrained(base))

@@ -80,9 +80,14 @@ def test_a_wrapped_lora_answers_as_peft_does(peft_lora, base, tmp_path):
     assert succeeded(outcome).strip() == expected != greedy_answer(base, PROMPT)
 
 
-def test_wrap_remembers_a_given_base_by_its_whole_path(peft_lora, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", [True, False])
+def test_wrap_remembers_a_base_by_its_whole_path(peft_lora, base, tmp_path, monkeypatch, given):
+    """Given to the command, or named by the LoRA."""
     monkeypatch.chdir(base.parent)
-    succeeded(qadapter("wrap", peft_lora[0], "--base-model", base.name, "--output-dir", tmp_path / "wrapped"))
+    path = peft_lora[0] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base.name}))
+    options = ("--base-model", base.name) if given else ()
+    succeeded(qadapter("wrap", peft_lora[0], *options, "--output-dir", tmp_path / "wrapped"))
     facts = json.loads(succeeded(qadapter("info", tmp_path / "wrapped", "--json")))
     assert facts["base"] == str(base)
 

@@ -1,17 +1,21 @@
 """The dial a token, a row and under conditions; the KL cap; composition of adapters."""
 
 import copy
+import re
+from pathlib import Path
 
 import models
+import numpy as np
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import StaticCache, set_seed
 
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.functional import kl_divergence
 from qadapter.modeling.mixing import OffInside, StepState, capped_logits
 
 IDS = torch.tensor(models.token_ids(9, 9, 9))
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "dial.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +183,10 @@ def test_generate_reports_the_strength_used_at_each_token(policy):
     assert torch.equal(again[:, 8:-1], written[:, 9:])
 
 
+def test_a_number_of_numpy_is_a_number(policy):
+    assert torch.equal(logits(policy, strength=np.float32(0.5)), logits(policy, strength=0.5))
+
+
 def test_callable_strength_sees_every_token_and_equals_a_loop(policy):
     seen = []
 
@@ -227,6 +235,9 @@ def test_assisted_decoding_gives_the_same_text(policy, base, strength):
         ("[1, 2", True),
         ("<think>let me see", True),
         ("<think>let me see</think>The answer", False),
+        ('<think>let me see</think>\n{"name": ', True),
+        ('<think>{</think>{"name": "a"} and', False),
+        ('{"name": "</think>', True),
         ("<tool_call>{", True),
         ("a list [1, 2", False),
     ],
@@ -243,7 +254,39 @@ def test_conditional_strength_leaves_the_base_alone_inside_a_fence(base):
     fence = torch.cat([prompt, torch.tensor([tokenizer("```x")["input_ids"]])], dim=1)
     assert condition(StepState(fence, prompt.shape[1])).tolist() == [0.0]
     assert condition(StepState(prompt, prompt.shape[1])).tolist() == pytest.approx([0.8])
-    policy.generate(prompt, max_new_tokens=3, do_sample=False, strength=condition)
+    cache = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():  # the answer up to here, as if the policy had opened the fence
+        inside = policy.generate(fence, strength=lambda state: condition(StepState(state.input_ids, 2)), **cache)
+    assert torch.equal(inside, base.generate(fence, **cache))
+    assert not torch.equal(inside, policy.generate(fence, strength=0.8, **cache))
+
+
+def test_reasoning_that_the_template_opens_in_the_prompt_is_protected():
+    tokenizer = models.tiny_tokenizer()
+    prompt = torch.tensor([tokenizer("why? <think> ")["input_ids"], tokenizer("<think> is it?")["input_ids"][:13]])
+    condition = OffInside(tokenizer)
+    for answer, strengths in {"so": [0.0, 1.0], "so</think>": [1.0, 1.0], 'so</think>{"a': [0.0, 1.0]}.items():
+        written = torch.tensor([tokenizer(answer)["input_ids"]] * 2)
+        state = StepState(torch.cat([prompt, written], dim=1), prompt.shape[1])
+        assert condition(state).tolist() == strengths
+
+
+def test_callable_strength_in_forward_is_asked_once_for_the_whole_text(policy):
+    seen = []
+
+    def by_length(state):
+        seen.append((tuple(state.input_ids.shape), state.prompt_length))
+        return torch.tensor([0.2, 1.0, -0.5])
+
+    actual = logits(policy, strength=by_length)
+    assert seen == [((3, 9), 0)]
+    assert torch.equal(actual, logits(policy, strength=torch.tensor([0.2, 1.0, -0.5])))
+
+
+@pytest.mark.parametrize("value", [float("nan"), torch.tensor([1.0, float("nan"), 0.0])])
+def test_callable_strength_that_is_not_finite_is_refused(policy, value):
+    with pytest.raises(ConfigError, match=r"strength \(from the callable\) = .*must be.* finite"):
+        policy.generate(IDS, max_new_tokens=2, strength=lambda state: value)
 
 
 def test_kl_from_the_base_is_monotone_in_strength(policy):
@@ -270,6 +313,86 @@ def test_score_equals_the_definition(policy):
         )
         assert score.rewards[row, 3:].tolist() == pytest.approx(expected, abs=1e-4)
         assert float(score.returns[row]) == pytest.approx(sum(expected), abs=1e-3)
+
+
+def test_a_trained_adapter_ranks_the_chosen_answers_first(tmp_path):
+    pairs = models.token_pairs(8)
+    policy = models.tiny_policy(trained=False)
+    options = {"max_steps": 40, "learning_rate": 0.02, "per_device_train_batch_size": 8}
+    models.tiny_trainer(policy, tmp_path, pairs, **options).train()
+    for pair in pairs:
+        rows = [pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids")]
+        batch = models.padded(rows, side="right")
+        written = batch["attention_mask"].bool()
+        written[:, : len(pair["prompt_ids"])] = False
+        chosen, rejected = policy.score(**batch, completion_mask=written).returns.tolist()
+        assert chosen > rejected
+
+
+def test_the_documented_best_of_eight_takes_the_answer_of_the_highest_return():
+    example = next(code for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if ".score(" in code)
+    policy = models.tiny_policy(models.tiny_base(eos_token_id=1))
+    inputs = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])}
+    names = {"torch": torch, "policy": policy, "inputs": inputs, "tokenizer": models.tiny_tokenizer()}
+    set_seed(0)
+    exec(example.replace("max_new_tokens=60", "max_new_tokens=30"), names)
+    returns = []
+    for text in names["texts"].tolist():
+        ids = torch.tensor([text[: text.index(1, 9) + 1] if 1 in text[9:] else text])
+        written = torch.arange(ids.shape[1]).unsqueeze(0) >= 9
+        returns.append(float(policy.score(ids, torch.ones_like(ids), written).returns))
+    assert any(1 in text[9:-1] for text in names["texts"].tolist())  # rows end apart
+    assert len(set(returns)) > 1
+    assert names["best"].tolist() == names["texts"][returns.index(max(returns))].tolist()
+
+
+def test_score_of_a_composition_is_refused(composed):
+    both, _ = composed
+    with pytest.raises(ConfigError, match=r"score reads one adapter, and this policy has \['concise', 'polite'\]"):
+        both.score(IDS, torch.ones_like(IDS), torch.ones_like(IDS, dtype=torch.bool))
+
+
+RUNS = [
+    (QAdapterConfig(), {"strength": 0.0}, 1),
+    (QAdapterConfig(), {"strength": 1.0}, 1),
+    (QAdapterConfig(), {"strength": 0.5}, 2),
+    (QAdapterConfig(), {"strength": 1.0, "max_kl": 0.1}, 2),
+    (models.APART, {"strength": 0.0}, 1),
+    (models.APART, {"strength": 1.0}, 2),
+]
+
+
+@pytest.mark.parametrize(("config", "settings", "streams"), RUNS)
+@pytest.mark.parametrize("generating", [False, True])
+def test_only_the_streams_that_are_needed_run_in_one_pass(base, config, settings, streams, generating):
+    policy = models.tiny_policy(base, config)
+    assert_passes(policy, streams, heads=2 if "max_kl" in settings else 1, generating=generating, **settings)
+
+
+@pytest.mark.parametrize(("weights", "streams"), [({"concise": 1.0, "polite": 0.5}, 3), ({"concise": 1.0}, 2), ({}, 1)])
+def test_a_composition_is_one_pass_of_its_adapters_and_the_base_and_one_head(composed, weights, streams):
+    for generating in (False, True):
+        assert_passes(composed[0], streams, heads=1, generating=generating, adapter_weights=weights)
+
+
+def assert_passes(policy, streams, heads, generating, **settings):
+    """Each step is one pass of the decoder over `streams` rows for each of ours, and `heads` matmuls with the head."""
+    rows, products = [], []
+    hooks = [
+        policy.base.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0])),
+        policy.base.lm_head.register_forward_pre_hook(lambda _, args: products.append(args[0].shape[0])),
+    ]
+    try:
+        if generating:
+            policy.generate(IDS, max_new_tokens=4, do_sample=False, **settings)
+        else:
+            logits(policy, **settings)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    steps = 4 if generating else 1
+    assert rows == [3 * streams] * steps
+    assert products == [3] * heads * steps
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.7, 1.0, torch.tensor([0.0, 0.7, -0.3])], ids=["0", "0.7", "1", "a row"])

@@ -81,6 +81,14 @@ def test_weights_of_an_unknown_adapter_are_refused(folders):
         )
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "0.5", torch.tensor([0.5, 1.0])])
+def test_weights_that_are_no_finite_numbers_are_refused(folders, weight):
+    with pytest.raises(ConfigError, match=r"adapter_weights\['concise'\] = .*must be a finite number"):
+        QAdapterForCausalLM.from_pretrained(
+            folders / "base", adapters={"concise": folders / "concise"}, adapter_weights={"concise": weight}
+        )
+
+
 @pytest.fixture(scope="module")
 def foreign_lora(folders):
     """A plain LoRA as PEFT itself saves it, with a regular expression for its targets."""

@@ -18,6 +18,7 @@ from models import (
     two_passes,
 )
 from transformers import GenerationConfig, StopStringCriteria, TextIteratorStreamer, set_seed
+from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
 from qadapter import QAdapterConfig
@@ -242,6 +243,84 @@ def test_samples_follow_the_policy_and_not_the_plain_lora(policy, plain):
     z_theta, _ = two_passes(plain, input_ids=torch.tensor(prompt))
     statistic, freedom = chi_square(counts, z_theta[0, -1].softmax(-1))
     assert statistic > freedom + 50 * (2 * freedom) ** 0.5
+
+
+END = torch.tensor([1])
+PROCESSORS = {
+    "temperature": processors.TemperatureLogitsWarper(1.7),
+    "top_k": processors.TopKLogitsWarper(4),
+    "top_p": processors.TopPLogitsWarper(0.6),
+    "min_p": processors.MinPLogitsWarper(0.2),
+    "typical_p": processors.TypicalLogitsWarper(0.6),
+    "epsilon_cutoff": processors.EpsilonLogitsWarper(0.05),
+    "eta_cutoff": processors.EtaLogitsWarper(0.05),
+    "repetition_penalty": processors.RepetitionPenaltyLogitsProcessor(1.8),
+    "no_repeat_ngram_size": processors.NoRepeatNGramLogitsProcessor(1),
+    "bad_words_ids": processors.NoBadWordsLogitsProcessor([[token] for token in range(40, 80)], END),
+    "suppress_tokens": processors.SuppressTokensLogitsProcessor(list(range(40, 80))),
+    "sequence_bias": processors.SequenceBiasLogitsProcessor({(7,): 6.0, (8,): 6.0}),
+}
+VALUES = {
+    "temperature": 1.7, "top_k": 4, "top_p": 0.6, "min_p": 0.2, "typical_p": 0.6, "epsilon_cutoff": 0.05,
+    "eta_cutoff": 0.05, "repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(40, 80)),
+    "bad_words_ids": [[token] for token in range(40, 80)], "sequence_bias": {(7,): 6.0, (8,): 6.0},
+}  # fmt: skip
+
+
+def next_logits(plain, row, strength):
+    """Logits (1, V) of the next token, mixed from two whole passes of PEFT's model."""
+    z_theta, z_base = (z[:, -1] for z in two_passes(plain, input_ids=torch.tensor([row])))
+    return ((1 - strength) * z_base + strength * (z_theta + (APART.alpha_0 / APART.alpha_tilde - 1) * z_base)).float()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_logits_processors_see_the_policys_logits(policy, plain, name):
+    texts = {}
+    for strength in (0.6, 1.0):
+        row = list(PROMPTS[0])
+        set_seed(3)
+        for _ in range(STEPS):
+            scores = PROCESSORS[name](torch.tensor([row]), next_logits(plain, row, strength))
+            row.append(int(torch.multinomial(scores.softmax(-1), 1)))
+        options = {"do_sample": True, "top_k": 0, "strength": strength, name: VALUES[name]}
+        set_seed(3)
+        texts[strength] = generated(policy, PROMPTS[:1], **options)
+        assert texts[strength] == [row[len(PROMPTS[0]) :]]
+    assert texts[0.6] != texts[1.0]
+
+
+@pytest.mark.parametrize("dial", [{"strength": 0.6}, {"strength": torch.tensor([0.6, -0.3, 1.0])}, {"max_kl": 0.05}])
+def test_guidance_compares_the_policy_with_itself_without_the_prompt(policy, dial):
+    """Its second pass is the policy at the same dial, not at the model's own."""
+    rows = torch.tensor(token_ids(5, 5, 5))
+    expected = rows
+    for _ in range(STEPS):
+        with torch.no_grad():
+            conditional = policy(expected, **dial).logits[:, -1].log_softmax(-1)
+            free = policy(expected[:, rows.shape[1] - 1 :], **dial).logits[:, -1].log_softmax(-1)
+        token = (1.5 * (conditional - free) + free).argmax(-1, keepdim=True)
+        expected = torch.cat([expected, token], dim=1)
+    text = policy.generate(rows, guidance_scale=1.5, do_sample=False, max_new_tokens=STEPS, **dial)
+    assert torch.equal(text, expected)
+    assert policy.strength == 1.0
+    assert policy.max_kl is None
+
+
+@pytest.mark.parametrize(
+    ("dial", "what"),
+    [
+        ({"strength": lambda state: 0.5}, "a callable strength"),
+        ({"adapter_weights": torch.ones(1, 1)}, "weights a row"),
+    ],
+)
+def test_guidance_with_what_its_second_pass_cannot_follow_is_refused(policy, dial, what):
+    with pytest.raises(ConfigError, match=f"{what} cannot be used with guidance_scale"):
+        generated(policy, PROMPTS[:1], guidance_scale=1.5, **dial)
+
+
+def test_drafts_by_the_lower_layers_are_refused(policy):
+    with pytest.raises(ConfigError, match="assistant_early_exit is not supported"):
+        generated(policy, PROMPTS[:1], assistant_early_exit=1)
 
 
 # -- when to stop, and streaming -----------------------------------------------------------------------------------

@@ -113,6 +113,25 @@ def test_bad_requests_are_refused_and_the_page_lives_on(address, body, status):
     assert ask(address)[-1]["tokens"]
 
 
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ('{"prompt": "a", "strength": NaN}', "strength: Input should be a finite number"),
+        ('{"prompt": "a", "strength": 1e999}', "strength: Input should be a finite number"),
+        ('{"prompt": "a", "weights": {"concise": -Infinity}}', "concise: Input should be a finite number"),
+        ('{"prompt": "a", "weights": {"concise": 1e30}}', "concise: Input should be less than or equal to 10"),
+        ('{"prompt": "\\ud800"}', "prompt: Input should be a valid string"),
+        ("{", "JSON decode error"),
+        ("[]", "body: Input should be a valid dictionary"),
+    ],
+)
+def test_bodies_that_json_or_text_cannot_repeat_are_refused_in_words(address, raw, said):
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{address}/api/answer", content=raw, headers=headers, timeout=30)
+    assert response.status_code == 422
+    assert said in response.json()["error"]
+
+
 def test_a_foreign_host_name_is_refused(address):
     assert httpx.get(f"{address}/", headers={"Host": "evil.example"}).status_code == 400
 
@@ -151,34 +170,140 @@ def wait_until(condition, seconds=30):
         threading.Event().wait(0.05)
 
 
+ENTER, TAB, ESCAPE, HOME, LEFT, RIGHT, CONTROL = "\ue007", "\ue004", "\ue00c", "\ue011", "\ue012", "\ue014", "\ue009"
+
+
+def browser_actions(browser):
+    from selenium.webdriver import ActionChains
+
+    return ActionChains(browser)
+
+
+class Page:
+    """The page in the browser, opened afresh."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.get(address)
+        wait_until(lambda: browser.find_elements("css selector", "#weights input"))  # the policy is known
+
+    def find(self, name):
+        return self.browser.find_element("id", name)
+
+    def text(self, name):
+        """An answer; the policy's side shows special tokens, the base's does not."""
+        return re.sub(r"<pad>|</s>|\s", "", self.find(name).text)
+
+    def send(self, prompt):
+        self.find("prompt").clear()
+        self.find("prompt").send_keys(prompt + CONTROL + ENTER)
+        self.wait()
+
+    def wait(self, condition=lambda: True):
+        """Until the answer is there and as it should be."""
+        wait_until(lambda: self.find("status").text == "Done." and condition())
+
+    def tip(self):
+        """The rows of the table that explains a token: [base token, probability, policy token, probability]."""
+        rows = self.browser.find_elements("css selector", "#tip tr")
+        return [
+            [cell.get_attribute("textContent") for cell in row.find_elements("css selector", "td")] for row in rows[1:]
+        ]
+
+
 def test_a_person_types_sends_moves_the_slider_and_reads_another_answer(address, browser):
-    browser.get(address)
-    find = lambda name: browser.find_element("id", name)  # noqa: E731
-    status = lambda: find("status").text  # noqa: E731
-    prompt = find("prompt")
-    prompt.clear()
-    prompt.send_keys("what is it")
-    prompt.send_keys("\ue009\ue007")  # Ctrl+Enter
-    wait_until(lambda: status() == "Done.")
-    text = lambda name: re.sub(r"<pad>|</s>|\s", "", find(name).text)  # noqa: E731  # the policy's side shows specials
-    base, first = text("base-answer"), text("policy-answer")
+    page = Page(browser, address)
+    page.send("what is it")
+    base, first = page.text("base-answer"), page.text("policy-answer")
     assert base
     assert first
     assert base != first
-    slider = find("strength")
-    for _ in range(20):  # arrow keys: from 1.00 to 0.00
-        slider.send_keys("\ue012")
-    assert find("strength-value").text == "0.00"
-    wait_until(lambda: status() == "Done." and text("policy-answer") == base)
-    for _ in range(24):
-        slider.send_keys("\ue014")
-    wait_until(lambda: status() == "Done." and text("policy-answer") not in ("", base))
-    token = browser.find_element("css selector", ".token")
-    browser.execute_script("arguments[0].focus()", token)
-    tip = find("tip")
+    slider = page.find("strength")
+    slider.send_keys(LEFT * 20)  # from 1.00 to 0.00
+    assert page.find("strength-value").text == "0.00"
+    page.wait(lambda: page.text("policy-answer") == base)
+    slider.send_keys(RIGHT * 24)
+    page.wait(lambda: page.text("policy-answer") not in ("", base))
+
+
+def test_hovering_over_a_token_shows_the_likeliest_under_base_and_policy(address, browser):
+    page = Page(browser, address)
+    page.send("hello")
+    *_, last = ask(address, strength=1.0, max_new_tokens=80, weights={"concise": 1.0, "polite": 0.0})
+    token = browser.find_elements("css selector", ".token")[1]
+    browser_actions(browser).move_to_element(token).perform()
+    view, tip = last["tokens"][1], page.find("tip")
     assert tip.is_displayed()
-    assert "KL" in tip.text
-    assert len(browser.find_elements("css selector", "#weights input")) == 2
+    assert f"KL {view['kl']:.3f}" in tip.text
+    shown = page.tip()
+    for index, top in ((0, view["base_top"]), (2, view["top"])):
+        assert [row[index + 1] for row in shown] == [f"{100 * probability:.1f}%" for _, probability in top]
+        assert [row[index] for row in shown] == [json.dumps(text)[1:-1] for text, _ in top]
+    assert view["base_top"] != view["top"]
+    browser_actions(browser).move_to_element(page.find("prompt")).perform()
+    assert not tip.is_displayed()
+
+
+def test_the_cap_and_the_weights_can_be_tried(address, browser):
+    page = Page(browser, address)
+    page.send("what is it")
+    base, free = page.text("base-answer"), page.text("policy-answer")
+    assert free != base
+    page.find("cap").send_keys(HOME)
+    assert page.find("cap-value").text == "0.00010"
+    page.wait(lambda: "largest 0.000 nats" in page.find("summary").text)
+    assert page.text("policy-answer") == base
+    page.find("cap").send_keys(RIGHT * 50)
+    page.wait(lambda: page.text("policy-answer") == free)
+    page.find("weight-concise").send_keys(LEFT * 20)  # both are at 0 now
+    page.wait(lambda: page.text("policy-answer") == base)
+    page.find("weight-polite").send_keys(RIGHT * 20)
+    page.wait(lambda: page.text("policy-answer") not in ("", base, free))
+
+
+def test_everything_is_done_without_a_mouse(address, browser):
+    """Tab reaches all there is, in the order of the page; a token's tip comes and goes by keys."""
+    page = Page(browser, address)
+
+    def press(keys):
+        browser_actions(browser).send_keys(keys).perform()
+
+    def tab():
+        press(TAB)
+        return browser.switch_to.active_element
+
+    assert [tab().get_attribute("id") for _ in range(2)] == ["prompt", "send"]  # `stop` is off
+    press(ENTER)
+    page.wait()
+    sliders = ["strength", "weight-concise", "weight-polite", "cap"]
+    assert [tab().get_attribute("id") for _ in sliders] == sliders
+    assert tab().tag_name == "summary"
+    press(ENTER)
+    assert [tab().get_attribute("id") for _ in range(4)] == ["temperature", "length", "seed", "measure"]
+    assert tab().get_attribute("class") == "token"
+    assert page.find("tip").is_displayed()
+    assert len(page.tip()) == 5
+    press(ESCAPE)
+    assert not page.find("tip").is_displayed()
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (1366, 768)])
+def test_the_page_fits_a_laptop(address, browser, size):
+    page = Page(browser, address)
+    before = browser.get_window_size()
+    try:
+        browser.set_window_size(*size)
+        page.send("what is it")
+        assert browser.execute_script(
+            "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
+        for name in ("base-answer", "policy-answer"):  # the answers begin above the fold
+            box = browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", page.find(name))
+            assert box["top"] + 24 < browser.execute_script("return window.innerHeight")
+            assert box["width"] > 400
+            assert float(page.find(name).value_of_css_property("font-size").removesuffix("px")) >= 16
+    finally:
+        browser.set_window_size(before["width"], before["height"])
 
 
 def test_an_error_is_said_on_the_page(address, browser):

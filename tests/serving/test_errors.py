@@ -161,6 +161,7 @@ def test_the_whole_context_can_be_used(client):
 
 @pytest.mark.parametrize(("method", "path", "status"), [
     ("GET", "/", 404), ("GET", "/v1/nothing", 404), ("GET", "/v1/models/nothing", 404), ("GET", "/docs", 404),
+    ("POST", f"{CHAT}/", 404),
     ("GET", CHAT, 405), ("DELETE", "/v1/models/formal", 405), ("POST", "/health", 405),
 ])  # fmt: skip
 def test_wrong_paths_and_methods_are_errors_of_the_same_shape(server, method, path, status):

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError, URLError
@@ -97,8 +99,24 @@ def answer(logprobs):
     )
 
 
+def streaming(address, row, tokens):
+    """The connection of an answer whose first piece has come."""
+    connection = HTTPConnection(address.removeprefix("http://"), timeout=REQUEST_SECONDS)
+    body = {"model": "policy", "prompt": row, "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    assert connection.getresponse().readline().startswith(b"data: ")
+    return connection
+
+
+def metric(address, name):
+    """The sum of the server's counters of that name."""
+    with urlopen(f"{address}/metrics", timeout=REQUEST_SECONDS) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+
 @pytest.mark.slow
-def test_strengths_over_http_and_a_server_that_survives_wrong_ones(tmp_path):
+def test_strengths_over_http_and_a_server_that_survives_wrong_ones_and_a_client_that_leaves(tmp_path):
     policy, _ = tiny_folder(tmp_path)
     rows = prompts(*MIXED)
     with server(exported(policy, tmp_path / "out"), tmp_path / "server.log") as address:
@@ -115,3 +133,13 @@ def test_strengths_over_http_and_a_server_that_survives_wrong_ones(tmp_path):
                 assert response.code == 400
                 assert message in json.load(response)["error"]["message"]
         assert_same(policy, rows, completions(address, rows))  # at the exported strength, after the refusals
+        before = metric(address, "generation_tokens_total")
+        with ThreadPoolExecutor(1) as pool:
+            leaving = streaming(address, rows[1], 180)
+            others = pool.submit(completions, address, rows, tokens=40, qadapter_strength=0.3)
+            leaving.close()
+            assert_same(policy, rows, others.result(), strength=0.3)
+        end = time.monotonic() + REQUEST_SECONDS
+        while metric(address, "num_requests_running") and time.monotonic() < end:
+            time.sleep(0.1)
+        assert 0 < metric(address, "generation_tokens_total") - before - 40 * len(rows) < 180

@@ -27,8 +27,9 @@ def test_streams_that_part_in_the_upper_layers(tmp_path, parametrisation):
         assert_same(policy, rows, greedy(llm, rows), strength=1.3)
 
 
-def test_prefix_hits_chunked_prefill_and_preemption_change_nothing(tmp_path):
-    policy, _ = tiny_folder(tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_hits_chunked_prefill_and_preemption_change_nothing(tmp_path, family):
+    policy, _ = tiny_folder(tmp_path, family)
     shared = prompts(64)[0]
     rows = [shared + tail for tail in prompts(*range(20, 36), seed=4)]
     pressed = {"max_num_batched_tokens": 48, "kv_cache_memory_bytes": 2 * 4 * 2 * 32 * 4 * 32 * 14}
@@ -40,12 +41,22 @@ def test_prefix_hits_chunked_prefill_and_preemption_change_nothing(tmp_path):
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
-def test_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    policy, _ = tiny_folder(tmp_path, peft_config=lora(target_modules=UPPER))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled(tmp_path, family):
+    """Two layers, of which the upper one is doubled: compiling takes its time a layer."""
+    changes = {"num_hidden_layers": 2}
+    if family == "gemma3":
+        changes["layer_types"] = FAMILIES[family]["layer_types"][:2]
+    upper = lora(target_modules=r"model\.layers\.1\..*(q_proj|v_proj|down_proj)")
+    policy, _ = tiny_folder(tmp_path, family, peft_config=upper, **changes)
     rows = prompts(*MIXED)
-    with engine(exported(policy, tmp_path / "out"), enforce_eager=False) as llm:
+    torch._dynamo.utils.counters.clear()
+    with (
+        torch._dynamo.config.patch(disable=False),
+        engine(exported(policy, tmp_path / "out"), enforce_eager=False) as llm,
+    ):
         assert_same(policy, rows, greedy(llm, rows))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_two_adapters_with_weights(tmp_path):

@@ -153,6 +153,13 @@ def test_another_tokenizer_is_refused(tmp_path):
         start(folder)
 
 
+def test_an_entry_without_the_architecture_that_reads_it_is_refused(folders):
+    base, adapter = folders
+    with pytest.raises(ConfigError, match=r'which a LlamaForCausalLM ignores: .*\["QAdapterLlamaForCausalLM"\]'):
+        start(base, hf_overrides={"qadapter": {"adapter": str(adapter)}})
+    assert start(base).model_config.architecture == "LlamaForCausalLM"
+
+
 def test_a_folder_without_an_adapter_is_refused(folders):
     base, _ = folders
     with pytest.raises(ConfigError, match="no `qadapter` entry.*qadapter export --format vllm"):

@@ -1,13 +1,14 @@
 """`qadapter playground`: a local page to try the dial."""
 
-from pathlib import Path
+import re
 
 from qadapter.cli import command_parser
 from qadapter.cli.policies import add_policy_options, default_device, load_policy, pick_dtype, quiet_libraries
+from qadapter.cli.serve import load_composed, served_names
 from qadapter.errors import ConfigError
-from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.loading import local_folder, tokenizer_of
-from qadapter.modeling.manifest import read_manifest
+from qadapter.modeling.mixing import checked_number
+
+HOST = "127.0.0.1"
 
 
 def run(arguments: list[str]) -> int:
@@ -21,22 +22,30 @@ def run(arguments: list[str]) -> int:
         import uvicorn
 
         from qadapter.playground.app import create_app
+        from qadapter.serving.server import listening_socket, url_of
+        from qadapter.serving.settings import ServerSettings
     except ImportError as error:
         raise ConfigError(f"the playground needs {error.name}: pip install 'qadapter[serve]'.") from error
-    with quiet_libraries():
-        if options.others:
-            paths = {Path(path).name: path for path in (options.adapter, *options.others)}
-            manifest = read_manifest(local_folder(options.adapter))
-            model = QAdapterForCausalLM.from_pretrained(
-                options.base_model or manifest.base["name"], adapters=paths, dtype=pick_dtype(options.dtype)
-            ).to(default_device())
-            tokenizer = tokenizer_of(options.adapter, model.base_source)
-        else:
-            model, tokenizer = load_policy(options)
-        names = " + ".join(Path(path).name for path in (options.adapter, *options.others))
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(model, tokenizer, names), host="127.0.0.1", port=options.port, log_level="info")
-        )
-        print(f"the page opens at http://127.0.0.1:{options.port or '(see the port below)'} ; Ctrl-C ends it")
-        server.run()
+    checked_number(options.strength, "strength")
+    folders = [options.adapter, *options.others]
+    names = served_names(folders)
+    # Bound before minutes of loading.
+    with listening_socket(HOST, ServerSettings(port=options.port).port) as listener:
+        with quiet_libraries():
+            if options.others:
+                # Adapters' names are narrower than folders'.
+                labels = [re.sub(r"[^A-Za-z0-9_-]", "-", name) for name in names]
+                adapters = dict(zip(labels, folders, strict=True))
+                if len(adapters) < len(folders):
+                    raise ConfigError(f"the names {names} are too much alike for sliders: rename a folder.")
+                model, tokenizer = load_composed(
+                    adapters, options.base_model, not options.no_verify, dtype=pick_dtype(options.dtype)
+                )
+                model = model.to(default_device())
+            else:
+                model, tokenizer = load_policy(options)
+        app = create_app(model, tokenizer, " + ".join(names), options.strength)
+        listener.listen()  # from here on a browser's first request waits instead of failing
+        print(f"The page is at {url_of(listener)} (Ctrl-C stops)", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

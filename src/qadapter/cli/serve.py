@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +126,23 @@ def load_models(
     if len(folders) == 1:
         model = QAdapterForCausalLM.from_pretrained(first, base_model=base_model, verify=verify, **model_kwargs)
         return model, tokenizer_of(first, model.base_source), {first_name: dict(model.adapter_weights)}
-    stored = read_manifest(local_folder(first)).base
-    source = resolve_base(base_model or stored["name"] or "", None if base_model else stored["revision"])
     # Names of adapters are narrower than names of folders.
     adapters = {f"adapter{number}": folder for number, folder in enumerate(folders.values())}
+    model, tokenizer = load_composed(adapters, base_model, verify, **model_kwargs)
+    models = {name: {adapter: 1.0} for name, adapter in zip(folders, adapters, strict=True)}
+    return model, tokenizer, models
+
+
+def load_composed(
+    adapters: Mapping[str, str], base_model: str | None, verify: bool, **model_kwargs: Any
+) -> tuple[QAdapterForCausalLM, Any]:
+    """(the policy of several folders' adapters, its tokenizer), on the base that the first one names."""
+    first = next(iter(adapters.values()))
+    stored = read_manifest(local_folder(first)).base
+    source = resolve_base(base_model or stored["name"] or "", None if base_model else stored["revision"])
     model = QAdapterForCausalLM.from_pretrained(
         load_base(source, **model_kwargs),  # type: ignore[arg-type]
         adapters=adapters,
         verify=verify,
     )
-    models = {name: {adapter: 1.0} for name, adapter in zip(folders, adapters, strict=True)}
-    return model, tokenizer_of(first, source), models
+    return model, tokenizer_of(first, source)

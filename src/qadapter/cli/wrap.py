@@ -1,6 +1,5 @@
 """`qadapter wrap`: any PEFT LoRA as an adapter folder, without training."""
 
-import os
 from pathlib import Path
 
 from qadapter.cli import command_parser
@@ -19,11 +18,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
     options = parser.parse_args(arguments)
     require_new_folder(options.output_dir)
-    base = options.base_model
-    if base and os.path.isdir(base):
-        base = os.path.abspath(base)  # the adapter remembers the name, and may be loaded from elsewhere
     with quiet_libraries():
-        model, tokenizer = wrap(options.lora, base, dtype=pick_dtype(options.dtype))
+        model, tokenizer = wrap(options.lora, options.base_model, dtype=pick_dtype(options.dtype))
         model.save_pretrained(options.output_dir, tokenizer=tokenizer)
     print(f"adapter written to {options.output_dir}; try: qadapter chat {options.output_dir} --strength 0.5")
     return 0

@@ -1,7 +1,7 @@
 """generate() for a policy with a dial: settings a request, conditions on the text so far, strengths on record."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from qadapter.modeling.mixing import (
     finite,
 )
 
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 class PolicyGenerationMixin(GenerationMixin):
@@ -45,7 +45,8 @@ class PolicyGenerationMixin(GenerationMixin):
 
         Raises:
             ConfigError: a setting that is not finite or has the wrong shape; a callable strength or
-                `output_strengths` where a step is not one token of one row (assisted decoding, beams).
+                `output_strengths` where a step is not one token of one row (assisted decoding, beams); a callable
+                strength or weights a row with `guidance_scale`; `assistant_early_exit`.
         """
         strength = self.strength if strength is None else strength
         if isinstance(strength, Tensor):
@@ -59,7 +60,12 @@ class PolicyGenerationMixin(GenerationMixin):
             adapter_weights = stacked_weights(checked_weights(adapter_weights, self.adapter_weights), self.device)
         cap = checked_cap(self.max_kl if max_kl is None else max_kl, self.device)
         config = args[0] if args else kwargs.get("generation_config")
-        refuse_unsupported(callable(strength), output_strengths, kwargs, config or self.generation_config)
+        config = config or self.generation_config
+        refuse_unsupported(callable(strength), output_strengths, kwargs, config)
+        guided = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1)
+        if guided and (callable(strength) or isinstance(adapter_weights, Tensor)):
+            what = "a callable strength" if callable(strength) else "weights a row"
+            raise ConfigError(f"{what} cannot be used with guidance_scale: its second pass is not told of them.")
         # Neither stream's cache may come or go in the middle of a text: the set of streams is fixed here.
         needed = self.stream_coefficients(torch.ones(1) if callable(strength) else strength, adapter_weights)
         self._streams_in_cache = len(needed) + (cap is not None and None not in needed)
@@ -81,7 +87,9 @@ class PolicyGenerationMixin(GenerationMixin):
         if kwargs.get("assistant_model") is not None:  # it would be handed every argument of the loop
             with self.defaults(strength, adapter_weights, cap):
                 return super().generate(inputs, *args, **kwargs)
-        output = super().generate(inputs, *args, **kwargs, **settings)
+        # The pass without the prompt that guidance makes is not handed the loop's arguments.
+        with self.defaults(strength, adapter_weights, cap) if guided else nullcontext():
+            output = super().generate(inputs, *args, **kwargs, **settings)
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
         return output
@@ -138,6 +146,11 @@ def refuse_unsupported(conditional: bool, recorded: bool, kwargs: Mapping[str, A
     def setting(name: str) -> Any:
         return kwargs.get(name, getattr(config, name, None))
 
+    if setting("assistant_early_exit") is not None:
+        raise ConfigError(
+            "assistant_early_exit is not supported, as a draft of the lower layers has no streams to mix: use "
+            "assistant_model or prompt_lookup_num_tokens."
+        )
     assisted = [name for name in ASSISTED if setting(name) is not None]
     beams = (setting("num_beams") or 1) > 1
     if (conditional or recorded) and assisted:

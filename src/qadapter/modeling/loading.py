@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -25,6 +26,7 @@ from qadapter.modeling.bases import (
 from qadapter.modeling.checkpoint import file_digest
 from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from qadapter.modeling.manifest import ADAPTER_NAME, MANIFEST_NAME, Manifest, read_manifest
+from qadapter.modeling.mixing import checked_number, checked_weights
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import check_probe
 from qadapter.modeling.streams import narrow_adapters
@@ -72,7 +74,7 @@ def load(
 
     Raises:
         AdapterFormatError: a folder is no adapter, is damaged, or belongs to another base or chat template.
-        ConfigError: settings that exclude each other, or weights of unknown adapters.
+        ConfigError: settings that exclude each other, weights of unknown adapters or that are no finite numbers.
     """
     if adapters is None:
         if isinstance(folder, PreTrainedModel):
@@ -83,12 +85,13 @@ def load(
             raise ConfigError("with adapters={name: folder, ...} the first argument is the base model.")
         stored = {name: _only_adapter(name, path, verify) for name, path in adapters.items()}
         base_model = folder
+    weights = {
+        name: checked_number(weight, f"adapter_weights[{name!r}]")
+        for name, weight in checked_weights(adapter_weights, dict.fromkeys(stored, 0.0)).items()
+    }
     model = _assemble(stored, base_model, tokenizer, verify, model_kwargs)
     if adapter_weights is not None:
-        unknown = sorted(set(adapter_weights) - set(stored))
-        if unknown:
-            raise ConfigError(f"adapter_weights names {unknown}; the adapters are {sorted(stored)}.")
-        model.adapter_weights = {name: float(adapter_weights.get(name, 0.0)) for name in stored}
+        model.adapter_weights = weights
     elif adapters is None:
         model.adapter_weights = {name: entry.manifest.weights[name] for name, entry in stored.items()}
     return model
@@ -125,12 +128,14 @@ def _assemble(
     _check_same_origin(stored)
     base, source = _load_base(first.manifest, base_model, model_kwargs)
     fingerprint = weight_fingerprint(base)
+    # The fingerprint is one for float32 and bfloat16; float16 holds other numbers.
+    half = " In float16 the same weights differ: try bfloat16 or float32 first." if base.dtype == torch.float16 else ""
     for entry in stored.values():
         if fingerprint != entry.manifest.base["fingerprint"]:
             _refuse(
                 f"{entry.root}: the base model differs: trained on {entry.manifest.base['name']!r} "
                 f"(revision {entry.manifest.base['revision'] or 'main'}), but {source.name!r} has other weights. "
-                "Pass the original with base_model= (--base-model).",
+                f"Pass the original with base_model= (--base-model).{half}",
                 verify,
             )
         _check_tokenizer(entry.manifest, entry.root, source, tokenizer, verify)

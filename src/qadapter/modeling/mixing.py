@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from qadapter.errors import ConfigError
 from qadapter.functional import kl_divergence
 
 BISECTIONS = 30
+PROMPT_END = 16  # tokens; more than any tag and the blanks after it
 
 
 class StepState(NamedTuple):
@@ -37,7 +39,7 @@ AdapterWeights = Mapping[str, float | Tensor] | Tensor
 
 def checked_number(value: Any, name: str) -> float:
     """`value` as a float, refused if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):  # numpy's are Real, too
         raise ConfigError(f"{name} = {value!r}: must be a finite number (0 is the base, 1 the policy).")
     return float(value)
 
@@ -100,7 +102,7 @@ def evaluated(strength: Strength | None, state: StepState) -> float | Tensor | N
         value = torch.full((rows,), checked_number(value, "strength (from the callable)"))
     if value.shape != (rows,):
         raise ConfigError(f"the strength callable gave the shape {tuple(value.shape)}; one value a row is ({rows},).")
-    return value.to(state.input_ids.device)
+    return finite(value, "strength (from the callable)").to(state.input_ids.device)
 
 
 def times(strength: float | Tensor, weight: float | Tensor) -> float | Tensor:
@@ -147,8 +149,9 @@ def last_strength(strength: float | Tensor, share: float | Tensor, logits: Tenso
 class OffInside:
     """A strength callable that turns the adapter off where its style would do harm.
 
-    Off inside code fences, JSON (an answer that opens with a brace or bracket) and tagged regions such as reasoning or
-    tool calls; `strength` elsewhere. Any callable of a `StepState` can take its place.
+    Off inside code fences, JSON (an answer that opens with a brace or bracket, after its reasoning if it has any) and
+    tagged regions such as reasoning or tool calls, also where the chat template has opened the region at the end of the
+    prompt; `strength` elsewhere. Any callable of a `StepState` can take its place.
 
     Args:
         tokenizer: decodes the generated part.
@@ -166,10 +169,16 @@ class OffInside:
 
     def __call__(self, state: StepState) -> Tensor:
         """The strength of each row (B,)."""
-        generated = state.input_ids[:, state.prompt_length :]
-        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=False)
-        values = [0.0 if self.off(text) else self.strength for text in texts]
+        prompts, answers = state.input_ids[:, : state.prompt_length], state.input_ids[:, state.prompt_length :]
+        ends = self.tokenizer.batch_decode(prompts[:, -PROMPT_END:], skip_special_tokens=False)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=False)
+        whole = [self.opened(end) + text for end, text in zip(ends, texts, strict=True)]
+        values = [0.0 if self.off(text) else self.strength for text in whole]
         return torch.tensor(values, device=state.input_ids.device)
+
+    def opened(self, prompt: str) -> str:
+        """The tag with which `prompt` ends, "" if it ends with none: some templates open the reasoning themselves."""
+        return next((f"<{tag}>" for tag in self.tags if prompt.rstrip().endswith(f"<{tag}>")), "")
 
     def off(self, text: str) -> bool:
         """Whether the end of `text` lies inside a protected region."""
@@ -177,6 +186,9 @@ class OffInside:
             return True
         if any(text.rfind(f"<{tag}>") > text.rfind(f"</{tag}>") for tag in self.tags):
             return True
+        for tag in self.tags:  # what stands after the reasoning is the answer
+            if text.strip().startswith(f"<{tag}>"):
+                text = text.partition(f"</{tag}>")[2]
         return self.json_answers and open_json(text.strip())
 
 

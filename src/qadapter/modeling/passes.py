@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qadapter.data.packing import PackedSequences
+from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling.packed import packed_batch
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
@@ -167,7 +168,12 @@ class TrainingPasses:
 
         The returns rank responses to the same prompt (best-of-n, data filtering); between prompts they differ by
         V(s_0), which no pair has trained. Arguments as of `token_statistics`.
+
+        Raises:
+            ConfigError: a composition of several adapters, for which no Q is defined.
         """
+        if len(self.adapters) > 1:
+            raise ConfigError(f"score reads one adapter, and this policy has {self.adapters}: load one folder alone.")
         training = self.training
         self.eval()
         statistics = self.token_statistics(input_ids, attention_mask, completion_mask)

@@ -40,6 +40,8 @@ def wrap(
     name = base_model or read_json_object(folder / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
         raise AdapterFormatError(f"{folder / CONFIG_NAME} does not name the base model: pass it (--base-model).")
+    if os.path.isdir(name):
+        name = os.path.abspath(name)  # the adapter remembers the name, and may be loaded from elsewhere
     source = resolve_base(name)
     if tokenizer is None:
         own = (folder / "tokenizer_config.json").exists()

@@ -5,11 +5,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import torch
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -32,14 +33,17 @@ HEADERS = {
 }
 
 
+Dial = Annotated[float, Field(ge=-10, le=10)]
+
+
 class AnswerRequest(BaseModel):
     """What the page asks for: one answer at one setting of the dial."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
-    strength: float = Field(default=1.0, ge=-10, le=10)
-    weights: dict[str, float] | None = None
+    strength: Dial = 1.0
+    weights: dict[str, Dial] | None = None
     max_kl: float | None = Field(default=None, ge=0)
     max_new_tokens: int = Field(default=128, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=5)
@@ -50,11 +54,21 @@ class AnswerRequest(BaseModel):
         return {"strength": self.strength, "adapter_weights": self.weights, "max_kl": self.max_kl}
 
 
-def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str) -> FastAPI:
-    """The application; one answer is generated at a time, and a reader who leaves ends theirs."""
+def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength: float = 1.0) -> FastAPI:
+    """The application; one answer is generated at a time, and a reader who leaves ends theirs.
+
+    Args:
+        strength: where the page's slider stands at first.
+    """
     app = FastAPI(title="qadapter playground", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
     busy = threading.Lock()
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> Response:
+        # FastAPI's own answer repeats the input, and JSON has neither NaN nor half characters.
+        first = error.errors()[0]
+        return JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}"}, status_code=422)
 
     @app.get("/api/policy")
     def policy() -> dict[str, Any]:
@@ -62,6 +76,7 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str) -> FastAP
             "title": title,
             "base": model.base_source.name,
             "adapters": dict(model.adapter_weights),
+            "strength": strength,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
 

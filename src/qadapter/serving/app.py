@@ -94,7 +94,9 @@ def create_app(service: Service) -> FastAPI:
             await asyncio.to_thread(service.engine.stop)
             service.tokenising.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="qadapter", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="qadapter", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, redirect_slashes=False
+    )
     app.add_middleware(Gate, settings=service.settings)
     app.add_middleware(RequestRecord, metrics=service.metrics)  # the last one added is the outermost
     _add_error_handlers(app)

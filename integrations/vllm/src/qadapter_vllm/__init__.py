@@ -19,7 +19,7 @@ def register() -> None:
     from vllm.logger import init_logger
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from qadapter_vllm.startup import StartupChecks
+    from qadapter_vllm.startup import PlainBaseChecks, StartupChecks
 
     if not __version__.startswith(f"{TESTED_VLLM}."):
         init_logger(__name__).warning(
@@ -31,3 +31,4 @@ def register() -> None:
         ModelRegistry.register_model(PREFIX + family, f"qadapter_vllm.models:{PREFIX}{family}")
         # vLLM has no public hook for checks of an out-of-tree model's configuration; this is where its own are.
         MODELS_CONFIG_MAP[PREFIX + family] = StartupChecks
+        MODELS_CONFIG_MAP.setdefault(family, PlainBaseChecks)

@@ -42,6 +42,24 @@ class StartupChecks(VerifyAndUpdateConfig):
         _guard_requests(vllm_config, policy)
 
 
+class PlainBaseChecks(VerifyAndUpdateConfig):
+    """The same for the families' own architectures, which would answer as the bare base."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Refuse a `qadapter` entry that nobody would read.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        model = vllm_config.model_config
+        if getattr(model.hf_config, "qadapter", None) is not None:
+            raise ConfigError(
+                f"the model's config has a `qadapter` entry, which a {model.architecture} ignores: override "
+                f'"architectures" as well, with ["{PREFIX}{model.architecture}"].'
+            )
+
+
 def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     rules: list[tuple[bool, str]] = [

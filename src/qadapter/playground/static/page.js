@@ -45,9 +45,7 @@ async function stream(body, signal, onEvent) {
 
 async function problem(response) {
   const body = await response.json().catch(() => ({}));
-  if (body.error) return body.error;
-  if (Array.isArray(body.detail)) return body.detail.map((item) => `${item.loc.at(-1)}: ${item.msg}`).join("; ");
-  return `the server answered ${response.status}`;
+  return body.error || `the server answered ${response.status}`;
 }
 
 async function write(target, body, signal, onTokens) {
@@ -200,5 +198,10 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") hi
 fetch("api/policy").then((response) => response.json()).then((policy) => {
   element("policy-name").textContent = `${policy.title} on ${policy.base}`;
   element("length").max = policy.max_new_tokens;
+  const slider = element("strength");
+  slider.min = Math.min(slider.min, policy.strength);
+  slider.max = Math.max(slider.max, policy.strength);
+  slider.value = policy.strength;
   addWeights(policy.adapters);
+  dialMoved();
 });
