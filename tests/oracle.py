@@ -39,8 +39,9 @@ def rewards(z_theta, z_base, actions, parametrisation, alpha_tilde, alpha_0, gam
 
 
 def pair_loss(chosen, rejected, beta, length_normalised=False, label_smoothing=0.0):
-    """Loss of one pair from the two lists of rewards."""
-    total_chosen, total_rejected = sum(chosen), sum(rejected)
+    """Loss of one pair from two sides (rewards, V(s_0))."""
+    (chosen, chosen_start), (rejected, rejected_start) = chosen, rejected
+    total_chosen, total_rejected = sum(chosen) - chosen_start, sum(rejected) - rejected_start
     if length_normalised:
         total_chosen, total_rejected = total_chosen / len(chosen), total_rejected / len(rejected)
     margin = total_chosen - total_rejected

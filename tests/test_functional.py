@@ -46,9 +46,9 @@ def rewards_of(z_theta, z_base, actions, mask, parametrisation, alpha_tilde, alp
 
 
 def loss_of(batch, setting, gamma=1.0, beta=0.0, length_normalised=False, label_smoothing=0.0):
-    rewards = rewards_of(*batch, *setting, gamma)[0]
+    rewards, _, values, _, _ = rewards_of(*batch, *setting, gamma)
     mask = batch[-1]
-    returns = functional.response_returns(rewards, mask, length_normalised)
+    returns = functional.response_returns(rewards, values, mask, length_normalised)
     penalty = functional.reward_penalty(rewards, mask)
     return functional.preference_loss(returns, penalty, beta, label_smoothing)
 
@@ -67,7 +67,8 @@ def test_loss_equals_the_plain_python_oracle(setting, gamma, beta, length_normal
         for row in (chosen, chosen + 3):
             n = int(mask[row].sum())
             steps = (z_theta[row, :n].tolist(), z_base[row, :n].tolist(), actions[row, :n].tolist())
-            sides.append(oracle.rewards(*steps, *setting, gamma))
+            start = oracle.value(z_theta[row, 0].tolist(), z_base[row, 0].tolist(), *setting)
+            sides.append((oracle.rewards(*steps, *setting, gamma), start))
         expected.append(oracle.pair_loss(*sides, beta, length_normalised, label_smoothing))
     actual = loss_of(batch, setting, gamma, beta, length_normalised, label_smoothing)
     assert actual.tolist() == pytest.approx(expected, rel=1e-12)
@@ -111,6 +112,25 @@ def test_identity_2_rewards_telescope_to_the_first_value(setting):
     rewards, _, values, policy_logps, base_logps = rewards_of(*batch, *setting, gamma=1.0)
     advantages = ((alpha_tilde * policy_logps - alpha_0 * base_logps) * mask).sum(-1)
     torch.testing.assert_close(rewards.sum(-1), advantages + values[:, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length_normalised", [False, True])
+def test_a_shift_of_all_logits_of_a_state_changes_no_return(length_normalised):
+    """No policy knows of it: in the mean too the answers' lengths must not turn it into a preference."""
+    z_theta, z_base, actions, mask = random_batch()
+    shifts = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    losses = [
+        loss_of((z, z_base, actions, mask), ("residual", 0.7, 0.7), length_normalised=length_normalised)
+        for z in (z_theta, z_theta + shifts.unsqueeze(-1))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-11)
+
+
+def test_the_mean_of_a_pair_is_over_the_tokens_of_both_answers():
+    values = torch.tensor([[1.0, 2.0, 9.0], [5.0, 9.0, 9.0], [6.0, 9.0, 9.0], [3.0, 4.0, 8.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    assert functional.pair_means(values, mask).tolist() == [3.0, 5.0]
+    assert functional.reward_penalty(values, mask).tolist() == pytest.approx([41 / 3, (25 + 9 + 16 + 64) / 4])
 
 
 def test_identity_3_residual_loss_is_dpo():

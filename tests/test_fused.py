@@ -18,25 +18,28 @@ def tensors(dtype=torch.float64, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABU
     return h_theta.requires_grad_(), h_base, weight, targets
 
 
-def weighted_sum(statistics):
-    """A scalar in which every token's two differentiable statistics have gradients of their own."""
+def weighted_sum(statistics, with_kl=True):
+    """A scalar in which every token's differentiable statistics have gradients of their own."""
     weights = torch.linspace(-1, 1, len(statistics.logits), dtype=statistics.logits.dtype)
-    return (weights * statistics.logits).sum() + (weights.flip(0) * statistics.lse).square().sum()
+    two = (weights * statistics.logits).sum() + (weights.flip(0) * statistics.lse).square().sum()
+    return two + (weights.square() * statistics.kl).sum() if with_kl else two
 
 
+@pytest.mark.parametrize("kl_gradient", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("chunk_size", [1, 3, 11, 64])
-def test_single_head_equals_full_logits(chunk_size, scale):
+def test_single_head_equals_full_logits(chunk_size, scale, kl_gradient):
     h_theta, h_base, weight, targets = tensors()
     slow_theta = h_theta.detach().clone().requires_grad_()
     mixed = mix_streams([h_theta, h_base], COEFFICIENTS)
-    fast = single_head_statistics(mixed, h_base, weight, targets, scale, chunk_size)
+    fast = single_head_statistics(mixed, h_base, weight, targets, scale, chunk_size, kl_gradient=kl_gradient)
     slow_mixed = mix_streams([slow_theta, h_base], COEFFICIENTS)
     slow = token_statistics(scale * slow_mixed @ weight.T, scale * h_base @ weight.T, targets)
     for name, actual, expected in zip(fast._fields, fast, slow, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, msg=name)
-    weighted_sum(fast).backward()
-    weighted_sum(slow).backward()
+    assert fast.kl.requires_grad == kl_gradient
+    weighted_sum(fast, kl_gradient).backward()
+    weighted_sum(slow, kl_gradient).backward()
     torch.testing.assert_close(h_theta.grad, slow_theta.grad, rtol=1e-11, atol=1e-12)
 
 
@@ -44,8 +47,9 @@ def test_single_head_gradcheck():
     h_theta, h_base, weight, targets = tensors()
 
     def statistics(h):
-        fast = single_head_statistics(mix_streams([h, h_base], COEFFICIENTS), h_base, weight, targets, 0.7, 4)
-        return fast.logits, fast.lse
+        mixed = mix_streams([h, h_base], COEFFICIENTS)
+        fast = single_head_statistics(mixed, h_base, weight, targets, 0.7, 4, kl_gradient=True)
+        return fast.logits, fast.lse, fast.kl
 
     assert torch.autograd.gradcheck(statistics, h_theta)
 

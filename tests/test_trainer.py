@@ -86,18 +86,21 @@ def expected_metrics(plain, pairs, config=CONFIG):
                         "qadapter/value": oracle.value(t, b, *settings),
                     }
                 )
-            results.append((rewards, sum(logps)))
+            results.append(((rewards, oracle.value(z_theta[0], z_base[0], *settings)), sum(logps)))
     chosen, rejected = sides["chosen"], sides["rejected"]
-    margins = [sum(c) - sum(r) for (c, _), (r, _) in zip(chosen, rejected, strict=True)]
+    returns = [[sum(rewards) - start for (rewards, start), _ in results] for results in (chosen, rejected)]
+    margins = [c - r for c, r in zip(*returns, strict=True)]
     return {
         "loss": mean(oracle.pair_loss(c, r, config.beta) for (c, _), (r, _) in zip(chosen, rejected, strict=True)),
-        "rewards/chosen": mean(sum(rewards) for rewards, _ in chosen),
-        "rewards/rejected": mean(sum(rewards) for rewards, _ in rejected),
+        "rewards/chosen": mean(returns[0]),
+        "rewards/rejected": mean(returns[1]),
         "rewards/accuracies": mean(float(margin > 0) for margin in margins),
         "rewards/margins": mean(margins),
         "logps/chosen": mean(logps for _, logps in chosen),
         "logps/rejected": mean(logps for _, logps in rejected),
-        "qadapter/penalty": mean(mean(r * r for r in c + j) for (c, _), (j, _) in zip(chosen, rejected, strict=True)),
+        "qadapter/penalty": mean(
+            mean(r * r for r in c + j) for ((c, _), _), ((j, _), _) in zip(chosen, rejected, strict=True)
+        ),
         **{name: mean(token[name] for token in tokens) for name in tokens[0]},
     }
 

@@ -13,20 +13,25 @@ from qadapter.config import QAdapterConfig
 from qadapter.fused import TokenStatistics
 from qadapter.objective import implied
 
-PENALTIES = ("reward", "residual", "advantage")
 
+def dpo(
+    statistics: TokenStatistics,
+    mask: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    length_normalised: bool = False,
+) -> Tensor:
+    """Direct preference optimisation (arXiv 2305.18290), with conservative label smoothing.
 
-def dpo(statistics: TokenStatistics, mask: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Direct preference optimisation (arXiv 2305.18290), with conservative label smoothing."""
-    margins = beta * log_ratio_margins(statistics, mask)
+    `length_normalised` takes log-ratios a token (LN-DPO, arXiv 2411.15124).
+    """
+    margins = beta * log_ratio_margins(statistics, mask, length_normalised)
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
 def ipo(statistics: TokenStatistics, mask: Tensor, beta: float) -> Tensor:
     """Identity preference optimisation (arXiv 2310.12036) on log-ratios a token, as its authors run it."""
-    ratios = functional.log_ratios(statistics.logps, statistics.base_logps, mask) / mask.sum(-1)
-    chosen, rejected = ratios.chunk(2)
-    return (chosen - rejected - 1 / (2 * beta)).square()
+    return (log_ratio_margins(statistics, mask, per_token=True) - 1 / (2 * beta)).square()
 
 
 def simpo(statistics: TokenStatistics, mask: Tensor, beta: float, margin: float) -> Tensor:
@@ -63,26 +68,28 @@ def qadapter(
     mask: Tensor,
     config: QAdapterConfig,
     value_at: str = "next",
-    penalty: str = "reward",
+    penalty: str | None = None,
     margin: float = 0.0,
 ) -> Tensor:
     """The package's objective (the defaults of the last three arguments), and the variants that ablations ask for.
 
     Args:
         value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does.
-        penalty: what β penalises: the "reward", the "residual" Q, or the "advantage" Q − V(s_t), which is
-            α̃ log π̃ − α₀ log π_b.
+        penalty: what β penalises: what the settings say ("reward" or "kl"), or the squares of the "reward", of the
+            "residual" Q, or of the "advantage" Q − V(s_t), which is α̃ log π̃ − α₀ log π_b.
         margin: subtracted from the difference of returns.
     """
     q, values, rewards, _ = implied(statistics, mask, config)
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask
-    returns = functional.response_returns(rewards, mask, config.length_normalised)
-    penalised = {"reward": rewards, "residual": q, "advantage": (q - values) * mask}[penalty]
+    returns = functional.response_returns(rewards, values, mask, config.length_normalised)
     returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)
-    return functional.preference_loss(
-        returns, functional.reward_penalty(penalised, mask), config.beta, config.label_smoothing
-    )
+    if (penalty or config.penalty) == "kl":
+        penalties = functional.pair_means(statistics.kl, mask)
+    else:
+        kinds = {"reward": rewards, "residual": q, "advantage": (q - values) * mask}
+        penalties = functional.reward_penalty(kinds[penalty or config.penalty], mask)
+    return functional.preference_loss(returns, penalties, config.beta, config.label_smoothing)
 
 
 def authors(statistics: TokenStatistics, scored: Tensor, config: QAdapterConfig) -> Tensor:
@@ -103,7 +110,8 @@ def shifted(completion_mask: Tensor) -> Tensor:
     return F.pad(completion_mask[:, :-1], (1, 0))
 
 
-def log_ratio_margins(statistics: TokenStatistics, mask: Tensor) -> Tensor:
-    """Log-ratio of the chosen minus that of the rejected answer, (P,)."""
-    chosen, rejected = functional.log_ratios(statistics.logps, statistics.base_logps, mask).chunk(2)
+def log_ratio_margins(statistics: TokenStatistics, mask: Tensor, per_token: bool = False) -> Tensor:
+    """Log-ratio of the chosen minus that of the rejected answer, (P,); `per_token`, each over its own length."""
+    ratios = functional.log_ratios(statistics.logps, statistics.base_logps, mask)
+    chosen, rejected = (ratios / mask.sum(-1) if per_token else ratios).chunk(2)
     return chosen - rejected

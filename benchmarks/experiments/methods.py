@@ -82,6 +82,8 @@ def qadapter(context: Context, preset: str = "default", alpha: float | None = No
         options: settings of the method, or options of `losses.qadapter`.
     """
     settings = {name: options.pop(name) for name in METHOD_SETTINGS if name in options}
+    if options.get("penalty") == "kl":
+        settings["penalty"] = options.pop("penalty")
     if alpha is not None:
         settings |= {"alpha_tilde": alpha, "alpha_0": alpha}
     config = QAdapterConfig.preset(preset, **settings)
@@ -105,7 +107,7 @@ def sft(context: Context) -> Trained:
 
 def sft_kl(context: Context, weight: float = 1.0) -> Trained:
     """The same with a penalty on the KL from the base."""
-    return _train(context, objectives.supervised_with_kl(weight))
+    return _train(context, objectives.supervised_with_kl(weight), QAdapterConfig(penalty="kl"))
 
 
 def kto(context: Context, beta: float = 0.1) -> Trained:

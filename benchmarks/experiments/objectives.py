@@ -5,11 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.experiments import losses
-from qadapter.functional import kl_divergence, mix_streams
-from qadapter.fused import TokenStatistics, default_chunk_size
+from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 
 Batch = Mapping[str, Tensor]
@@ -50,13 +48,16 @@ def supervised(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batc
 
 
 def supervised_with_kl(weight: float) -> Objective:
-    """The same plus `weight` times the mean KL(policy ‖ base) over the chosen answers' tokens, with its gradient."""
+    """The same plus `weight` times the mean KL(policy ‖ base) over the chosen answers' tokens.
+
+    The KL has a gradient where the policy's settings have the penalty "kl".
+    """
 
     def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
         batch = chosen_rows(batch)
-        nll, kl = nll_and_kl(model, batch)
-        counts = response_mask(batch).sum()
-        return (nll + weight * kl) * len(nll) / counts
+        statistics, mask = TokenStatistics(*wrapped(**batch)), response_mask(batch)
+        kl = (statistics.kl * mask).sum(-1) * len(mask) / mask.sum()
+        return losses.token_nll(statistics, mask) + weight * kl
 
     return objective
 
@@ -99,29 +100,3 @@ def mismatched(batch: Batch) -> dict[str, Tensor]:
         "attention_mask": kept.long(),
         "completion_mask": kept & (torch.arange(width, device=ids.device) >= starts),
     }
-
-
-def nll_and_kl(model: QAdapterForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums of −log π̃ and of KL(π̃ ‖ π_b) over each row's response tokens, (B,), both differentiable.
-
-    The logits are formed chunk by chunk and again in the backward pass, as in `fused.two_head_statistics`.
-    """
-    adapter = model.adapters[0]
-    streams = model.streams(batch["input_ids"], batch["attention_mask"], adapter)
-    rows, columns = response_mask(batch).nonzero(as_tuple=True)
-    hidden = (streams.adapter[rows, columns], streams.base[rows, columns])
-    targets = batch["input_ids"][rows, columns + 1]
-    coefficients = model.trained_coefficients()[adapter]
-
-    def of_chunk(adapter_rows: Tensor, base_rows: Tensor, target_rows: Tensor) -> tuple[Tensor, Tensor]:
-        base = model.head.logits(base_rows).float()
-        policy = mix_streams([model.head.logits(adapter_rows), base], coefficients)
-        return F.cross_entropy(policy, target_rows, reduction="none"), kl_divergence(policy, base)
-
-    size = default_chunk_size(model.head.linear.weight.shape[0], targets.device)
-    chunks = zip(*(tensor.split(size) for tensor in (*hidden, targets)), strict=True)
-    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-    sums = (torch.cat(part) for part in zip(*parts, strict=True))
-    zeros = streams.adapter.new_zeros(len(batch["input_ids"]), dtype=torch.float32)
-    nll, kl = (zeros.index_add(0, rows, part.float()) for part in sums)
-    return nll, kl

@@ -183,6 +183,29 @@ def ablations_small() -> Suite:
     return Suite(settings, {}, (0, 1), "What each part of the objective does, on few short pairs.", tuple(ABLATIONS))
 
 
+KL_PENALTY: dict[str, Any] = {"penalty": "kl", "alpha": 3.0, "length_normalised": True}
+
+
+def kl_small() -> Suite:
+    """The KL as penalty beside that of rewards and DPO, small, with many strengths."""
+    measuring = replace(
+        CPU_MEASURING, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), sampled_prompts=48,
+        max_new_tokens=48, texts=(),
+    )  # fmt: skip
+    names = ("dsp-entertainment", "dsp-academy", "polite", "terse")
+    settings = tuple(
+        replace(setting, measuring=replace(measuring, texts=setting.measuring.texts), train_pairs=128, eval_pairs=120)
+        for setting in map(cpu_settings().get, names)
+        if setting is not None
+    )
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [{"beta": 10.0}, *({**KL_PENALTY, "beta": beta} for beta in (1.0, 0.3))],
+        "dpo": [{"beta": 0.1}, {"beta": 0.3}, {"beta": 3.0, "length_normalised": True}],
+    }
+    purpose = "The KL from the base as the penalty, on returns a token, beside the default and DPO, for a CPU."
+    return Suite(settings, knobs, (0, 1), purpose, first=("qadapter", "dpo"))
+
+
 def full() -> Suite:
     """The paper's experiments: every setting, method and knob, three seeds."""
     knobs = {method: options for method, options in MAIN_KNOBS.items() if method != "dpo-trl"}
@@ -217,6 +240,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "cpu": cpu,
     "scales-small": scales_small,
     "ablations-small": ablations_small,
+    "kl-small": kl_small,
     "medium": medium,
     "medium-ablations": medium_ablations,
     "full": full,

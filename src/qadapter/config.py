@@ -21,6 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "length_normalised": True,
     },
 }
+# Settings that came after the first adapter folders, with the value that those were trained with.
+ADDED_LATER: dict[str, Any] = {"penalty": "reward"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class QAdapterConfig:
         alpha_0: α₀ ≥ 0, weight of the base policy. Equal to alpha_tilde in the residual form, the untrained policy
             is the base and the trained one needs a single stream.
         gamma: discount γ, 0 < γ ≤ 1.
-        beta: weight β ≥ 0 of the reward penalty, which limits the drift from the base.
+        beta: weight β ≥ 0 of the penalty, which limits the drift from the base.
+        penalty: what β weighs: "reward" (mean of r², the paper's) or "kl" (mean KL from the base a response token).
         length_normalised: divide a response's sum of rewards by its own length.
         label_smoothing: assumed share of mislabelled pairs, 0 ≤ ε < 0.5.
 
@@ -46,6 +49,7 @@ class QAdapterConfig:
     alpha_0: float = 0.1
     gamma: float = 1.0
     beta: float = 10.0
+    penalty: str = "reward"
     length_normalised: bool = False
     label_smoothing: float = 0.0
 
@@ -63,6 +67,7 @@ class QAdapterConfig:
             (self.alpha_0 >= 0, "alpha_0", "must be 0 or above"),
             (0 < self.gamma <= 1, "gamma", "must lie in (0, 1]"),
             (self.beta >= 0, "beta", "must be 0 or above"),
+            (self.penalty in ("reward", "kl"), "penalty", 'must be "reward" or "kl"'),
             (0 <= self.label_smoothing < 0.5, "label_smoothing", "must lie in [0, 0.5)"),
             (isinstance(self.length_normalised, bool), "length_normalised", "must be true or false"),
         ]
@@ -85,7 +90,11 @@ class QAdapterConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QAdapterConfig":
-        """The settings in `values`; unknown keys are errors, missing ones are too (no silent defaults on loading)."""
+        """The settings in `values`; unknown keys are errors, missing ones are too (no silent defaults on loading).
+
+        Only settings that older folders do not know may be missing: they mean what those were trained with.
+        """
+        values = ADDED_LATER | values
         names = {field.name for field in dataclasses.fields(cls)}
         if set(values) != names:
             missing, unknown = sorted(names - set(values)), sorted(map(str, set(values) - names))

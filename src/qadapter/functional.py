@@ -8,7 +8,9 @@ optimum of both. With z_b the base model's logits and z_θ the logits with the a
     policy    π̃(a|s) ∝ exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃]
     value     V(s)    = α̃ log Σ_a exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃],  and 0 after the last token
     reward    r_t     = Q(s_t,a_t) − γ V(s_{t+1})
-    loss      −log σ(Σ_t r_t(chosen) − Σ_t r_t(rejected)) + β · mean over the pair's response tokens of r_t²
+    return    R = Σ_t r_t − V(s_0), or its mean over the response's tokens (`length_normalised`)
+    loss      −log σ(R(chosen) − R(rejected)) + β · mean over the pair's response tokens of r_t²,
+              or of KL(π̃(·|s_t) ‖ π_b(·|s_t)) instead (`penalty`; not in the paper: it limits what is not to grow)
 
     residual: Q = α̃ (z_θ − z_b),  policy logits = z_θ + (α₀/α̃ − 1) z_b
     logits:   Q = z_θ,            policy logits = (z_θ + α₀ z_b) / α̃     (the paper's and the authors' form)
@@ -86,21 +88,34 @@ def implied_rewards(q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0)
     return (q - gamma * next_values) * mask
 
 
-def response_returns(rewards: Tensor, mask: Tensor, length_normalised: bool = False) -> Tensor:
-    """Σ_t r_t of each row (B,); divided by the response's own length if `length_normalised`, never by a padded one."""
-    returns = (rewards * mask).sum(-1)
+def response_returns(rewards: Tensor, values: Tensor, mask: Tensor, length_normalised: bool = False) -> Tensor:
+    """Σ_t r_t − V(s_0) of each row (B,), which with γ = 1 is Σ_t (α̃ log π̃ − α₀ log π_b).
+
+    Both answers of a pair share s_0, so that between sums V(s_0) cancels. Between means it would not: a shift of all
+    logits of s_0, which no policy knows of, would then prefer the shorter or the longer answer.
+
+    Args:
+        values: as for `implied_rewards`.
+        length_normalised: divide by the response's own length, never by a padded one.
+    """
+    first = mask & ~F.pad(mask, (1, 0))[:, :-1]
+    returns = (rewards * mask).sum(-1) - (values * first).sum(-1)
     return returns / mask.sum(-1).clamp(min=1) if length_normalised else returns
 
 
 def reward_penalty(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Mean of r_t² over the response tokens of both answers of a pair; (P,) from (2P, T).
+    """Mean of r_t² over the response tokens of both answers of a pair; (P,) from (2P, T)."""
+    return pair_means(rewards.square(), mask)
 
-    The mean is taken a pair at a time so that a pair's loss does not depend on its batch mates.
+
+def pair_means(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the response tokens of both answers of a pair; (P,) from (2P, T).
+
+    It is taken a pair at a time so that a pair's loss does not depend on its batch mates.
     """
-    pairs = rewards.shape[0] // 2
-    squares = (rewards.square() * mask).sum(-1)
-    counts = mask.sum(-1)
-    return (squares[:pairs] + squares[pairs:]) / (counts[:pairs] + counts[pairs:]).clamp(min=1)
+    chosen, rejected = (values * mask).sum(-1).chunk(2)
+    chosen_count, rejected_count = mask.sum(-1).chunk(2)
+    return (chosen + rejected) / (chosen_count + rejected_count).clamp(min=1)
 
 
 def preference_loss(returns: Tensor, penalty: Tensor, beta: float = 0.0, label_smoothing: float = 0.0) -> Tensor:

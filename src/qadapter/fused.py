@@ -29,14 +29,14 @@ ACCELERATOR_CHUNK_ELEMENTS = 2**26
 TILE = 128
 
 
-# (logits, base_logits, targets, scale) -> statistics, probabilities.
-Reduce = Callable[[Tensor, Tensor, Tensor, float], tuple["TokenStatistics", Tensor]]
+# (logits, base_logits, targets, scale, with_kl) -> statistics, probabilities, the KL's derivatives by the logits.
+Reduce = Callable[[Tensor, Tensor, Tensor, float, bool], tuple["TokenStatistics", Tensor, Tensor | None]]
 
 
 class TokenStatistics(NamedTuple):
     """What the loss and its metrics need of each response token; all (N,), in float32 or wider.
 
-    `logits` and `lse` carry gradients to the adapter; the others do not.
+    `logits` and `lse` carry gradients to the adapter, `kl` does where that was asked for; the others do not.
     """
 
     logits: Tensor  # unnormalised policy logit of the token
@@ -61,18 +61,17 @@ def token_statistics(policy_logits: Tensor, base_logits: Tensor, targets: Tensor
     """Statistics of `targets` (N,) from full logits (N, V): the definition, and the oracle of the fused paths."""
     lse, base_lse = policy_logits.logsumexp(-1), base_logits.logsumexp(-1)
     index = targets.unsqueeze(-1)
-    with torch.no_grad():
-        probabilities = (policy_logits - lse.unsqueeze(-1)).exp()
-        policy_mean = (probabilities * policy_logits).sum(-1)
-        base_mean = (probabilities * base_logits).sum(-1)
-        kl = policy_mean - lse - base_mean + base_lse
+    probabilities = (policy_logits - lse.unsqueeze(-1)).exp()
+    policy_mean = (probabilities * policy_logits).sum(-1)
+    base_mean = (probabilities * base_logits.detach()).sum(-1)
+    kl = policy_mean - lse - base_mean + base_lse.detach()
     return TokenStatistics(
         logits=policy_logits.gather(-1, index).squeeze(-1),
         lse=lse,
         base_logits=base_logits.gather(-1, index).squeeze(-1).detach(),
         base_lse=base_lse.detach(),
         kl=kl,
-        entropy=lse.detach() - policy_mean,
+        entropy=(lse - policy_mean).detach(),
     )
 
 
@@ -84,6 +83,7 @@ def single_head_statistics(
     scale: float = 1.0,
     chunk_size: int | None = None,
     compiled: bool = False,
+    kl_gradient: bool = False,
 ) -> TokenStatistics:
     """Equals `token_statistics(scale · mixed @ Wᵀ, scale · base_hidden @ Wᵀ, targets)`, chunk by chunk.
 
@@ -95,45 +95,58 @@ def single_head_statistics(
         scale: factor on the logits (Cohere, Granite).
         chunk_size: tokens at a time; None chooses by the device (`default_chunk_size`).
         compiled: run what follows the matmuls as `compiled_reduce_chunk`.
+        kl_gradient: let `kl` carry a gradient too, for one more matmul a chunk.
     """
     chunk_size = chunk_size or default_chunk_size(weight.shape[0], weight.device)
     reduce = compiled_reduce_chunk() if compiled else reduce_chunk
-    columns = _SingleHead.apply(mixed, base_hidden.detach(), weight, targets, float(scale), chunk_size, reduce)
+    columns = _SingleHead.apply(mixed, base_hidden.detach(), weight, targets, float(scale), chunk_size, reduce,
+                                kl_gradient)  # fmt: skip
     return TokenStatistics(*columns)
 
 
 class _SingleHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed, base_hidden, weight, targets, scale, chunk_size, reduce):  # type: ignore[override]
+    def forward(ctx: Any, mixed, base_hidden, weight, targets, scale, chunk_size, reduce, kl_gradient):  # type: ignore[override]
         wide = torch.promote_types(weight.dtype, torch.float32)
         columns = [mixed.new_empty(mixed.shape[0], dtype=wide) for _ in TokenStatistics._fields]
         expected = mixed.new_empty(mixed.shape, dtype=wide) if ctx.needs_input_grad[0] else None
+        with_kl = kl_gradient and ctx.needs_input_grad[0]
+        kl_directions = mixed.new_empty(mixed.shape, dtype=wide) if with_kl else None
         for start in range(0, mixed.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             logits = F.linear(mixed[rows].to(weight.dtype), weight)  # (n, V)
             base_logits = F.linear(base_hidden[rows].to(weight.dtype), weight)
-            statistics, probabilities = reduce(logits, base_logits, targets[rows], scale)
+            statistics, probabilities, kl_slopes = reduce(logits, base_logits, targets[rows], scale, with_kl)
             for column, values in zip(columns, statistics, strict=True):
                 column[rows] = values
             if expected is not None:
                 expected[rows] = probabilities @ weight * scale  # E_softmax[W], (n, H)
-        ctx.save_for_backward(expected, weight, targets)
+            if kl_directions is not None:
+                kl_directions[rows] = kl_slopes @ weight * scale
+        ctx.save_for_backward(expected, kl_directions, weight, targets)
         ctx.scale, ctx.dtype = scale, mixed.dtype
-        ctx.mark_non_differentiable(*columns[2:])
+        carrying = ("logits", "lse", "kl") if with_kl else ("logits", "lse")
+        fields = zip(TokenStatistics._fields, columns, strict=True)
+        ctx.mark_non_differentiable(*(column for name, column in fields if name not in carrying))
         return tuple(columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):  # type: ignore[override]
-        expected, weight, targets = ctx.saved_tensors
-        grad_logits, grad_lse = grads[:2]
-        grad = grad_logits.unsqueeze(-1) * ctx.scale * weight[targets] + grad_lse.unsqueeze(-1) * expected
-        return grad.to(ctx.dtype), None, None, None, None, None, None
+        expected, kl_directions, weight, targets = ctx.saved_tensors
+        by = TokenStatistics(*grads)
+        grad = by.logits.unsqueeze(-1) * ctx.scale * weight[targets] + by.lse.unsqueeze(-1) * expected
+        if kl_directions is not None:
+            grad += by.kl.unsqueeze(-1) * kl_directions
+        return grad.to(ctx.dtype), None, None, None, None, None, None, None
 
 
-def reduce_chunk(logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float) -> tuple[TokenStatistics, Tensor]:
-    """`token_statistics` of the scaled logits (n, V), and the policy's probabilities in the logits' own dtype.
+def reduce_chunk(
+    logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float, with_kl: bool = False
+) -> tuple[TokenStatistics, Tensor, Tensor | None]:
+    """`token_statistics` of the scaled logits (n, V), and the policy's probabilities p in the logits' own dtype.
 
+    `with_kl` asks for the derivatives of KL(p ‖ b) by the logits too, p · (log p − log b − KL), likewise (n, V).
     Exponentiates each logit once, in three buffers of the chunk's size, and overwrites what it is given.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -154,7 +167,11 @@ def reduce_chunk(logits: Tensor, base_logits: Tensor, targets: Tensor, scale: fl
     base_mean = base_logits.mul_(probabilities).sum(-1)
     kl = policy_mean - lse - base_mean + base_lse
     statistics = TokenStatistics(chosen, lse, base_chosen, base_lse, kl, lse - policy_mean)
-    return statistics, probabilities.to(narrow)
+    slopes = None
+    if with_kl:  # the two logits have been multiplied by p above
+        difference = (policy_mean - base_mean).unsqueeze(-1)
+        slopes = logits.sub_(base_logits).sub_(base_logits.copy_(probabilities).mul_(difference)).to(narrow)
+    return statistics, probabilities.to(narrow), slopes
 
 
 @functools.cache

@@ -16,7 +16,7 @@ class ImpliedRewards(NamedTuple):
     q: Tensor  # Q(s_t, a_t)
     values: Tensor  # V(s_t), of the state before the token
     rewards: Tensor  # Q(s_t, a_t) − γ V(s_{t+1}), zero outside the mask
-    returns: Tensor  # Σ_t rewards, divided by the response's own length if the settings say so
+    returns: Tensor  # Σ_t rewards − V(s_0), divided by the response's own length if the settings say so
 
 
 def implied(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -> ImpliedRewards:
@@ -24,14 +24,17 @@ def implied(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -
     q = functional.q_values(statistics.logits, statistics.base_logits, config.alpha_tilde, config.alpha_0)
     values = functional.soft_values(statistics.lse, statistics.base_lse, config.alpha_tilde, config.alpha_0)
     rewards = functional.implied_rewards(q, values, mask, config.gamma)
-    returns = functional.response_returns(rewards, mask, config.length_normalised)
+    returns = functional.response_returns(rewards, values, mask, config.length_normalised)
     return ImpliedRewards(q * mask, values * mask, rewards, returns)
 
 
 def pair_losses(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each pair (P,), and detached quantities for the metrics: per row (B,), pair (P,) or token (B, T)."""
     _, values, rewards, returns = implied(statistics, mask, config)
-    penalty = functional.reward_penalty(rewards, mask)
+    if config.penalty == "kl":
+        penalty = functional.pair_means(statistics.kl, mask)
+    else:
+        penalty = functional.reward_penalty(rewards, mask)
     losses = functional.preference_loss(returns, penalty, config.beta, config.label_smoothing)
     with torch.no_grad():
         quantities = {
@@ -39,7 +42,7 @@ def pair_losses(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfi
             "logps": (statistics.logps * mask).sum(-1),
             "penalty": penalty.detach(),
             "values": values.detach(),
-            "kl": statistics.kl,
+            "kl": statistics.kl.detach(),
             "entropy": statistics.entropy,
         }
     return losses, quantities

@@ -127,8 +127,10 @@ def test_kto_is_trls(base, policy, tmp_path):
     same(ours(objectives.kto(0.3), policy, batch), expected)
 
 
-def test_the_package_objective_is_the_default_of_ours(policy, batch):
-    policy.configs["default"] = config = QAdapterConfig(alpha_tilde=0.5, alpha_0=0.2, beta=3.0, gamma=0.9)
+@pytest.mark.parametrize("penalty", ["reward", "kl"])
+def test_the_package_objective_is_the_default_of_ours(policy, batch, penalty):
+    config = QAdapterConfig(alpha_tilde=0.5, alpha_0=0.2, beta=3.0, gamma=0.9, penalty=penalty)
+    policy.configs["default"] = config
     statistics = policy.token_statistics(**batch)
     mask = objectives.response_mask(batch)
     expected, _ = pair_losses(statistics, mask, config)
@@ -174,6 +176,7 @@ def test_replay_weighs_the_bases_own_answers(policy, batch):
 
 def test_the_kl_penalty_and_its_gradient_are_those_of_full_logits(base, policy, batch):
     half = objectives.chosen_rows(batch)
+    policy.configs["default"] = QAdapterConfig(penalty="kl")
     loss = objectives.supervised_with_kl(0.5)(policy, policy, batch).mean()
     loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in policy.adapter_parameters().items()}
@@ -189,6 +192,15 @@ def test_the_kl_penalty_and_its_gradient_are_those_of_full_logits(base, policy, 
     expected.backward()
     for name, parameter in policy.adapter_parameters().items():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 3.0])
+def test_length_normalised_dpo_is_the_package_objective_without_a_penalty(policy, batch, alpha):
+    config = QAdapterConfig(alpha_tilde=alpha, alpha_0=alpha, beta=0.0, length_normalised=True)
+    policy.configs["default"] = config
+    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    found = losses.dpo(statistics, mask, alpha, length_normalised=True)
+    torch.testing.assert_close(found, losses.qadapter(statistics, mask, config), rtol=1e-5, atol=1e-5)
 
 
 def test_label_smoothing_of_dpo_mixes_both_labels():

@@ -18,11 +18,12 @@ ROUNDED = ["llama", "mistral", "gemma2"]
 SETTINGS = [
     QAdapterConfig(alpha_tilde=0.5, alpha_0=0.2, beta=0.7, gamma=0.9),
     QAdapterConfig("logits", alpha_tilde=1.0, alpha_0=0.01, beta=0.1, length_normalised=True, label_smoothing=0.1),
+    QAdapterConfig(alpha_tilde=3.0, alpha_0=2.0, beta=0.3, penalty="kl", length_normalised=True),
 ]
 PAIRS = token_pairs(5)
 
 architectures = pytest.mark.parametrize("architecture", [*EXACT, *ROUNDED])
-settings = pytest.mark.parametrize("config", SETTINGS, ids=lambda config: config.parametrisation)
+settings = pytest.mark.parametrize("config", SETTINGS, ids=lambda config: f"{config.parametrisation} {config.penalty}")
 
 
 def tolerance(architecture):
@@ -118,8 +119,10 @@ def test_activation_checkpointing_gives_the_same_gradients_for_other_adapters(ki
     assert_same(losses_and_gradients(policy), expected, "llama")
 
 
-def test_gradient_is_that_of_finite_differences():
-    policy = policy_of("gpt2", SETTINGS[0])
+@pytest.mark.parametrize("architecture", ["gpt2", "phi"])  # one head, two heads
+@settings
+def test_gradient_is_that_of_finite_differences(architecture, config):
+    policy = policy_of(architecture, config)
     _, gradients = losses_and_gradients(policy)
     generator = torch.Generator().manual_seed(0)
     step = 1e-6
@@ -130,7 +133,7 @@ def test_gradient_is_that_of_finite_differences():
             for sign in (1, -1):
                 parameter += sign * step * direction
                 batch = PreferenceCollator(pad_token_id=0)(PAIRS)
-                losses, _ = pair_losses(policy(**batch), batch["completion_mask"][:, 1:], SETTINGS[0])
+                losses, _ = pair_losses(policy(**batch), batch["completion_mask"][:, 1:], config)
                 sides.append(losses.mean())
                 parameter -= sign * step * direction
             slope = (sides[0] - sides[1]) / (2 * step)

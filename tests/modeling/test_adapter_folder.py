@@ -29,7 +29,7 @@ from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling import checkpoint, loading
 from qadapter.modeling.checkpoint import file_digest
-from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
 
 BATCH = padded(token_ids(7, 4, 3))
 REAL = BATCH["attention_mask"].bool()
@@ -547,3 +547,16 @@ def test_two_adapters_are_saved_and_loaded_together(tmp_path):
     change_json(tmp_path / MANIFEST_NAME, "adapters", "second", "alpha_0", value=0.1)
     with pytest.raises(AdapterFormatError, match="the adapter 'second' gives other log-probabilities"):
         load(tmp_path, base_model=tiny_base())
+
+
+def test_a_folder_from_before_the_choice_of_penalty_means_that_of_rewards(folder):
+    content = json.loads((folder / MANIFEST_NAME).read_text())
+    del content["adapters"]["default"]["penalty"]
+    (folder / MANIFEST_NAME).write_text(json.dumps(content))
+    assert load(folder).configs["default"].penalty == "reward"
+
+
+def test_the_penalty_travels_with_the_folder(tmp_path):
+    policy = tiny_policy(config=QAdapterConfig(penalty="kl", beta=0.3))
+    policy.save_pretrained(tmp_path, tokenizer=tiny_tokenizer())
+    assert read_manifest(tmp_path).configs["default"]["penalty"] == "kl"

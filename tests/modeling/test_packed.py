@@ -1,5 +1,7 @@
 """Packed rows: a pair's prompt runs once, and loss and gradients are those of padded rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,18 +26,20 @@ def long_pairs(count=5):
 
 def padded_loss(policy, pairs):
     batch = PreferenceCollator(pad_token_id=0)(pairs)
-    return pair_losses(policy(**batch), batch["completion_mask"][:, 1:], APART)[0]
+    return pair_losses(policy(**batch), batch["completion_mask"][:, 1:], policy.configs["default"])[0]
 
 
 def packed_loss(policy, pairs):
     assert enable_packing(policy.base)
     batch = PackedCollator()(pairs)
-    return pair_losses(policy(**batch), batch["completion_mask"], APART)[0]
+    return pair_losses(policy(**batch), batch["completion_mask"], policy.configs["default"])[0]
 
 
-@pytest.mark.parametrize("architecture", PACKING)
-def test_loss_and_every_gradient_equal_those_of_padded_rows(architecture):
-    policy = tiny_policy(tiny_base(architecture, dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("architecture", "penalty"), [*((name, "reward") for name in PACKING), ("llama", "kl"), ("phi", "kl")]
+)
+def test_loss_and_every_gradient_equal_those_of_padded_rows(architecture, penalty):
+    policy = tiny_policy(tiny_base(architecture, dtype=torch.float64), replace(APART, penalty=penalty))
     expected = padded_loss(policy, long_pairs())
     expected.mean().backward()
     gradients = {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}

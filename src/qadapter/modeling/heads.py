@@ -95,12 +95,15 @@ class Head:
         targets: Tensor,
         plan: StreamPlan,
         chunk_size: int | None = None,
+        kl_gradient: bool = False,
     ) -> TokenStatistics:
         """Per-token statistics (N,) of the trained policy, from hidden states (N, H) of both streams."""
         weight = self.linear.weight
         if self.shared:
             mixed = mix_streams([adapter_hidden, base_hidden], coefficients)
-            return single_head_statistics(mixed, base_hidden, weight, targets, self.scale, chunk_size, self.compiled)
+            return single_head_statistics(
+                mixed, base_hidden, weight, targets, self.scale, chunk_size, self.compiled, kl_gradient
+            )
 
         def logits_of(stream: Stream, rows: Tensor) -> Tensor:
             with plan.running(stream):

@@ -159,6 +159,7 @@ class TrainingPasses:
             self.trained_coefficients()[adapter],
             targets,
             self.plan,
+            kl_gradient=self.configs[adapter].penalty == "kl",
         )
         return TokenStatistics(*(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
 
@@ -166,8 +167,8 @@ class TrainingPasses:
     def score(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> ImpliedRewards:
         """What the adapter says of given responses: Q, value and reward of each token (B, T-1), and returns (B,).
 
-        The returns rank responses to the same prompt (best-of-n, data filtering); between prompts they differ by
-        V(s_0), which no pair has trained. Arguments as of `token_statistics`.
+        The returns rank responses to the same prompt (best-of-n, data filtering); how prompts compare, no pair has
+        trained. Arguments as of `token_statistics`.
 
         Raises:
             ConfigError: a composition of several adapters, for which no Q is defined.
