@@ -415,3 +415,33 @@ def test_a_decoding_step_compiles_to_one_graph_with_a_static_cache(policy, stren
         texts.append(torch.cat(written, dim=1))
     torch.compiler.reset()
     assert torch.equal(*texts)
+
+
+def test_the_models_own_callable_strength_is_asked_where_a_call_gives_none(policy):
+    expected = [logits(policy, strength=0.3), policy.generate(IDS, max_new_tokens=4, do_sample=False, strength=0.3)]
+    before, policy.strength = policy.strength, lambda state: 0.3
+    try:
+        assert torch.equal(logits(policy), expected[0])
+        assert torch.equal(policy.generate(IDS, max_new_tokens=4, do_sample=False), expected[1])
+    finally:
+        policy.strength = before
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_kl": torch.ones(2)}, r"max_kl has the shape \(2,\): give one number, or one a row, \(3,\)"),
+        ({"adapter_weights": {"default": torch.ones(2)}}, r"adapter_weights\['default'\] has the shape \(2,\)"),
+        ({"adapter_weights": torch.ones(2, 1)}, r"adapter_weights has the shape \(2, 1\)"),
+        ({"output_hidden_states": True}, "output_hidden_states: .* Ask model.base"),
+        ({"output_attentions": True}, "output_attentions: .* Ask model.base"),
+    ],
+)
+def test_what_forward_cannot_give_is_refused(policy, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        policy(input_ids=IDS, **settings)
+
+
+def test_a_tuple_is_given_where_no_dict_is_wanted(policy):
+    with torch.no_grad():
+        assert torch.equal(policy(input_ids=IDS, return_dict=False)[0], logits(policy))

@@ -394,7 +394,7 @@ def test_strength_a_row_with_nan_is_refused(policy):
 
 @pytest.mark.parametrize("shape", [(2,), (3, 1)])
 def test_strength_of_another_shape_than_the_rows_is_refused(policy, shape):
-    with pytest.raises(ConfigError, match=r"strength has the shape .*: give one number, or one a row \(3\)"):
+    with pytest.raises(ConfigError, match=r"strength has the shape .*: give one number, or one a row, \(3,\)"):
         generated(policy, strength=torch.ones(shape))
 
 

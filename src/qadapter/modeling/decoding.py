@@ -117,7 +117,7 @@ class PolicyGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As GenerationMixin's, with a strength callable asked for this step's value."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        inputs["strength"] = evaluated(strength, StepState(input_ids, prompt_length))
+        inputs["strength"] = None if strength is None else evaluated(strength, StepState(input_ids, prompt_length))
         return inputs
 
     def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:

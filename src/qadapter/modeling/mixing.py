@@ -44,6 +44,16 @@ def checked_number(value: Any, name: str) -> float:
     return float(value)
 
 
+def check_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> None:
+    """Refuse a tensor of several numbers that has none of the shapes, of which the first is one number a row.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1 and tuple(value.shape) not in shapes:
+        raise ConfigError(f"{name} has the shape {tuple(value.shape)}: give one number, or one a row, {shapes[0]}.")
+
+
 def checked_weights(
     weights: Mapping[str, float | Tensor] | None, defaults: Mapping[str, float]
 ) -> dict[str, float | Tensor]:
@@ -91,7 +101,7 @@ def finite(value: Tensor, name: str) -> Tensor:
     return value
 
 
-def evaluated(strength: Strength | None, state: StepState) -> float | Tensor | None:
+def evaluated(strength: Strength, state: StepState) -> float | Tensor:
     """A callable's strength as a tensor (B,), so that the set of streams is the same at every token."""
     if not callable(strength):
         return strength

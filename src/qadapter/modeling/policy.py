@@ -25,6 +25,7 @@ from qadapter.modeling.mixing import (
     StepState,
     Strength,
     capped_logits,
+    check_shape,
     checked_cap,
     evaluated,
     kept_columns,
@@ -205,20 +206,34 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
                 goes through the module's forward so that distributed wrappers see one call a step).
             gather_indices: with it, and what else `PackedCollator` makes, the result is `packed_statistics`.
             kwargs: of the decoder; for training statistics `base_states` and `trunk_states` (`qadapter.base_states`).
+
+        Raises:
+            ConfigError: a setting of the dial that is not finite or has another number of rows; `output_hidden_states`
+                or `output_attentions`.
         """
         if gather_indices is not None:
             packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
             return self.packed_statistics(input_ids, completion_mask=completion_mask, **packed)  # type: ignore[arg-type]
         if completion_mask is not None:
             return self.token_statistics(input_ids, attention_mask, completion_mask, **kwargs)  # type: ignore[arg-type]
+        for option in ("output_hidden_states", "output_attentions"):
+            if kwargs.pop(option, None):
+                raise ConfigError(
+                    f"{option}: the policy has no states of its own, but those of several streams. Ask model.base."
+                )
+        return_dict = kwargs.pop("return_dict", None)
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
         rows, tokens = shape_of(batch)
-        used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
-        used = self.strength if used is None else used
-        if isinstance(used, Tensor) and used.numel() != 1 and used.shape not in ((rows,), (rows, tokens)):
-            raise ConfigError(f"strength has the shape {tuple(used.shape)}: give one number, or one a row ({rows}).")
+        used = evaluated(self.strength if strength is None else strength, StepState(input_ids, 0))  # type: ignore[arg-type]
+        check_shape("strength", used, (rows,), (rows, tokens))
+        if isinstance(adapter_weights, Tensor):
+            check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))
+        else:
+            for name, weight in (adapter_weights or {}).items():
+                check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
         max_kl = self.max_kl if max_kl is None else max_kl
+        check_shape("max_kl", max_kl, (rows,))
         cap = checked_cap(max_kl, self.device, read=not isinstance(max_kl, Tensor))
         coefficients = self.stream_coefficients(used, adapter_weights)
         streams = list(coefficients) if cap is None else list(dict.fromkeys([*coefficients, None]))
@@ -236,7 +251,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""
