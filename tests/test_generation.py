@@ -88,6 +88,7 @@ def test_an_empty_prompt_is_refused(plain_tokenizer):
         ({"temperature": float("nan")}, r"temperature = nan: must lie in \[0, 100\)"),
         ({"top_p": 0.0}, r"top_p = 0.0: must lie in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p = 1.5: must lie in \(0, 1\]"),
+        ({"seed": 2**64}, r"seed = 18446744073709551616: must fit into 64 bits"),
     ],
 )
 def test_impossible_sampling_is_refused(settings, match):

@@ -38,6 +38,8 @@ class Sampling:
             raise ConfigError(f"temperature = {self.temperature}: must lie in [0, 100).")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: must lie in (0, 1].")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed = {self.seed}: must fit into 64 bits.")
 
     def to_kwargs(self) -> dict[str, Any]:
         """Arguments of `generate`."""

@@ -64,6 +64,11 @@ def test_a_line_separator_inside_a_json_prompt_is_part_of_it(adapter, tmp_path):
     assert json.loads(succeeded(outcome))["prompt"] == "one\u2028two"
 
 
+def test_a_batch_of_no_prompts_is_refused_for_one_prompt_too(adapter):
+    outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--batch-size", 0)
+    assert_refused(outcome, "--batch-size 0: must be at least 1")
+
+
 def test_sampling_repeats_with_its_seed(adapter):
     options = ("--prompt", PROMPT, "--temperature", 2, *SHORT)
     first, again, other = (succeeded(qadapter("generate", adapter, *options, "--seed", s)) for s in (5, 5, 6))

@@ -425,3 +425,14 @@ def test_callable_strength_needs_ids_in_forward(policy):
     embeddings = policy.get_input_embeddings()(torch.tensor(PROMPTS[:1]))
     with pytest.raises(ConfigError, match="a callable strength reads the text so far: give input_ids"):
         policy(inputs_embeds=embeddings, strength=lambda state: 0.5)
+
+
+def test_continuous_batching_of_transformers_is_refused_not_answered_with_nothing(policy):
+    with pytest.raises(ConfigError, match="cannot run a policy of several streams: use generate"):
+        policy.generate_batch(PROMPTS)
+
+
+@pytest.mark.parametrize("strength", [1e300, -2e4])
+def test_a_strength_that_no_logits_survive_is_refused(policy, strength):
+    with pytest.raises(ConfigError, match="strength = .*: must lie within ±10000"):
+        generated(policy, strength=strength)

@@ -29,6 +29,8 @@ def run(arguments: list[str]) -> int:
     add_sampling_options(parser)
     options = parser.parse_args(arguments)
     sampling = sampling_of(options)
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1.")
     prompts = prompts_of(options)
     with quiet_libraries():
         model, tokenizer = load_policy(options)

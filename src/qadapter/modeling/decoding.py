@@ -94,6 +94,17 @@ class PolicyGenerationMixin(GenerationMixin):
             output["strengths"] = torch.stack(record, dim=1)
         return output
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching feeds one stream, and would answer nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "transformers' continuous batching (generate_batch) cannot run a policy of several streams: "
+            "use generate, `qadapter serve`, or vLLM (docs/serving.md)."
+        )
+
     @contextmanager
     def defaults(self: Any, strength: Any, adapter_weights: Any, max_kl: Any) -> Iterator[None]:
         """Within the context, these settings are the model's own."""

@@ -14,6 +14,7 @@ from qadapter.errors import ConfigError
 from qadapter.functional import kl_divergence
 
 BISECTIONS = 30
+MAX_DIAL = 1e4  # beyond it float32 keeps less than 0.01 of a mixed logit
 PROMPT_END = 16  # tokens; more than any tag and the blanks after it
 
 
@@ -38,10 +39,13 @@ AdapterWeights = Mapping[str, float | Tensor] | Tensor
 
 
 def checked_number(value: Any, name: str) -> float:
-    """`value` as a float, refused if it is no finite number."""
+    """`value` as a float, refused if it is no finite number or larger than any dial."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):  # numpy's are Real, too
         raise ConfigError(f"{name} = {value!r}: must be a finite number (0 is the base, 1 the policy).")
-    return float(value)
+    number = float(value)
+    if abs(number) > MAX_DIAL:
+        raise ConfigError(f"{name} = {value!r}: must lie within ±{MAX_DIAL:g} (0 is the base, 1 the policy).")
+    return number
 
 
 def check_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> None:
