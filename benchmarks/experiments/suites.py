@@ -14,6 +14,7 @@ from benchmarks.experiments.named_settings import capitals, dsp, hh, terse
 from benchmarks.experiments.settings import DOMAINS, Measuring, Setting, Training
 from qadapter.errors import ConfigError
 
+KL_PENALTY: dict[str, Any] = {"penalty": "kl", "alpha": 3.0, "length_normalised": True}  # the preset "kl"
 # Ablations: name -> the variants that are compared, as options of the method that stands before the colon.
 ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "alpha": [("qadapter", {"alpha": alpha}) for alpha in (0.03, 0.1, 0.3, 1.0)],
@@ -30,6 +31,11 @@ ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qadapter", {"penalty": kind, "beta": beta})
         for kind in ("reward", "residual", "advantage")
         for beta in (3.0, 10.0, 30.0)
+    ],
+    "kl": [
+        ("qadapter", {**KL_PENALTY, "alpha": alpha, "length_normalised": normalised, "beta": beta})
+        for alpha, normalised in ((0.1, False), (1.0, True), (3.0, True))
+        for beta in (0.3, 1.0, 3.0)
     ],
     "length": [
         ("qadapter", {"length_normalised": normalised, "beta": beta})
@@ -181,9 +187,6 @@ def ablations_small() -> Suite:
     """Each ablation on one domain, small."""
     settings = (cpu_settings()["dsp-entertainment"],)
     return Suite(settings, {}, (0, 1), "What each part of the objective does, on few short pairs.", tuple(ABLATIONS))
-
-
-KL_PENALTY: dict[str, Any] = {"penalty": "kl", "alpha": 3.0, "length_normalised": True}
 
 
 def kl_small() -> Suite:

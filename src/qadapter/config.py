@@ -10,6 +10,8 @@ from qadapter.errors import ConfigError
 PRESETS: dict[str, dict[str, Any]] = {
     # The package's defaults: the residual form, started exactly at the base.
     "default": {},
+    # Returns a token and the KL from the base as the penalty (docs/results.md, suite kl-small).
+    "kl": {"alpha_tilde": 3.0, "alpha_0": 3.0, "beta": 1.0, "penalty": "kl", "length_normalised": True},
     # The numbers of the paper and its released scripts, in their parametrisation. The released loss itself differs
     # further (method.md lists how); it lives in the tests and benchmarks as a named baseline.
     "authors": {
@@ -83,7 +85,7 @@ class QAdapterConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "QAdapterConfig":
-        """The settings of a named preset ("default", "authors"), with `overrides` on top."""
+        """The settings of a named preset ("default", "kl", "authors"), with `overrides` on top."""
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
