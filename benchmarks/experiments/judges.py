@@ -1,6 +1,8 @@
 """Judges that work offline: how far an answer has the wanted style, 0 to 1, learned from prompts of their own."""
 
+import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -72,6 +74,35 @@ class RuleJudge:
     def scores(self, prompts: Sequence[Any], answers: Sequence[Answer]) -> list[float]:
         """0 or 1 an answer."""
         return [float(self.satisfied(answer)) for answer in answers]
+
+
+class RightAnswerJudge:
+    """1 where an answer of at most so many words holds the right one: a short one that says nothing is worth nothing.
+
+    Args:
+        pairs: all of the setting's, whose chosen answers are the right ones.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], words: int) -> None:
+        self.words = words
+        self.name = f"right in at most {words} words"
+        self.right = {json.dumps(pair["prompt"]): _plain_words(text_of(pair["chosen"])) for pair in pairs}
+
+    def scores(self, prompts: Sequence[Any], answers: Sequence[Answer]) -> list[float]:
+        """0 or 1 an answer."""
+        return [float(self._right(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _right(self, prompt: Any, answer: Answer) -> bool:
+        said, right = _plain_words(answer.text), self.right[json.dumps(prompt)]
+        places = range(len(said) - len(right) + 1)
+        return len(answer.text.split()) <= self.words and any(
+            said[place : place + len(right)] == right for place in places
+        )
+
+
+def _plain_words(text: str) -> list[str]:
+    """Words in small letters, without punctuation and a plural's s."""
+    return [word.removesuffix("s") for word in re.findall(r"\w+", text.lower())]
 
 
 def held_out_accuracy(judge: Judge, pairs: Sequence[Pair]) -> float:

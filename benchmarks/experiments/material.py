@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from benchmarks.experiments.answers import cached_answers, sample_answers
-from benchmarks.experiments.judges import Judge, RewardJudge, RuleJudge, StyleJudge
+from benchmarks.experiments.judges import Judge, RewardJudge, RightAnswerJudge, RuleJudge, StyleJudge
 from benchmarks.experiments.likelihood import load_items, own_tasks
 from benchmarks.experiments.measure import Material, pair_texts, prompt_groups
 from benchmarks.experiments.methods import Context
-from benchmarks.experiments.pools import fitting, load_pools, read_lines
+from benchmarks.experiments.pools import fitting, load_pairs, load_pools, read_lines
 from benchmarks.experiments.reward_model import kept_reward_model, train_reward_model
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError, DataError
@@ -107,6 +107,9 @@ def make_judge(context: Context) -> Judge:
         return StyleJudge(pairs, words=max(8, round(0.75 * setting.measuring.max_new_tokens)))
     if setting.judge.startswith("rule:"):
         return RuleJudge(setting.judge.removeprefix("rule:"))
+    if setting.judge.startswith("right:"):
+        everything = load_pairs(setting.pairs, Path(), context.cache)
+        return RightAnswerJudge(everything, int(setting.judge.removeprefix("right:")))
     if setting.judge == "reward":
         _, ids = fitting(pairs, context.tokenizer, setting.max_length, None)
         training = replace(setting.training, **JUDGE_TRAINING)
@@ -118,7 +121,7 @@ def make_judge(context: Context) -> Judge:
             lambda: train_reward_model(context.base, ids, training, setting.dtype, 0, device),
         )  # fmt: skip
         return RewardJudge(model, context.tokenizer, len(ids))
-    raise ConfigError(f"judge {setting.judge!r}: choose style, reward or rule:NAME.")
+    raise ConfigError(f"judge {setting.judge!r}: choose style, reward, right:WORDS or rule:NAME.")
 
 
 def sample_rows(prompts: Sequence[Any], samples: dict[str, Any]) -> list[dict[str, Any]]:

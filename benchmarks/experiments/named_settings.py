@@ -35,7 +35,7 @@ def terse(**changes: Any) -> Setting:
     setting = Setting(
         "terse",
         "terse",
-        judge="rule:max-words=4",
+        judge="right:4",
         training=Training(epochs=3.0, lora_r=64, learning_rate=5e-4),
         # Not SciQ, whose questions are trained on.
         measuring=Measuring(texts=("prose", "gsm8k", "lambada"), tasks=("arc_easy", "piqa", "lambada")),

@@ -62,7 +62,7 @@ class Setting:
         prepared: preference data to which the base is tuned first, by DPO, and merged; "" for none.
         retained: preference data whose held-out pairs the policy should not forget.
         judge: "style" (a classifier fitted on prompts of its own), "reward" (a reward model trained on them), or a
-            rule such as "rule:max-words=5".
+            rule such as "rule:max-words=5", or "right:5", which wants the right answer in at most five words.
         train_pairs, eval_pairs: at most so many, after leaving out pairs above `max_length` tokens; None for all.
     """
 

@@ -195,12 +195,18 @@ def kl_small() -> Suite:
         CPU_MEASURING, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), sampled_prompts=48,
         max_new_tokens=48, texts=(),
     )  # fmt: skip
-    names = ("dsp-entertainment", "dsp-academy", "polite", "terse")
+    names = ("dsp-entertainment", "dsp-academy", "polite")
     settings = tuple(
-        replace(setting, measuring=replace(measuring, texts=setting.measuring.texts), train_pairs=128, eval_pairs=120)
-        for setting in map(cpu_settings().get, names)
-        if setting is not None
-    )
+        replace(
+            setting, train_pairs=128, eval_pairs=120,
+            measuring=replace(measuring, texts=setting.measuring.texts, sampled_strengths=sampled),
+        )
+        for setting, sampled in (
+            *((cpu_settings()[name], CPU_MEASURING.sampled_strengths) for name in names),
+            # Here methods differ tenfold in how far a strength goes.
+            (cpu_settings()["terse"], (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)),
+        )
+    )  # fmt: skip
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [{"beta": 10.0}, *({**KL_PENALTY, "beta": beta} for beta in (1.0, 0.3))],
         "dpo": [{"beta": 0.1}, {"beta": 0.3}, {"beta": 3.0, "length_normalised": True}],

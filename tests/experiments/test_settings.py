@@ -9,7 +9,7 @@ import pytest
 from benchmarks.experiments import own_pairs
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.cells import Cell, Store
-from benchmarks.experiments.judges import StyleJudge, equal_length_wins, held_out_accuracy, repetition
+from benchmarks.experiments.judges import RightAnswerJudge, StyleJudge, equal_length_wins, held_out_accuracy, repetition
 from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
@@ -72,7 +72,7 @@ def test_terse_pairs_are_made_from_the_bases_own_answers(data, tmp_path):
     measuring = replace(SMOKE.measuring, texts=("gsm8k",))
     small = SMALL | {"training": replace(SMALL["training"], epochs=1.0)}
     result, store = run(terse(**small, measuring=measuring), data, tmp_path)
-    assert result["judge"]["name"] == "rule max-words=4"
+    assert result["judge"]["name"] == "right in at most 4 words"
     assert len(result["points"][0]["texts"]["gsm8k"]["loss_change"]) == 3
     (made,) = store.work.rglob("terse.jsonl")
     rows = [json.loads(line) for line in made.read_text().splitlines()]
@@ -136,6 +136,28 @@ def test_pairs_come_in_rounds_whatever_their_order():
     assert order == in_rounds(pairs[::-1])
     assert {pair["prompt"] for pair in order[:3]} == {"a", "b", "c"}
     assert order[-1]["prompt"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Mitochondria.", 1.0),
+        ("The mitochondrion? No: mitochondria", 1.0),
+        ("It is the mitochondria of the cell", 0.0),
+        ("chloroplasts", 0.0),
+        ("HETATM", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_short_answer_counts_where_it_is_right(text, score):
+    def said(words):
+        return [{"role": "assistant", "content": words}]
+
+    prompt = [{"role": "user", "content": "What powers a cell?"}]
+    pairs = [{"prompt": prompt, "chosen": said("mitochondria"), "rejected": said("A cell is powered by many things.")}]
+    judge = RightAnswerJudge(pairs, 4)
+    assert judge.scores([prompt], [Answer(text, True)]) == [score]
+    assert held_out_accuracy(judge, pairs) == 1.0
 
 
 def test_the_style_judge_tells_styles_apart_at_equal_length():
