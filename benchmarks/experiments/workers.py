@@ -8,12 +8,15 @@ there the others take cells of other settings. A process prefers settings whose 
 import multiprocessing
 import os
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,14 +118,12 @@ def run_in_workers(
             context.Process(target=work, args=(number, board, todo, make_runner, threads), daemon=True)
             for number in range(min(workers, len(todo)))
         ]
-        for process in started:
-            process.start()
-        while sum(process.is_alive() for process in started) and (deadline is None or time.monotonic() < deadline):
-            time.sleep(POLL_SECONDS)
-        late = [process for process in started if process.is_alive()]
-        for process in late:
-            process.kill()
-            process.join()
+        with ended_with_this_process(started):
+            for process in started:
+                process.start()
+            while any(process.is_alive() for process in started) and (deadline is None or time.monotonic() < deadline):
+                time.sleep(POLL_SECONDS)
+            late = [process for process in started if process.is_alive()]
         done, failed = (len(list(board.folder.glob(f"{word}-*"))) for word in ("done", "failed"))
         died = sum(process.exitcode != 0 for process in started if process not in late)
     runner.say(
@@ -133,13 +134,32 @@ def run_in_workers(
     return failed + died
 
 
+@contextmanager
+def ended_with_this_process(processes: Sequence[Any]) -> Iterator[None]:
+    """On leaving, also by SIGTERM, none of the processes is left (SIGKILL they notice themselves, between cells)."""
+
+    def leave(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        signal.signal(signal.SIGTERM, before)
+
+
 def work(number: int, board: Board, cells: Sequence[Cell], make_runner: Any, threads: int | None) -> None:
     """What one process does: take a cell, run it, tell; a cell that fails is told of and left."""
     runner = make_runner()
     runner.say = lambda line: print(f"{number:>2} {line}", flush=True)
     quiet()
     set_up(threads or 1)
-    while True:
+    parent = multiprocessing.parent_process()
+    while parent is None or parent.is_alive():
         cell = next_cell(board, cells, runner)
         if cell is None:
             return

@@ -1,6 +1,8 @@
 """Several processes on one suite: every cell once, the same numbers as one process, nothing after the deadline."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,3 +123,23 @@ def test_no_cell_starts_that_would_end_after_the_deadline(tmp_path):
     board.mark("prepared-" + Cell(cells[0].setting, "setting", (), 0).key)
     assert next_cell(board, cells, Knowing()) == cells[1]
     assert next_cell(board, cells, Knowing()) is None
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.experiments", *arguments(tmp_path, "--workers", "2")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (taken := list(tmp_path.glob("work/board-*/taken-*"))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        workers = {int(path.read_text()) for path in taken if path.read_text()}
+        assert workers
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    assert not list((tmp_path / "work").glob("board-*"))
