@@ -66,7 +66,7 @@ def test_a_line_separator_inside_a_json_prompt_is_part_of_it(adapter, tmp_path):
 
 def test_a_batch_of_no_prompts_is_refused_for_one_prompt_too(adapter):
     outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--batch-size", 0)
-    assert_refused(outcome, "--batch-size 0: must be at least 1")
+    assert_refused(outcome, "batch_size = 0: must be at least 1")
 
 
 def test_sampling_repeats_with_its_seed(adapter):

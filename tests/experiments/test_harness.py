@@ -145,7 +145,7 @@ def test_a_key_changes_with_the_setting_and_not_with_the_order_of_options():
     [
         ("dsp-small", "dsp-entertainment", "qadapter", {"beta": 10.0}, "fc048575c5e0"),
         ("cpu", "hh-harmless", "dpo", {"beta": 0.1}, "9a6524c9b1bf"),
-        ("cpu", "terse", "sft", {}, "cbddf99604dd"),
+        ("cpu", "terse", "sft", {}, "f65c1de29703"),
     ],
 )
 def test_a_finished_cell_keeps_its_key(suite, setting, method, options, key):

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     sampling = sampling_of(options)
     if options.batch_size < 1:
-        raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1.")
+        raise ConfigError(f"batch_size = {options.batch_size}: must be at least 1.")
     prompts = prompts_of(options)
     with quiet_libraries():
         model, tokenizer = load_policy(options)
