@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ VARIANTS = (
     "two naive passes",
 )  # fmt: skip
 
-HELD: list[object] = []  # contexts that last as long as the benchmark
+HELD = ExitStack()  # contexts that last as long as the benchmark: one that nothing holds ends at once
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 Maker = Callable[[], Step]
@@ -117,9 +117,7 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
 
     def folded() -> Step:
         made = QAdapterForCausalLM.from_base(copy.deepcopy(model), QAdapterConfig(), lora())
-        context = made.merged()  # a context that nothing holds ends at once
-        context.__enter__()
-        HELD.append(context)
+        HELD.enter_context(made.merged())
         return of(made, 1.0)
 
     def plain() -> Step:

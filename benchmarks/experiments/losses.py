@@ -84,12 +84,15 @@ def qadapter(
         rewards = (q - config.gamma * values) * mask
     returns = functional.response_returns(rewards, values, mask, config.length_normalised)
     returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)
-    if (penalty or config.penalty) == "kl":
-        penalties = functional.pair_means(statistics.kl, mask)
-    else:
-        kinds = {"reward": rewards, "residual": q, "advantage": (q - values) * mask}
-        penalties = functional.reward_penalty(kinds[penalty or config.penalty], mask)
-    return functional.preference_loss(returns, penalties, config.beta, config.label_smoothing)
+    penalised = {
+        "kl": statistics.kl,
+        "reward": rewards.square(),
+        "residual": q.square(),
+        "advantage": ((q - values) * mask).square(),
+    }[penalty or config.penalty]
+    return functional.preference_loss(
+        returns, functional.pair_means(penalised, mask), config.beta, config.label_smoothing
+    )
 
 
 def authors(statistics: TokenStatistics, scored: Tensor, config: QAdapterConfig) -> Tensor:

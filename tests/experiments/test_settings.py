@@ -13,8 +13,9 @@ from benchmarks.experiments.judges import RightAnswerJudge, StyleJudge, equal_le
 from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
-from benchmarks.experiments.suites import capitals, fast_dtype, hh, make_suite, terse
+from benchmarks.experiments.suites import KL_PENALTY, capitals, fast_dtype, hh, make_suite, terse
 from benchmarks.experiments.tiny import write_tiny_base
+from qadapter.config import PRESETS
 from qadapter.errors import ConfigError, DataError
 from qadapter.generation import Answer
 from qadapter.modeling.bases import load_tokenizer
@@ -192,3 +193,10 @@ def test_stored_samples_can_be_judged_later(tmp_path):
     judged = json.loads((store.results / "judged" / store.path(cell).name).read_text())
     assert set(judged["win_rates"]) == {"strength=1", "scale=0.5"}
     assert main(command) == 1  # nothing is left to judge
+
+
+def test_the_kl_penalty_of_the_suites_is_the_preset():
+    alpha = KL_PENALTY["alpha"]
+    expected = {"alpha_tilde": alpha, "alpha_0": alpha, "penalty": "kl", "length_normalised": True, "beta": 1.0}
+    assert PRESETS["kl"] == expected
+    assert {name: KL_PENALTY[name] for name in KL_PENALTY if name != "alpha"}.items() <= expected.items()

@@ -8,7 +8,7 @@ from qadapter.errors import ConfigError
 from qadapter.functional import MixCoefficients, composed_coefficients
 from qadapter.modeling.streams import Stream
 from qadapter.serving.api_errors import ApiError, bad_request
-from qadapter.serving.schema import MAX_DIAL, QAdapterOptions
+from qadapter.serving.schema import MAX_REQUEST_DIAL, QAdapterOptions
 
 BASE_NAME = "base"
 
@@ -72,8 +72,8 @@ class Catalogue:
         strength = 1.0 if options.strength is None else options.strength
         served = {name: 1.0} if options.weights is None else options.weights
         weights = {adapter: strength * weight for adapter, weight in self._adapter_weights(served).items()}
-        if any(abs(weight) > MAX_DIAL for weight in weights.values()):
-            raise bad_request(f"strength times weight exceeds {MAX_DIAL:g}.", "qadapter.weights")
+        if any(abs(weight) > MAX_REQUEST_DIAL for weight in weights.values()):
+            raise bad_request(f"strength times weight exceeds {MAX_REQUEST_DIAL:g}.", "qadapter.weights")
         return Dial(self._coefficients(weights, capped=options.max_kl is not None), options.max_kl)
 
     def _adapter_weights(self, served: Mapping[str, float]) -> dict[str, float]:

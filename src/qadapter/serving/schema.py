@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from qadapter.serving.api_errors import bad_request
 
-MAX_DIAL = 100.0  # beyond it the mixed logits lose all precision
+MAX_REQUEST_DIAL = 100.0  # in half precision the mixed logits lose all precision beyond it
 MAX_STOPS = 4
 # OpenAI's fields that do not change the answer here.
 IGNORED = frozenset({
@@ -33,7 +33,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 Name = Annotated[str, Field(max_length=200)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Weight = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_DIAL, le=MAX_DIAL)]
+Weight = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_REQUEST_DIAL, le=MAX_REQUEST_DIAL)]
 
 
 def _as_list(value: Any) -> Any:
