@@ -9,9 +9,12 @@ from commands import Outcome, assert_refused, process, qadapter, succeeded
 from models import tiny_base, tiny_tokenizer
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qadapter import QAdapterForCausalLM
+from qadapter.export import export_gguf_ready
 
 IDS = torch.arange(2, 13).unsqueeze(0)
 
@@ -68,6 +71,45 @@ def test_gguf_knows_every_tensor_of_the_gguf_ready_folder(export, exported):
         unknown = [name for name in file.keys() if names.get_name(name, (".weight", ".bias")) is None]  # noqa: SIM118
     assert unknown == []
     assert f"convert_hf_to_gguf.py {exported.name}" in (exported / "README.md").read_text()
+
+
+def test_the_gguf_ready_tokenizer_is_read_by_transformers_4(export, exported, base):
+    """Of which llama.cpp's converter asks for 4.57: no TokenizersBackend there, and extra tokens by their old name."""
+    succeeded(export("--format", "gguf"))
+    config = json.loads((exported / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in config
+    assert {index: token["content"] for index, token in config["added_tokens_decoder"].items()} == {
+        "0": "<pad>",
+        "1": "</s>",
+    }
+    ours, theirs = AutoTokenizer.from_pretrained(exported), AutoTokenizer.from_pretrained(base)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours("Question 3?</s>").input_ids == theirs("Question 3?</s>").input_ids
+
+
+@pytest.fixture
+def sentencepiece_policy(tmp_path):
+    """A policy whose base has a tokenizer such as transformers makes of a SentencePiece file; and that tokenizer."""
+    tiny_base(vocab_size=100).save_pretrained(tmp_path / "base")
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "</s>", *map(chr, range(32, 127))])}
+    backend = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return QAdapterForCausalLM.from_base(tmp_path / "base").eval(), tokenizer
+
+
+def test_the_gguf_ready_folder_has_the_base_s_sentencepiece_file(sentencepiece_policy, exported, tmp_path):
+    (tmp_path / "base/tokenizer.model").write_bytes(b"pieces and scores")
+    export_gguf_ready(sentencepiece_policy[0], exported, sentencepiece_policy[1])
+    assert (exported / "tokenizer.model").read_bytes() == b"pieces and scores"
+
+
+def test_a_sentencepiece_file_that_is_missing_is_warned_of(sentencepiece_policy, exported):
+    with pytest.warns(UserWarning, match=r"tokenizer\.model of .*base' is not to be had .*Copy it from the base into"):
+        export_gguf_ready(sentencepiece_policy[0], exported, sentencepiece_policy[1])
+    assert (exported / "README.md").exists()
 
 
 def test_distilled_approaches_the_policy_at_half_strength(export, exported, base, policy, tmp_path):

@@ -16,20 +16,6 @@ from qadapter.modeling.checkpoint import write_adapter
 from qadapter.modeling.streams import StreamLinear
 
 CHECKED_TOKENS = 64
-GGUF_README = """# GGUF-ready checkpoint
-
-A merged checkpoint of {base} with the adapter at strength 1: an ordinary Hugging Face model.
-Largest difference of its logits from the policy's on {tokens} tokens: {difference:.3g}.
-
-Convert it with llama.cpp's own script, then quantise and run it:
-
-    python convert_hf_to_gguf.py {name} --outfile {name}.gguf --outtype bf16
-    llama-quantize {name}.gguf {name}-q4_k_m.gguf Q4_K_M
-    llama-cli -m {name}-q4_k_m.gguf
-
-A GGUF file has no dial: strength, composition and the KL cap need both streams (`qadapter serve`, or vLLM).
-Quantising changes the model; audit the result as you would any other.
-"""
 
 
 def require_exact(model: QAdapterForCausalLM) -> str:
@@ -114,16 +100,6 @@ def export_lora(model: QAdapterForCausalLM, folder: str | os.PathLike[str], toke
             tokenizer.save_pretrained(scratch)
 
     into_new_folder(Path(folder), write)
-
-
-def export_gguf_ready(model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None) -> float:
-    """A merged checkpoint with instructions to convert it to GGUF; the largest logit difference."""
-    difference = export_merged(model, folder, tokenizer)
-    readme = GGUF_README.format(
-        base=model.base_source.name, name=Path(folder).name, tokens=CHECKED_TOKENS, difference=difference
-    )
-    (Path(folder) / "README.md").write_text(readme, encoding="utf-8")
-    return difference
 
 
 def into_new_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -1,0 +1,93 @@
+"""A merged checkpoint that llama.cpp's converter reads as it is, with the commands to run."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from qadapter.export.merged import CHECKED_TOKENS, export_merged
+from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.checkpoint import write_json
+
+SENTENCEPIECE_NAME = "tokenizer.model"
+OUTTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+GGUF_README = """# GGUF-ready checkpoint
+
+A merged checkpoint of {base} with the adapter at strength 1: an ordinary Hugging Face model.
+Largest difference of its logits from the policy's on {tokens} tokens: {difference:.3g}.
+
+With a checkout of llama.cpp beside this folder, convert it, then quantise and run it:
+
+    pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
+    python llama.cpp/convert_hf_to_gguf.py {name} --outfile {name}.gguf --outtype {outtype}
+    llama-quantize {name}.gguf {name}-q4_k_m.gguf Q4_K_M
+    llama-cli -m {name}-q4_k_m.gguf
+
+`--outtype {outtype}` keeps the numbers of this folder; any other rounds them, and quantising changes the model: audit
+the result as you would any other.
+A GGUF file has no dial: strength, composition and the KL cap need both streams (`qadapter serve`, or vLLM).
+"""
+
+
+def export_gguf_ready(model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None) -> float:
+    """A merged checkpoint with instructions to convert it to GGUF; the largest logit difference."""
+    difference = export_merged(model, folder, tokenizer)
+    if tokenizer is not None:
+        _write_tokenizer_config(Path(folder) / "tokenizer_config.json", tokenizer)
+        _copy_sentencepiece(model, Path(folder))
+    readme = GGUF_README.format(
+        base=model.base_source.name,
+        name=Path(folder).name,
+        tokens=CHECKED_TOKENS,
+        difference=difference,
+        outtype=OUTTYPES[model.dtype],
+    )
+    (Path(folder) / "README.md").write_text(readme, encoding="utf-8")
+    return difference
+
+
+def _write_tokenizer_config(path: Path, tokenizer: Any) -> None:
+    """Say in the words of transformers 4 what transformers 5 has written: both read them.
+
+    The converter's own requirements name transformers 4, which knows neither TokenizersBackend nor extra tokens as a
+    list. Beside a SentencePiece file the converter takes added tokens from nowhere but added_tokens_decoder.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    config["added_tokens_decoder"] = {
+        str(index): {flag: getattr(token, flag) for flag in flags}
+        for index, token in tokenizer.added_tokens_decoder.items()
+    }
+    write_json(path, config)
+
+
+def _copy_sentencepiece(model: QAdapterForCausalLM, folder: Path) -> None:
+    """Copy the base's tokenizer.model if its tokenizer comes from SentencePiece; transformers 5 writes no such file.
+
+    Without the scores in it llama.cpp splits most texts otherwise than the model was trained with, and says nothing.
+    """
+    fast = folder / "tokenizer.json"
+    vocabulary = json.loads(fast.read_text(encoding="utf-8"))["model"] if fast.is_file() else {}
+    if vocabulary.get("type") != "Unigram" and not vocabulary.get("byte_fallback"):
+        return
+    source = model.base_source
+    base = source.path
+    try:
+        if not os.path.isdir(base):
+            base = snapshot_download(base, revision=source.hub_revision, allow_patterns=SENTENCEPIECE_NAME)
+        shutil.copyfile(Path(base) / SENTENCEPIECE_NAME, folder / SENTENCEPIECE_NAME)
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"{SENTENCEPIECE_NAME} of {source.name!r} is not to be had ({error}): llama.cpp would split texts "
+            f"otherwise than the model does. Copy it from the base into {folder} before you convert.",
+            stacklevel=3,
+        )
