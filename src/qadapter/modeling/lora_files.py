@@ -25,6 +25,7 @@ MAX_TENSORS = 100_000
 MAX_RANK = 4096
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\.lora_(A\.weight|B\.weight|magnitude_vector)")
+BASE_KEY = re.compile(r"base_model\.model\.((?!.*lora_)[A-Za-z0-9_.]{1,200})")
 
 
 def read_adapter(root: Path, name: str) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -46,23 +47,51 @@ def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     Raises:
         AdapterFormatError: a file is missing or damaged, or the adapter is of an unsupported kind.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            extra = " (pickled weights are never read)" if (folder / "adapter_model.bin").exists() else ""
-            raise AdapterFormatError(f"{folder}: {name} is missing{extra}.")
-    config = read_json_object(folder / CONFIG_NAME)
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    config, tensors = _read_files(folder, KEY)
     return _lora_config(config, tensors, folder), tensors
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_foreign_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """Config and tensors as of `read_lora`, and base weights that lie beside them, by their names in the base.
+
+    PEFT saves the embeddings along with a LoRA on the head, with a resized vocabulary and for `modules_to_save`,
+    whether they have changed or not; whoever has the base can tell.
+    """
+    config, tensors = _read_files(folder, re.compile(f"{KEY.pattern}|{BASE_KEY.pattern}"))
+    adapter = {name: tensor for name, tensor in tensors.items() if KEY.fullmatch(name)}
+    base = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name not in adapter}
+    return _lora_config({**config, "modules_to_save": None}, adapter, folder), adapter, base
+
+
+def _read_files(folder: Path, keys: re.Pattern[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not (folder / CONFIG_NAME).is_file():
+        raise AdapterFormatError(f"{folder}: {CONFIG_NAME} is missing.")
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise AdapterFormatError(_why_no_weights(folder))
+    return read_json_object(folder / CONFIG_NAME), _read_tensors(folder / WEIGHTS_NAME, keys)
+
+
+def _why_no_weights(folder: Path) -> str:
+    pickled = folder / "adapter_model.bin"
+    if pickled.exists():
+        return (
+            f"{folder}: {WEIGHTS_NAME} is missing (pickled weights are never read). Convert them: "
+            'python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{pickled}', map_location='cpu', weights_only=True), '{folder / WEIGHTS_NAME}')\""
+        )
+    checkpoints = any((path / WEIGHTS_NAME).is_file() for path in folder.glob("checkpoint-*"))
+    hint = " The run was interrupted: take one of the checkpoint-* folders in it." if checkpoints else ""
+    return f"{folder}: {WEIGHTS_NAME} is missing.{hint}"
+
+
+def _read_tensors(path: Path, keys: re.Pattern[str]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
                 raise AdapterFormatError(f"{path} has {len(names)} tensors; at most {MAX_TENSORS} are read.")
             for name in names:
-                if not KEY.fullmatch(name):
+                if not keys.fullmatch(name):
                     raise AdapterFormatError(f"{path}: tensor {name!r} is not part of a LoRA adapter.")
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:

@@ -4,11 +4,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.bases import load_base, load_tokenizer, resolve_base
 from qadapter.modeling.loading import load_tensors
-from qadapter.modeling.lora_files import CONFIG_NAME, read_lora
+from qadapter.modeling.lora_files import CONFIG_NAME, read_foreign_lora
 from qadapter.modeling.manifest import MANIFEST_NAME, read_json_object
 from qadapter.modeling.policy import DEFAULT_ADAPTER, QAdapterForCausalLM
 
@@ -36,7 +40,7 @@ def wrap(
         raise AdapterFormatError(f"{folder} is an adapter folder of qadapter already: use it as it is.")
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder}: there is no such folder.")
-    peft_config, tensors = read_lora(folder)
+    peft_config, tensors, base_weights = read_foreign_lora(folder)
     name = base_model or read_json_object(folder / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
         raise AdapterFormatError(f"{folder / CONFIG_NAME} does not name the base model: pass it (--base-model).")
@@ -51,5 +55,21 @@ def wrap(
         load_base(source, **model_kwargs), {DEFAULT_ADAPTER: QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config}
     )
     load_tensors(model, DEFAULT_ADAPTER, tensors, folder)
+    _require_frozen(model.base, base_weights, folder)
     model.base_source = source
     return model.eval(), tokenizer
+
+
+def _require_frozen(base: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> None:
+    """Raise AdapterFormatError unless the base weights saved with a LoRA are the base's own."""
+    own = {name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items()}
+    for name, weight in saved.items():
+        mine = own.get(name.replace(".base_layer.", "."))
+        if mine is None:
+            raise AdapterFormatError(f"{folder}: tensor {name!r} is neither part of a LoRA adapter nor of the base.")
+        narrow = min(mine.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)  # one of them may have been rounded
+        if not torch.equal(mine.to(narrow).cpu(), weight.to(narrow)):
+            raise AdapterFormatError(
+                f"{folder}: {name} was trained or resized along with the LoRA, and a frozen base does not follow. "
+                "Save a base model that has this weight, and give it with --base-model."
+            )
