@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from qadapter import QAdapterForCausalLM
+from qadapter import ConfigError, QAdapterForCausalLM
 from qadapter.export import export_gguf_ready
 
 IDS = torch.arange(2, 13).unsqueeze(0)
@@ -110,6 +110,12 @@ def test_a_sentencepiece_file_that_is_missing_is_warned_of(sentencepiece_policy,
     with pytest.warns(UserWarning, match=r"tokenizer\.model of .*base' is not to be had .*Copy it from the base into"):
         export_gguf_ready(sentencepiece_policy[0], exported, sentencepiece_policy[1])
     assert (exported / "README.md").exists()
+
+
+def test_a_number_format_that_gguf_lacks_is_refused(adapter, exported):
+    with pytest.raises(ConfigError, match=r"in torch\.float64, which GGUF does not have: load it with dtype="):
+        export_gguf_ready(QAdapterForCausalLM.from_pretrained(adapter, dtype=torch.float64), exported)
+    assert not exported.exists()
 
 
 def test_distilled_approaches_the_policy_at_half_strength(export, exported, base, policy, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from qadapter.errors import ConfigError
 from qadapter.export.merged import CHECKED_TOKENS, export_merged
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
@@ -35,7 +36,13 @@ A GGUF file has no dial: strength, composition and the KL cap need both streams 
 
 
 def export_gguf_ready(model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None) -> float:
-    """A merged checkpoint with instructions to convert it to GGUF; the largest logit difference."""
+    """A merged checkpoint with instructions to convert it to GGUF; the largest logit difference.
+
+    Raises:
+        ConfigError: the policy cannot be merged exactly, or is in a number format that GGUF does not have.
+    """
+    if model.dtype not in OUTTYPES:
+        raise ConfigError(f"the policy is in {model.dtype}, which GGUF does not have: load it with dtype=float32.")
     difference = export_merged(model, folder, tokenizer)
     if tokenizer is not None:
         _write_tokenizer_config(Path(folder) / "tokenizer_config.json", tokenizer)
