@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling.bases import resolve_base
-from qadapter.modeling.loading import read_folder
-from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
 from qadapter_vllm import FAMILIES, PREFIX
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def serve_base_of(arguments: "EngineArgs") -> None:
     """Where the model is an adapter folder, take its base as the model, and name the folder in the config.
 
     Raises:
-        AdapterFormatError: a damaged adapter folder, or a plain PEFT adapter.
+        AdapterFormatError: a damaged manifest, or a plain PEFT adapter.
         ConfigError: a base that cannot be served, or options that do not go with an adapter folder.
     """
     folder = Path(arguments.model)
@@ -44,10 +43,16 @@ def serve_base_of(arguments: "EngineArgs") -> None:
         (folder / name).is_file() for name in (MANIFEST_NAME, "adapter_config.json")
     ):
         return
-    base = next(iter(read_folder(folder).values())).manifest.base
+    base = read_manifest(folder).base
+    name = base["name"]
+    if not name:
+        raise AdapterFormatError(
+            f"{folder}: the adapter does not know its base model's name: give the base as the model, and the adapter "
+            "with --hf-overrides."
+        )
     overrides = arguments.hf_overrides or {}
     _refuse(folder, base, overrides, arguments.trust_remote_code)
-    source = resolve_base(base["name"], base["revision"])
+    source = resolve_base(name, base["revision"])
     arguments.served_model_name = arguments.served_model_name or arguments.model
     arguments.model, arguments.revision = source.path, arguments.revision or source.hub_revision
     if arguments.tokenizer is None and (folder / "tokenizer_config.json").exists():
@@ -57,11 +62,6 @@ def serve_base_of(arguments: "EngineArgs") -> None:
 
 
 def _refuse(folder: Path, base: dict[str, Any], overrides: Any, trust_remote_code: bool) -> None:
-    if not base["name"]:
-        raise AdapterFormatError(
-            f"{folder}: the adapter does not know its base model's name: give the base as the model, and the adapter "
-            "with --hf-overrides."
-        )
     if base["architecture"] not in FAMILIES:
         raise ConfigError(
             f"{folder}: trained on a {base['architecture']}, which cannot be served on vLLM; served are "

@@ -30,6 +30,7 @@ class UpdateMatrix(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         # A buffer, so that whatever moves the layer moves it too.
+        self.weight: Tensor
         self.register_buffer("weight", weight, persistent=False)
         self.gemm = dispatch_unquantized_gemm()
 
@@ -74,7 +75,7 @@ class Update(nn.Module):
     def summed(self, x: Tensor) -> Tensor:
         """The same written out, in float32, which the compiler melts into the loops around it."""
         hidden = (x.unsqueeze(-2).float() * self.lora_a.weight.float()).sum(-1)  # (N, Σ r)
-        parts = [getattr(self, f"part_{number}").float() for number in range(self.parts)]
+        parts: list[Tensor] = [getattr(self, f"part_{number}").float() for number in range(self.parts)]
         pieces = [
             sum((h[:, j : j + 1] * row for j, row in enumerate(part)), start=h.new_zeros(len(h), part.shape[1]))
             for h, part in zip(hidden.split([len(part) for part in parts], dim=-1), parts, strict=True)
