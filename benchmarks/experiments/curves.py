@@ -66,7 +66,7 @@ DRIFTS = {
     "kl-samples": Measure("KL(policy ‖ base) a token on the policy's own samples, nats", "samples",
                           _samples(lambda found: found["kl"])),
     "kl-prose": Measure("KL(policy ‖ base) a token on prose, nats", "prose",
-                        lambda point: point["texts"]["prose"]["kl"]),
+                        lambda point: point["texts"].get("prose", {}).get("kl")),
     "benchmarks": Measure("score lost on the benchmarks", "items", _lost, limit=0.04),
 }  # fmt: skip
 

@@ -61,7 +61,15 @@ Method = Callable[..., Trained]
 METHOD_SETTINGS = ("parametrisation", "alpha_tilde", "alpha_0", "gamma", "beta", "length_normalised", "label_smoothing")
 
 
-def _train(context: Context, objective: Objective, config: QAdapterConfig | None = None, pairs: Any = None) -> Trained:
+def _train(
+    context: Context,
+    objective: Objective,
+    config: QAdapterConfig | None = None,
+    pairs: Any = None,
+    rejected: str = "given",
+) -> Trained:
+    if rejected == "own":
+        pairs = with_own_answers(context, "own_answers", context.setting.measuring.temperature)
     policy = context.new_policy(config)
     figures = train_pairs(
         policy,
@@ -74,11 +82,14 @@ def _train(context: Context, objective: Objective, config: QAdapterConfig | None
     return Trained(policy, figures)
 
 
-def qadapter(context: Context, preset: str = "default", alpha: float | None = None, **options: Any) -> Trained:
+def qadapter(
+    context: Context, preset: str = "default", alpha: float | None = None, rejected: str = "given", **options: Any
+) -> Trained:
     """The package's objective.
 
     Args:
         alpha: sets alpha_tilde and alpha_0 both.
+        rejected: "own" puts the base's own sampled answers in place of the rejected ones.
         options: settings of the method, or options of `losses.qadapter`.
     """
     settings = {name: options.pop(name) for name in METHOD_SETTINGS if name in options}
@@ -87,7 +98,7 @@ def qadapter(context: Context, preset: str = "default", alpha: float | None = No
     if alpha is not None:
         settings |= {"alpha_tilde": alpha, "alpha_0": alpha}
     config = QAdapterConfig.preset(preset, **settings)
-    return _train(context, objectives.of_settings(losses.qadapter, **options), config)
+    return _train(context, objectives.of_settings(losses.qadapter, **options), config, rejected=rejected)
 
 
 def authors(context: Context, **options: Any) -> Trained:
@@ -95,9 +106,9 @@ def authors(context: Context, **options: Any) -> Trained:
     return _train(context, objectives.authors, QAdapterConfig.preset("authors", **options))
 
 
-def of_loss(loss: Callable[..., Any], context: Context, **options: Any) -> Trained:
-    """A method whose loss needs the statistics of both answers only."""
-    return _train(context, objectives.of_statistics(loss, **options))
+def of_loss(loss: Callable[..., Any], context: Context, rejected: str = "given", **options: Any) -> Trained:
+    """A method whose loss needs the statistics of both answers only; `rejected` as for `qadapter`."""
+    return _train(context, objectives.of_statistics(loss, **options), rejected=rejected)
 
 
 def sft(context: Context) -> Trained:
@@ -117,26 +128,38 @@ def kto(context: Context, beta: float = 0.1) -> Trained:
 
 def replay(context: Context, weight: float = 1.0) -> Trained:
     """Supervised on the chosen answers and on the base's own greedy answers to the same prompts."""
+    pairs = with_own_answers(context, "replay", 0.0)
+    return _train(context, objectives.of_statistics(losses.replay, weight=weight), pairs=pairs)
+
+
+def with_own_answers(context: Context, name: str, temperature: float) -> Dataset:
+    """The training pairs, with the base's own answer to the prompt in place of the rejected one.
+
+    Args:
+        name: of the file in the cache that keeps the answers.
+    """
     prompts = list({json.dumps(pair["prompt"]): pair["prompt"] for pair in context.pools.train}.values())
     measuring = context.setting.measuring
 
     def draw() -> Any:
         policy = context.new_policy()
         return sample_answers(
-            policy, context.tokenizer, prompts, [0.0], 0, 2 * measuring.max_new_tokens, 0.0, measuring.generation_batch
-        )[0]
+            policy, context.tokenizer, prompts, [0.0], 0, 2 * measuring.max_new_tokens, temperature,
+            measuring.generation_batch,
+        )[0]  # fmt: skip
 
-    answers = cached_answers(context.cache / "replay.json", draw)
-    by_prompt = {json.dumps(prompt): answer.text for prompt, answer in zip(prompts, answers, strict=True)}
+    answers = cached_answers(context.cache / f"{name}.json", draw)
+    by_prompt = {json.dumps(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
     encoder = ChatEncoder(context.tokenizer)
     rows = []
     for pair, ids in zip(context.pools.train, context.pools.train_ids, strict=True):
-        text = by_prompt[json.dumps(pair["prompt"])] or " "
-        own = [{"role": "assistant", "content": text}]
-        encoded = encoder.encode({"prompt": pair["prompt"], "chosen": pair["chosen"], "rejected": own})
-        rows.append(ids | {"rejected_ids": encoded.rejected_ids})
-    pairs = Dataset.from_list(rows, features=context.pools.train_ids.features)
-    return _train(context, objectives.of_statistics(losses.replay, weight=weight), pairs=pairs)
+        answer = by_prompt[json.dumps(pair["prompt"])]
+        own = [{"role": "assistant", "content": answer.text or " "}]
+        own_ids = encoder.encode({"prompt": pair["prompt"], "chosen": pair["chosen"], "rejected": own}).rejected_ids
+        if not answer.finished:
+            own_ids = own_ids[:-1]  # it was cut: the end that the template adds would be learnt from
+        rows.append(ids | {"rejected_ids": own_ids})
+    return Dataset.from_list(rows, features=context.pools.train_ids.features)
 
 
 def ppo(context: Context, **options: Any) -> Trained:

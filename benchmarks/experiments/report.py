@@ -30,7 +30,7 @@ from benchmarks.experiments.tables import (
     task_table,
     variant_table,
 )
-from benchmarks.experiments.verdict import YARDSTICKS, measured, verdict_lines
+from benchmarks.experiments.verdict import YARDSTICKS, measured, measured_gains, verdict_lines
 from qadapter.errors import DataError
 from qadapter.evaluation.part_store import jsonable, write_ordered_json
 from qadapter.modeling.bases import BUILTIN_MODEL
@@ -150,12 +150,14 @@ def setting_lines(
     main = [yardstick for yardstick in YARDSTICKS if measured(found, yardstick)]
     for yardstick in main:
         yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
-    for gain in ("score", "margin"):
+    for gain in measured_gains(found):
         yield from equal_lines(found, gain, draws)
-    yield "<details><summary>Other gains and drifts</summary>\n"
-    for yardstick in FURTHER:
-        yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
-    yield "</details>\n"
+    further = [yardstick for yardstick in FURTHER if measured(found, yardstick)]
+    if further:
+        yield "<details><summary>Other gains and drifts</summary>\n"
+        for yardstick in further:
+            yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
+        yield "</details>\n"
     yield from variant_table(found, draws)
     yield from task_table(found)
 

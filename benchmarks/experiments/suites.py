@@ -184,9 +184,14 @@ def scales_small() -> Suite:
 
 
 def ablations_small() -> Suite:
-    """Each ablation on one domain, small."""
-    settings = (cpu_settings()["dsp-entertainment"],)
-    return Suite(settings, {}, (0, 1), "What each part of the objective does, on few short pairs.", tuple(ABLATIONS))
+    """Each ablation on one domain, small, by the margin alone: the judge of so few short pairs is near chance."""
+    measuring = replace(
+        CPU_MEASURING, strengths=(0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0), sampled_strengths=(),
+        sampled_prompts=1, texts=(),
+    )  # fmt: skip
+    setting = replace(cpu_settings()["dsp-entertainment"], train_pairs=128, eval_pairs=120, measuring=measuring)
+    purpose = "What each part of the objective does to the margin, on few short pairs."
+    return Suite((setting,), {}, (0, 1), purpose, tuple(ABLATIONS))
 
 
 def kl_small() -> Suite:
@@ -208,10 +213,22 @@ def kl_small() -> Suite:
         )
     )  # fmt: skip
     knobs: dict[str, list[dict[str, Any]]] = {
-        "qadapter": [{"beta": 10.0}, *({**KL_PENALTY, "beta": beta} for beta in (1.0, 0.3))],
-        "dpo": [{"beta": 0.1}, {"beta": 0.3}, {"beta": 3.0, "length_normalised": True}],
+        "qadapter": [
+            {"beta": 10.0},
+            *({**KL_PENALTY, "beta": beta} for beta in (1.0, 0.3)),
+            {**KL_PENALTY, "beta": 1.0, "rejected": "own"},
+        ],
+        "dpo": [
+            {"beta": 0.1},
+            {"beta": 0.3},
+            {"beta": 3.0, "length_normalised": True},
+            {"beta": 0.1, "rejected": "own"},
+        ],
     }
-    purpose = "The KL from the base as the penalty, on returns a token, beside the default and DPO, for a CPU."
+    purpose = (
+        "The KL from the base as the penalty, on returns a token, beside the default and DPO; and the base's own "
+        "answers in place of the rejected ones; for a CPU."
+    )
     return Suite(settings, knobs, (0, 1), purpose, first=("qadapter", "dpo"))
 
 

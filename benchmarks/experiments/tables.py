@@ -19,7 +19,7 @@ from benchmarks.experiments.summary import (
     point_figures,
     variant_areas,
 )
-from benchmarks.experiments.verdict import bracketed, default_of
+from benchmarks.experiments.verdict import bracketed, default_of, measured_gains
 
 LEVELS = (0.04, 0.12, 0.25, 1.0)  # shares of the drift limit
 
@@ -99,7 +99,7 @@ def ablation_table(
     names: Sequence[str], found: Sequence[Variant], usual: Mapping[str, Any], draws: Draws
 ) -> Iterator[str]:
     """The variants of each ablation, and how their areas differ from the default's on the seeds that both have."""
-    default = default_of(found)
+    default, gains = default_of(found), measured_gains(found)
     lines = []
     for name in names:
         for method, options in ABLATIONS[name]:
@@ -109,7 +109,7 @@ def ablation_table(
                 continue
             label = ", ".join(f"{key} = {value}" for key, value in options.items()) or "defaults"
             cells = [name, TITLES.get(method, method), label, str(len(variant.seeds))]
-            for gain in ("score", "margin"):
+            for gain in gains:
                 measures = GAINS[gain], DRIFTS["kl"]
                 cells.append(bracketed(interval(variant_areas(variant, "dial", *measures, draws)[0])))
                 same = default is None or variant is default
@@ -118,8 +118,9 @@ def ablation_table(
             lines.append("| " + " | ".join(cells) + " |")
     if lines:
         yield "Ablations: areas against KL along the dial, and their difference from the default's.\n"
-        yield "| ablation | method | variant | seeds | area: score | − default's | area: margin | − default's |"
-        yield "|---" * 8 + "|"
+        columns = "".join(f" area: {gain} | − default's |" for gain in gains)
+        yield f"| ablation | method | variant | seeds |{columns}"
+        yield "|---" * (4 + 2 * len(gains)) + "|"
         yield from lines
         yield ""
 
@@ -137,13 +138,14 @@ def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
               "sample finished", "sample repetition"]  # fmt: skip
     columns = [name for name in wanted if name in names]
     columns += [name for name in names if name.endswith((" loss_change", " prefers change", " margin change"))]
-    yield "At full strength (means; every variant), with its areas of score and margin against KL:\n"
-    yield "| method | options | seeds | " + " | ".join(columns) + " | area: score | area: margin |"
-    yield "|---" * (len(columns) + 5) + "|"
+    gains = measured_gains(found)
+    yield f"At full strength (means; every variant), with its areas of {' and '.join(gains)} against KL:\n"
+    yield "| method | options | seeds | " + " | ".join([*columns, *(f"area: {gain}" for gain in gains)]) + " |"
+    yield "|---" * (len(columns) + 3 + len(gains)) + "|"
     for variant, figures in rows:
         cells = [TITLES.get(variant.method, variant.method), variant.label, str(len(variant.results))]
         cells += ["–" if figures is None or name not in figures else f"{figures[name]:.4g}" for name in columns]
-        for gain in ("score", "margin"):
+        for gain in gains:
             cells.append(bracketed(interval(variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], draws)[0])))
         yield "| " + " | ".join(cells) + " |"
     yield ""

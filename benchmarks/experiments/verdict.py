@@ -56,6 +56,11 @@ def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
     return any(all(measure.read(point) for measure in measures) for point in points)
 
 
+def measured_gains(variants: Sequence[Variant]) -> list[str]:
+    """The gains, of samples and by margin, that were measured together with the KL."""
+    return [gain for gain in GAIN_TITLES if measured(variants, (gain, "kl"))]
+
+
 def rivals(found: Sequence[Contest]) -> list[Contest]:
     """The contests with other methods, with the dial or with scaled weights."""
     return [one for one in found if not one.other.method.startswith(OWN) and one.other.form != "knob"]
@@ -138,7 +143,7 @@ def default_lines(settings: Settings) -> Iterator[str]:
     for (suite, setting), variants in settings.items():
         default = default_of(variants)
         others = [variant for variant in variants if variant.method.startswith(OWN) and variant is not default]
-        for gain in GAIN_TITLES if default is not None else ():
+        for gain in measured_gains(variants) if default is not None else ():
             compared = [(variant_difference(other, default, GAINS[gain], DRIFTS["kl"]), other) for other in others]
             known = [(value, other) for value, other in compared if value is not None]
             if known:
@@ -173,12 +178,13 @@ def failures(suite: str, setting: str, variants: Sequence[Variant]) -> Iterator[
     first = variants[0].results[0]
     accuracy, pairs = first["judge"]["held_out_accuracy"], first["data"]["held_out_pairs"]
     right = wilson(accuracy * pairs, pairs)
-    if right.low <= 0.5:
+    gains = measured_gains(variants)
+    if right.low <= 0.5 and "score" in gains:
         yield (
             f"{place}the judge ranks {accuracy:.3f} [{right.low:.3f}, {right.high:.3f}] of {pairs} held-out pairs "
             "right, which may be chance: judged samples say little here."
         )
-    for gain in ("score", "margin"):
+    for gain in gains:
         weak = []
         for variant in variants:
             whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws(len(variant.seeds)))

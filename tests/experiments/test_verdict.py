@@ -5,9 +5,9 @@ import pytest
 from benchmarks.experiments.contests import contests, gains_at, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.report import shown_command, up_to
-from benchmarks.experiments.summary import variants
+from benchmarks.experiments.summary import Variant, variants
 from benchmarks.experiments.tables import ablation_table, is_usual
-from benchmarks.experiments.verdict import verdict_lines, word
+from benchmarks.experiments.verdict import measured_gains, verdict_lines, word
 from qadapter import QAdapterConfig
 
 PAIRS = 12
@@ -131,3 +131,8 @@ def test_a_curve_is_cut_at_the_limit():
 def test_a_command_is_shown_without_the_places_of_the_machine():
     command = "python -m benchmarks.experiments run --data /some/where --suite cpu --work=/tmp/x --seeds 0"
     assert shown_command(command) == "python -m benchmarks.experiments run --suite cpu --seeds 0"
+
+
+def test_gains_that_were_not_measured_are_not_spoken_of():
+    points = [{"dial": "strength", "value": 1.0, "pairs": {"margin_gain": [0.1, 0.2], "kl": [0.01, 0.02]}, "texts": {}}]
+    assert measured_gains([Variant("qadapter", "{}", ({"points": points},))]) == ["margin"]

@@ -49,8 +49,39 @@ def test_a_base_with_overrides_is_accepted(folders):
 
 def test_a_plain_lora_is_refused(folders):
     base, adapter = folders
-    with pytest.raises(AdapterFormatError, match="is a plain PEFT adapter.*qadapter wrap"):
-        start(base, **overridden(adapter / "adapters" / "default"))
+    for plain in (
+        {"folder": base, **overridden(adapter / "adapters" / "default")},
+        {"folder": adapter / "adapters" / "default"},
+    ):
+        with pytest.raises(AdapterFormatError, match="is a plain PEFT adapter.*qadapter wrap"):
+            start(**plain)
+
+
+def test_an_adapter_folder_is_served_with_the_base_that_it_names(folders):
+    base, adapter = folders
+    config = start(adapter, hf_overrides={"qadapter": {"strength": 0.3}}).model_config
+    assert (config.model, config.served_model_name) == (str(base), str(adapter))
+    assert config.hf_config.qadapter == {"adapter": str(adapter), "strength": 0.3}
+    assert config.tokenizer == str(base)  # this folder has none of its own
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "match"),
+    [
+        ({"architecture": "GPTNeoXForCausalLM"}, {}, "trained on a GPTNeoXForCausalLM, which cannot be served on vLLM"),
+        ({"name": ""}, {}, "does not know its base model's name"),
+        ({}, {"trust_remote_code": True}, "names its own base .* --trust-remote-code would run"),
+        ({}, {"hf_overrides": lambda config: config}, "hf_overrides must be a dictionary"),
+    ],
+)
+def test_adapter_folders_that_cannot_be_served_by_themselves(folders, changes, options, match):
+    _, adapter = folders
+    path = adapter / "qadapter_config.json"
+    manifest = json.loads(path.read_text())
+    manifest["base"] |= changes
+    path.write_text(json.dumps(manifest))
+    with pytest.raises((AdapterFormatError, ConfigError), match=match):
+        start(adapter, **options)
 
 
 def test_a_changed_adapter_is_refused(folders):

@@ -19,6 +19,7 @@ def register() -> None:
     from vllm.logger import init_logger
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from qadapter_vllm.adapter_folders import take_adapter_folders
     from qadapter_vllm.startup import PlainBaseChecks, StartupChecks
 
     if not __version__.startswith(f"{TESTED_VLLM}."):
@@ -32,3 +33,4 @@ def register() -> None:
         # vLLM has no public hook for checks of an out-of-tree model's configuration; this is where its own are.
         MODELS_CONFIG_MAP[PREFIX + family] = StartupChecks
         MODELS_CONFIG_MAP.setdefault(family, PlainBaseChecks)
+    take_adapter_folders()

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -18,6 +17,9 @@ from vllm.platforms import current_platform
 from qadapter.errors import ConfigError
 from qadapter_vllm.settings import LoraUpdate, Policy
 
+# Up to this rank of a module, compiled sums take less time on a CPU than a call of a kernel (benchmarks/LOG.md).
+SUMS_RANK = 16
+
 
 class UpdateMatrix(nn.Module):
     """Multiplies by a matrix (out, in) of an update, as vLLM multiplies by an unquantised layer's weight.
@@ -28,6 +30,7 @@ class UpdateMatrix(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         # A buffer, so that whatever moves the layer moves it too.
+        self.weight: Tensor
         self.register_buffer("weight", weight, persistent=False)
         self.gemm = dispatch_unquantized_gemm()
 
@@ -41,6 +44,45 @@ class UpdateMatrix(nn.Module):
         return self.gemm(self, x, self.weight, None)
 
 
+class Update(nn.Module):
+    """One stream's update of a layer, x Aᵀ Bᵀ: (N, in) to (N, out).
+
+    Args:
+        lora_a: (Σ r, in), the packed modules' ranks stacked.
+        parts: B of each packed module (its outputs, r) in turn, carrying the scale; r is 0 where it is not adapted.
+    """
+
+    def __init__(self, lora_a: Tensor, parts: list[Tensor]) -> None:
+        super().__init__()
+        self.lora_a = UpdateMatrix(lora_a)
+        self.lora_b = UpdateMatrix(torch.block_diag(*parts))
+        self.parts = len(parts)
+        for number, part in enumerate(parts):
+            self.register_buffer(f"part_{number}", part.t().contiguous(), persistent=False)  # (r, its outputs)
+        self.as_sums = current_platform.is_cpu() and max(part.shape[1] for part in parts) <= SUMS_RANK
+
+    def pack(self) -> None:
+        """Once the weights are in their place."""
+        self.lora_a.pack()
+        self.lora_b.pack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x Aᵀ Bᵀ, (N, out)."""
+        if self.as_sums and torch.compiler.is_compiling():
+            return self.summed(x)
+        return self.lora_b(self.lora_a(x))
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The same written out, in float32, which the compiler melts into the loops around it."""
+        hidden = (x.unsqueeze(-2).float() * self.lora_a.weight.float()).sum(-1)  # (N, Σ r)
+        parts: list[Tensor] = [getattr(self, f"part_{number}").float() for number in range(self.parts)]
+        pieces = [
+            sum((h[:, j : j + 1] * row for j, row in enumerate(part)), start=h.new_zeros(len(h), part.shape[1]))
+            for h, part in zip(hidden.split([len(part) for part in parts], dim=-1), parts, strict=True)
+        ]
+        return torch.cat(pieces, dim=-1).to(x.dtype)
+
+
 class StreamLoraMethod(LinearMethodBase):
     """A layer's own linear method, then each stream's update on its block of rows.
 
@@ -50,7 +92,7 @@ class StreamLoraMethod(LinearMethodBase):
     def __init__(self, inner: LinearMethodBase, streams: int) -> None:
         self.inner = inner
         self.streams = streams
-        self.blocks: list[tuple[int, UpdateMatrix, UpdateMatrix]] = []  # block of rows, A (r, in), B (out, r)
+        self.blocks: list[tuple[int, Update]] = []  # block of rows, its update
         self.requires_device_loading = inner.requires_device_loading
         self.supports_pre_processed_weights = inner.supports_pre_processed_weights
 
@@ -61,9 +103,8 @@ class StreamLoraMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """As the inner method does it; the updates' matrices are packed."""
         self.inner.process_weights_after_loading(layer)
-        for _, lora_a, lora_b in self.blocks:
-            lora_a.pack()
-            lora_b.pack()
+        for _, update in self.blocks:
+            update.pack()
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output (S·N, out) with the updates added."""
@@ -71,9 +112,9 @@ class StreamLoraMethod(LinearMethodBase):
             raise TypeError("a layer with LoRA was given an input that is quantised already: turn that fusion off.")
         output = self.inner.apply(layer, x, bias)
         rows = x.shape[0] // self.streams
-        for block, lora_a, lora_b in self.blocks:
+        for block, update in self.blocks:
             part = slice(block * rows, (block + 1) * rows)
-            output[part] += lora_b(lora_a(x[part]))
+            output[part] += update(x[part])
         return output
 
 
@@ -94,10 +135,9 @@ def add_lora(model: nn.Module, policy: Policy, packed: dict[str, list[str]]) -> 
             updates = [policy.updates.get(stream, {}).get(module) for module in modules]  # type: ignore[arg-type]
             if any(updates):
                 refuse_unknown(method.inner, name)
-                lora_a, lora_b = map(UpdateMatrix, packed_update(layer, updates, name))
-                layer.add_module(f"lora_a_{block}", lora_a)
-                layer.add_module(f"lora_b_{block}", lora_b)
-                method.blocks.append((block, lora_a, lora_b))
+                update = packed_update(layer, updates, name)
+                layer.add_module(f"update_{block}", update)
+                method.blocks.append((block, update))
                 pending -= {(stream, module) for module in modules}
         if method.blocks:
             layer.quant_method = method
@@ -118,15 +158,14 @@ def refuse_unknown(method: LinearMethodBase, name: str) -> None:
         )
 
 
-def packed_update(layer: LinearBase, updates: list[LoraUpdate | None], name: str) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) of the modules packed in `layer`, this rank's share of them, in the layer's dtype.
-
-    The packed modules' ranks are stacked; B is block-diagonal, and carries the scale.
-    """
+def packed_update(layer: LinearBase, updates: list[LoraUpdate | None], name: str) -> Update:
+    """The update of the modules packed in `layer`, this rank's share of them, in the layer's dtype."""
     sizes = getattr(layer, "output_partition_sizes", [layer.output_size])
+    place = {"device": torch.get_default_device(), "dtype": layer.params_dtype}
     lora_a, lora_b = [], []
     for index, (update, size) in enumerate(zip(updates, sizes, strict=True)):
         if update is None:
+            lora_b.append(torch.empty(size, 0, **place))
             continue
         a, b = update.lora_a.float(), update.lora_b.float() * update.scale
         if isinstance(layer, RowParallelLinear):
@@ -140,11 +179,9 @@ def packed_update(layer: LinearBase, updates: list[LoraUpdate | None], name: str
                 f"{name}: the update is {tuple(update.lora_b.shape)} x {tuple(update.lora_a.shape)}, which does not "
                 "fit the base's layer: it is another model."
             )
-        before = sum(sizes[:index])
         lora_a.append(a)
-        lora_b.append(F.pad(b.t(), (before, sum(sizes) - before - size)).t())  # (out, r)
-    place = {"device": torch.get_default_device(), "dtype": layer.params_dtype}
-    return torch.cat(lora_a).to(**place).contiguous(), torch.cat(lora_b, dim=1).to(**place).contiguous()
+        lora_b.append(b.to(**place))
+    return Update(torch.cat(lora_a).to(**place).contiguous(), lora_b)
 
 
 def _inputs(layer: LinearBase) -> int:

@@ -1,0 +1,76 @@
+"""An adapter folder given as the model: vLLM reads the base that it names, and the config names the adapter."""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qadapter.errors import AdapterFormatError, ConfigError
+from qadapter.modeling.bases import resolve_base
+from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
+from qadapter_vllm import FAMILIES, PREFIX
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def take_adapter_folders() -> None:
+    """Let `vllm serve` and `LLM` take an adapter folder.
+
+    vLLM asks for a config before anything of a plugin's is called, and has no hook before that; it swaps model and
+    tokenizer in the same place itself, where the model is a speculator.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+
+    @functools.wraps(create)
+    def create_engine_config(self: "EngineArgs", *arguments: Any, **options: Any) -> Any:
+        serve_base_of(self)
+        return create(self, *arguments, **options)
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def serve_base_of(arguments: "EngineArgs") -> None:
+    """Where the model is an adapter folder, take its base as the model, and name the folder in the config.
+
+    Raises:
+        AdapterFormatError: a damaged manifest, or a plain PEFT adapter.
+        ConfigError: a base that cannot be served, or options that do not go with an adapter folder.
+    """
+    folder = Path(arguments.model)
+    if (folder / "config.json").exists() or not any(
+        (folder / name).is_file() for name in (MANIFEST_NAME, "adapter_config.json")
+    ):
+        return
+    base = read_manifest(folder).base
+    name = base["name"]
+    if not name:
+        raise AdapterFormatError(
+            f"{folder}: the adapter does not know its base model's name: give the base as the model, and the adapter "
+            "with --hf-overrides."
+        )
+    overrides = arguments.hf_overrides or {}
+    _refuse(folder, base, overrides, arguments.trust_remote_code)
+    source = resolve_base(name, base["revision"])
+    arguments.served_model_name = arguments.served_model_name or arguments.model
+    arguments.model, arguments.revision = source.path, arguments.revision or source.hub_revision
+    if arguments.tokenizer is None and (folder / "tokenizer_config.json").exists():
+        arguments.tokenizer = str(folder)
+    arguments.hf_overrides = {"architectures": [PREFIX + base["architecture"]]} | overrides  # type: ignore[operator]
+    arguments.hf_overrides["qadapter"] = {"adapter": str(folder)} | overrides.get("qadapter", {})  # type: ignore[union-attr]
+
+
+def _refuse(folder: Path, base: dict[str, Any], overrides: Any, trust_remote_code: bool) -> None:
+    if base["architecture"] not in FAMILIES:
+        raise ConfigError(
+            f"{folder}: trained on a {base['architecture']}, which cannot be served on vLLM; served are "
+            f"{', '.join(FAMILIES)}. Use `qadapter serve`."
+        )
+    if callable(overrides):
+        raise ConfigError(f"{folder}: hf_overrides must be a dictionary where the model is an adapter folder.")
+    if trust_remote_code:
+        raise ConfigError(
+            f"{folder} names its own base ({base['name']!r}), whose code --trust-remote-code would run. Give the base "
+            "as the model, and the adapter with --hf-overrides."
+        )

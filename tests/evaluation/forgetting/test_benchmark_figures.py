@@ -1,0 +1,150 @@
+"""The figures of a benchmark: paired differences, planted damage, progress, and what cannot be measured."""
+
+import copy
+import json
+
+import pytest
+import torch
+from benchmark_tasks import (
+    LENGTH,
+    LETTERS,
+    SUMS,
+    arc_folder,
+    jsonl_task,
+    letter_rows,
+    letter_task,
+    sum_task,
+    writing_task,
+)
+from models import lora, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer
+
+from qadapter import QAdapterConfig, QAdapterError
+from qadapter.evaluation.intervals import mcnemar_exact
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+from qadapter.evaluation import harness
+from qadapter.evaluation.forgetting import local_tasks, run_tasks
+
+
+def test_an_untouched_adapter_changes_no_benchmark(base, tmp_path):
+    untouched = tiny_policy(base, config=QAdapterConfig(), trained=False)
+    tasks = [sum_task(tmp_path), letter_task(tmp_path)]
+    for figures in run_tasks(untouched, tiny_tokenizer(), tasks, {"policy": {}})["tasks"].values():
+        difference = figures["differences"]["policy"]
+        assert difference["value"] == 0
+        assert difference["low"] < 0 < difference["high"]
+        assert difference["mcnemar_p"] == 1
+
+
+def test_planted_damage_is_found_where_it_is_and_only_there(tmp_path):
+    """A base that knows sums and letters, and an adapter trained on pairs that prefer wrong sums."""
+    damaged = broken_policy(tmp_path)
+    figures = run_tasks(damaged, tiny_tokenizer(), [sum_task(tmp_path), letter_task(tmp_path)], {"policy": {}})["tasks"]
+    assert figures["sums"]["columns"]["base"]["value"] > 0.9
+    assert figures["letters"]["columns"]["base"]["value"] > 0.9
+    broken, kept = (figures[task]["differences"]["policy"] for task in ("sums", "letters"))
+    assert broken["high"] < 0
+    assert broken["mcnemar_p"] < 0.001
+    assert kept["low"] < 0 < kept["high"]
+    assert kept["mcnemar_p"] > 0.05
+
+
+def broken_policy(folder):
+    tokenizer = tiny_tokenizer()
+
+    def ids(text):
+        return tokenizer(str(text))["input_ids"]
+
+    facts = [*SUMS, *LETTERS]
+    learned = tiny_base(max_position_embeddings=LENGTH)
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=5e-3)
+    for question_length in [4, 2] * 60:
+        rows = torch.tensor([ids(q) + ids(a) for q, a in facts if len(ids(q)) == question_length])
+        labels = rows.clone()
+        labels[:, :question_length] = -100
+        optimizer.zero_grad()
+        learned(input_ids=rows, labels=labels).loss.backward()
+        optimizer.step()
+    pairs = [{"prompt_ids": ids(q), "chosen_ids": ids((s + 1) % 10), "rejected_ids": ids(s)} for q, s in SUMS]
+    pairs += [
+        {"prompt_ids": ids(q), "chosen_ids": ids(a), "rejected_ids": ids(chr(ord("a") + index))}
+        for index, (q, a) in enumerate(LETTERS)
+    ]
+    policy = tiny_policy(learned.eval(), config=QAdapterConfig(beta=0.0), peft_config=lora(r=8), trained=False)
+    tiny_trainer(
+        policy, folder / "run", copy.deepcopy(pairs), max_steps=40, per_device_train_batch_size=16, learning_rate=1e-2,
+        logging_strategy="no", report_to="none",
+    ).train()  # fmt: skip
+    return policy.eval()
+
+
+def test_figures_are_plain_json_with_paired_intervals(policy, tmp_path):
+    result = run_tasks(
+        policy, tiny_tokenizer(), [sum_task(tmp_path)], {"p": {}, "q": {"strength": 2.0}}, limit=5, seed=2
+    )
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["settings"]["limit"] == 5
+    figures = result["tasks"]["sums"]
+    assert (figures["metric"], figures["n"], figures["shots"], figures["higher_is_better"]) == ("acc", 5, 0, True)
+    assert list(figures["columns"]) == ["base", "p", "q"]
+    assert list(figures["differences"]) == ["p", "q"]
+    scores = figures["scores"]
+    for name in ("p", "q"):
+        low, value, high = (figures["differences"][name][key] for key in ("low", "value", "high"))
+        assert low <= value <= high
+        assert value == pytest.approx(sum(scores[name]) / 5 - sum(scores["base"]) / 5)
+        assert figures["differences"][name]["mcnemar_p"] == mcnemar_exact(scores[name], scores["base"])
+
+
+def test_progress_opens_a_bar_for_each_column_and_fills_it(policy, tmp_path, capsys):
+    bars = {}
+
+    def track(name, total):
+        bars[name] = [total, 0]
+        return lambda done: bars[name].__setitem__(1, bars[name][1] + done)
+
+    tasks = [letter_task(tmp_path), writing_task(tmp_path)]
+    run_tasks(policy, tiny_tokenizer(), tasks, {"p": {}}, progress=track)
+    kinds = ("base: likelihoods", "base: answers", "p: likelihoods", "p: answers")
+    assert list(bars) == [f"letters, {kind}" for kind in kinds]
+    assert bars["letters, base: likelihoods"] == [len(LETTERS)] * 2
+    assert bars["letters, p: answers"] == [7, 7]
+    bars.clear()
+    run_tasks(policy, tiny_tokenizer(), tasks, {"p": {}}, progress=track, shared=True)
+    assert list(bars) == [f"letters, {kind}" for kind in ("all columns: likelihoods", "base: answers", "p: answers")]
+    assert "Running" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["arc_eazy"]}, r"lm-eval has no task 'arc_eazy' \(similar: arc_easy"),
+        ({"tasks": []}, "give at least one task"),
+        ({"limit": 0}, "limit = 0: give at least one task, and at least one item"),
+        ({"columns": {"p": {"temperature": 1.0}}}, r"column 'p' sets \['temperature'\]; the settings are strength"),
+        ({"columns": {"p": {"strength": "much"}}}, "strength = 'much': must be a finite number"),
+        ({"columns": {"p": {"adapter_weights": {"x": 1.0}}}}, r"adapter_weights names \['x'\]"),
+        ({"columns": {"base": {"strength": 1.0}}}, "column 'base' is the base, strength 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(policy, tmp_path, change, message, monkeypatch):
+    folder = local_tasks(arc_folder(tmp_path))
+    arguments = {"tasks": ["arc_easy"], "columns": {"p": {}}, "limit": 1} | change
+    # Reading lm-eval's own thousands of tasks takes ten seconds.
+    monkeypatch.setattr(
+        harness, "_with_stock_tasks", lambda folders: harness.TaskManager(include_path=folders, include_defaults=False)
+    )
+    with pytest.raises(QAdapterError, match=message):
+        run_tasks(policy, tiny_tokenizer(), include_path=folder, **arguments)
+
+
+def test_a_task_without_item_scores_is_refused_by_name(policy, tmp_path):
+    task = jsonl_task(tmp_path, "perplexity", letter_rows(), """
+output_type: loglikelihood
+doc_to_text: query
+doc_to_target: "{{choices[0]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+""")  # fmt: skip
+    with pytest.raises(QAdapterError, match=r"task perplexity has no metric that is a mean .* only \['perplexity'\]"):
+        run_tasks(policy, tiny_tokenizer(), [task], {"p": {}}, limit=2)

@@ -1,0 +1,47 @@
+"""What methods train on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.experiments import methods
+from benchmarks.experiments.cells import Cell, Store
+from benchmarks.experiments.runner import Runner
+from benchmarks.experiments.suites import make_suite
+from qadapter.generation import Answer
+
+
+@pytest.fixture
+def context(tmp_path):
+    """A context on the tiny base, with an empty cache."""
+    (setting,) = make_suite("smoke").settings
+    runner = Runner(Store(tmp_path / "results", tmp_path / "work"), Path("no-such-folder"), say=lambda line: None)
+    shared = runner.shared(Cell.of(setting, "dpo", {}, 0))
+    return replace(shared.context, cache=tmp_path)
+
+
+def test_the_base_s_own_answers_take_the_rejected_ones_place(context, monkeypatch):
+    drawn = {}
+
+    def answers(policy, tokenizer, prompts, strengths, seed, tokens, temperature, batch_size):
+        drawn.update(strengths=strengths, temperature=temperature)
+        return [[Answer(f"own {number}", finished=number % 2 == 0) for number in range(len(prompts))]]
+
+    monkeypatch.setattr(methods, "sample_answers", answers)
+    pairs = methods.with_own_answers(context, "own", 0.7)
+    assert drawn == {"strengths": [0.0], "temperature": 0.7}
+    given, decode = context.pools.train_ids, context.tokenizer.decode
+    for own, pair in zip(pairs, given, strict=True):
+        assert own["prompt_ids"] == pair["prompt_ids"]
+        assert own["chosen_ids"] == pair["chosen_ids"]
+    texts = [decode(row["rejected_ids"]) for row in pairs]
+    end = decode(given[0]["rejected_ids"][-1:])
+    assert all(text.startswith("own ") for text in texts)
+    assert {text.endswith(end) for text in texts} == {True, False}  # an answer that was cut has no end
+
+
+def test_a_cell_can_be_trained_against_them(context):
+    for method, options in (("qadapter", {"rejected": "own"}), ("dpo", {"beta": 0.1, "rejected": "own"})):
+        assert methods.train(method, context, options).figures["steps"] > 0
+    assert (context.cache / "own_answers.json").exists()

@@ -1,0 +1,115 @@
+"""What a run leaves behind: log, curve, adapter folder, checkpoints; and into which models a checkpoint is loaded."""
+
+import json
+
+import pytest
+import torch
+from models import APART, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
+from trainer_examples import CONFIG, METRICS
+from transformers import EarlyStoppingCallback
+
+from qadapter import QAdapterForCausalLM
+from qadapter.errors import AdapterFormatError
+from qadapter.modeling.loading import load_adapter_weights
+from qadapter.training_log import CURVE_NAME, LOG_NAME, read_log
+
+
+def test_run_writes_its_log_and_its_curve(policy, tmp_path):
+    trainer = tiny_trainer(policy, tmp_path, eval_pairs=token_pairs(3), eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    entries = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 1, 2, 2, 2]
+    for ours, theirs in zip(entries, trainer.state.log_history, strict=True):
+        assert ours.items() >= {name: value for name, value in theirs.items() if name in METRICS}.items()
+    curve = (tmp_path / CURVE_NAME).read_text()
+    assert curve.startswith("<svg")
+    for label in ("loss", "rewards/accuracies", "qadapter/kl", "qadapter/kl (held out)"):
+        assert label in curve
+
+
+def test_log_of_a_new_run_starts_anew_and_that_of_a_resumed_one_goes_on(policy, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(policy, tmp_path, **options).train()
+    tiny_trainer(policy, tmp_path, **options).train()
+    whole = [entry["step"] for entry in read_log(tmp_path / LOG_NAME)]
+    assert whole == [1, 2, 3, 3]
+    tiny_trainer(policy, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["step"] for entry in read_log(tmp_path / LOG_NAME)] == whole
+
+
+def test_log_survives_a_line_that_was_cut_short(policy, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(policy, tmp_path, **options).train()
+    with (tmp_path / LOG_NAME).open("a") as file:
+        file.write('{"step": 2, "los')
+    tiny_trainer(policy, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [entry["step"] for entry in read_log(tmp_path / LOG_NAME)] == [1, 2, 2]
+
+
+def test_saved_run_is_an_adapter_folder(base, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    policy = QAdapterForCausalLM.from_base(tmp_path / "base", CONFIG)
+    trainer = tiny_trainer(policy, tmp_path / "out", processing_class=tiny_tokenizer())
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "training_arguments.json").exists()
+    assert not (tmp_path / "out" / "training_args.bin").exists()
+    loaded = QAdapterForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[5, 9, 4]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, policy.eval()(ids).logits)
+
+
+def test_best_model_is_loaded_at_the_end(policy, tmp_path):
+    # The learning rate is wild, so that the last checkpoint is not the best.
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins", "greater_is_better": True}
+    trainer = tiny_trainer(
+        policy,
+        tmp_path,
+        token_pairs(4),
+        token_pairs(5, seed=9),
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        **options,
+        **best,
+    )
+    trainer.train()
+    margins = {
+        entry["step"]: entry["eval_rewards/margins"] for entry in trainer.state.log_history if "eval_loss" in entry
+    }
+    step = max(margins, key=margins.get)
+    assert step < 4, "the last checkpoint is the best: the test shows nothing"
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{step}")
+    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(margins[step], rel=1e-9)
+
+
+def test_early_stopping_ends_the_run(policy, tmp_path):
+    trainer = tiny_trainer(
+        policy,
+        tmp_path,
+        eval_pairs=token_pairs(5, seed=9),
+        max_steps=9,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_checkpoint_is_not_loaded_into_a_model_of_other_settings(policy, base, tmp_path):
+    policy.save_pretrained(tmp_path)
+    other = tiny_policy(base, APART)
+    with pytest.raises(AdapterFormatError, match="this checkpoint was trained with other settings"):
+        load_adapter_weights(other, tmp_path)
+
+
+def test_checkpoint_is_not_loaded_into_a_model_of_another_base(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    other = tiny_policy(tiny_base("gpt_neox", dtype=torch.float64, seed=8), CONFIG)
+    with pytest.raises(AdapterFormatError, match="this checkpoint belongs to another base model"):
+        load_adapter_weights(other, tmp_path)

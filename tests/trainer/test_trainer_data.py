@@ -1,0 +1,74 @@
+"""What the trainer makes of preference data: text, files, and tokens kept from an earlier run."""
+
+import json
+import math
+
+import datasets
+import torch
+from datasets import Dataset
+from models import tiny_policy, tiny_tokenizer
+from trainer_examples import TEXT_PAIRS
+
+from qadapter import QAdapterTrainer, QAdapterTrainingArguments, load_preference_dataset
+from qadapter.data import token_cache
+
+
+def test_text_is_tokenised_and_its_report_kept(policy, tmp_path):
+    tokenizer = tiny_tokenizer()
+    trainer = QAdapterTrainer(
+        model=policy,
+        args=QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, packing=False),
+        train_dataset=Dataset.from_list(TEXT_PAIRS),
+        eval_dataset={"first": Dataset.from_list(TEXT_PAIRS[:2]), "second": Dataset.from_list(TEXT_PAIRS[1:])},
+        processing_class=tokenizer,
+    )
+    assert trainer.train_dataset.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
+    assert trainer.tokenisation_reports["train_dataset"].kept == 3
+    assert set(trainer.tokenisation_reports) == {"train_dataset", "eval_dataset/first", "eval_dataset/second"}
+    assert trainer.data_collator.pad_token_id == tokenizer.pad_token_id
+    assert policy.tokenizer_fingerprint is not None
+
+
+def test_pairs_from_a_file_train(policy, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in TEXT_PAIRS))
+    trainer = QAdapterTrainer(
+        model=policy,
+        args=QAdapterTrainingArguments(
+            output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=1, disable_tqdm=True, max_length=64
+        ),
+        train_dataset=load_preference_dataset(str(path)),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+def test_cached_tokens_give_the_same_batches(tmp_path, monkeypatch):
+    """First made and kept, then read, against `cache_tokens = False`; in training order and in evaluation."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(token_cache, "LEAST_ROWS", 3)
+    pairs = [
+        {"prompt": f"{n * n}?" * (n % 3 + 1), "chosen": "yes " * (n % 3 + 1), "rejected": f"no {n}"}
+        for n in range(1, 24)
+    ]
+    batches, reports = [], []
+    for cached in (False, True, True):
+        trainer = QAdapterTrainer(
+            model=tiny_policy(),
+            args=QAdapterTrainingArguments(
+                output_dir=str(tmp_path / "out"), use_cpu=True, cache_tokens=cached, max_length=20, seed=3
+            ),
+            train_dataset=Dataset.from_list(pairs),
+            eval_dataset=Dataset.from_list(pairs[:9]),
+            processing_class=tiny_tokenizer(),
+        )
+        loaders = (trainer.get_train_dataloader(), trainer.get_eval_dataloader())
+        batches.append([batch for loader in loaders for batch in loader])
+        reports.append(trainer.tokenisation_reports)
+        assert len(list(tmp_path.glob("cache/qadapter/*"))) == (2 if cached else 0)
+    assert reports[1] == reports[2] == reports[0]
+    assert reports[0]["train_dataset"].truncated_prompts
+    for again in batches[1:]:
+        for batch, expected in zip(again, batches[0], strict=True):
+            torch.testing.assert_close(batch, expected, rtol=0, atol=0)

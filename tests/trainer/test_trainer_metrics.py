@@ -1,0 +1,143 @@
+"""The trainer's loss and metrics, in training and in evaluation, against the loops of the oracle."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from datasets import Dataset
+from models import plain_peft, tiny_trainer, token_pairs, two_passes
+from trainer_examples import CONFIG, METRICS
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def expected_metrics(plain, pairs, config=CONFIG):
+    """Loss and metrics of one batch of pairs, a token at a time in plain Python."""
+    settings = (config.parametrisation, config.alpha_tilde, config.alpha_0)
+    sides = {"chosen": [], "rejected": []}
+    tokens = []
+    for pair in pairs:
+        for side, results in sides.items():
+            prompt, answer = pair["prompt_ids"], pair[f"{side}_ids"]
+            z_theta, z_base = two_passes(plain, input_ids=torch.tensor([prompt + answer]))
+            states = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            z_theta, z_base = ([z[0, state].tolist() for state in states] for z in (z_theta, z_base))
+            rewards = oracle.rewards(z_theta, z_base, answer, *settings, config.gamma)
+            logps = []
+            for t, b, action in zip(z_theta, z_base, answer, strict=True):
+                policy = oracle.policy_logits(t, b, *settings)
+                policy_lse, base_lse = oracle.log_sum_exp(policy), oracle.log_sum_exp(b)
+                distribution = [
+                    (math.exp(p - policy_lse), p - policy_lse, q - base_lse) for p, q in zip(policy, b, strict=True)
+                ]
+                logps.append(policy[action] - policy_lse)
+                tokens.append(
+                    {
+                        "entropy": -sum(p * logp for p, logp, _ in distribution),
+                        "qadapter/kl": sum(p * (logp - base_logp) for p, logp, base_logp in distribution),
+                        "qadapter/value": oracle.value(t, b, *settings),
+                    }
+                )
+            results.append(((rewards, oracle.value(z_theta[0], z_base[0], *settings)), sum(logps)))
+    chosen, rejected = sides["chosen"], sides["rejected"]
+    returns = [[sum(rewards) - start for (rewards, start), _ in results] for results in (chosen, rejected)]
+    margins = [c - r for c, r in zip(*returns, strict=True)]
+    return {
+        "loss": mean(oracle.pair_loss(c, r, config.beta) for (c, _), (r, _) in zip(chosen, rejected, strict=True)),
+        "rewards/chosen": mean(returns[0]),
+        "rewards/rejected": mean(returns[1]),
+        "rewards/accuracies": mean(float(margin > 0) for margin in margins),
+        "rewards/margins": mean(margins),
+        "logps/chosen": mean(logps for _, logps in chosen),
+        "logps/rejected": mean(logps for _, logps in rejected),
+        "qadapter/penalty": mean(
+            mean(r * r for r in c + j) for ((c, _), _), ((j, _), _) in zip(chosen, rejected, strict=True)
+        ),
+        **{name: mean(token[name] for token in tokens) for name in tokens[0]},
+    }
+
+
+@pytest.mark.parametrize("accumulation", [1, 5])
+def test_logged_loss_and_metrics_equal_the_oracle(base, policy, tmp_path, accumulation):
+    pairs = token_pairs(5)
+    expected = expected_metrics(plain_peft(base, policy), pairs)
+    trainer = tiny_trainer(
+        policy,
+        tmp_path,
+        pairs,
+        max_steps=1,
+        per_device_train_batch_size=5 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert set(entry) >= METRICS
+    assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_are_averages_over_the_logging_interval(base, policy, tmp_path):
+    pairs = token_pairs(6)
+    expected = expected_metrics(plain_peft(base, policy), pairs)
+    options = {"max_steps": 3, "logging_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.0}
+    trainer = tiny_trainer(policy, tmp_path, pairs, **options)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [5, 2])
+def test_evaluation_equals_the_oracle(base, policy, tmp_path, batch_size):
+    pairs = token_pairs(5, seed=9)
+    expected = expected_metrics(plain_peft(base, policy), pairs)
+    trainer = tiny_trainer(policy, tmp_path, eval_pairs=pairs, per_device_eval_batch_size=batch_size)
+    metrics = trainer.evaluate()
+    expected = {f"eval_{name}": value for name, value in expected.items()}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert {f"eval_{name}" for name in METRICS} <= set(trainer.state.log_history[0])
+
+
+def test_metrics_of_training_and_evaluation_do_not_mix(base, policy, tmp_path):
+    pairs, held_out = token_pairs(4), token_pairs(5, seed=9)
+    plain = plain_peft(base, policy)
+    options = {"max_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    trainer = tiny_trainer(policy, tmp_path, pairs, held_out, per_device_train_batch_size=2, **options)
+    trainer.train()
+    logs = trainer.state.log_history
+    [train] = [entry for entry in logs if "loss" in entry]
+    evaluations = [entry for entry in logs if "eval_loss" in entry]
+    assert len(evaluations) == 2
+    margins = expected_metrics(plain, pairs)["rewards/margins"]
+    assert train["rewards/margins"] == pytest.approx(margins, rel=1e-6)
+    for entry in evaluations:
+        margins = expected_metrics(plain, held_out)["rewards/margins"]
+        assert entry["eval_rewards/margins"] == pytest.approx(margins, rel=1e-6)
+
+
+def test_each_of_several_evaluation_sets_has_its_own_metrics(base, policy, tmp_path):
+    held_out = {"near": token_pairs(3, seed=9), "far": token_pairs(4, seed=11)}
+    trainer = tiny_trainer(policy, tmp_path)
+    metrics = trainer.evaluate({name: Dataset.from_list(pairs) for name, pairs in held_out.items()})
+    for name, pairs in held_out.items():
+        margins = expected_metrics(plain_peft(base, policy), pairs)["rewards/margins"]
+        assert metrics[f"eval_{name}_rewards/margins"] == pytest.approx(margins, rel=1e-6)
+
+
+def test_metrics_carry_the_prefix_that_was_asked_for(base, policy, tmp_path):
+    pairs = token_pairs(3, seed=9)
+    trainer = tiny_trainer(policy, tmp_path)
+    expected = expected_metrics(plain_peft(base, policy), pairs)["qadapter/kl"]
+    dataset = Dataset.from_list(pairs)
+    assert trainer.evaluate(dataset, metric_key_prefix="test")["test_qadapter/kl"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.predict(dataset).metrics["test_qadapter/kl"] == pytest.approx(expected, rel=1e-6)
+    other = Dataset.from_list(token_pairs(4, seed=11))
+    expected = expected_metrics(plain_peft(base, policy), token_pairs(4, seed=11))["qadapter/kl"]
+    assert trainer.evaluate(other)["eval_qadapter/kl"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_gives_no_logits(policy, tmp_path):
+    trainer = tiny_trainer(policy, tmp_path)
+    assert trainer.predict(Dataset.from_list(token_pairs(3))).predictions is None

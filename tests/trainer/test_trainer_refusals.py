@@ -1,0 +1,112 @@
+"""What the trainer refuses: losses that are not finite, float16, and models, arguments or data of another kind."""
+
+import math
+
+import pytest
+import torch
+from models import tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
+from trainer_examples import TEXT_PAIRS
+from transformers import TrainerCallback, TrainingArguments
+
+from qadapter import QAdapterTrainer, QAdapterTrainingArguments
+from qadapter.errors import ConfigError, DataError, TrainingError
+from qadapter.training_log import LOG_NAME, read_log
+
+# -- a loss that is not finite -------------------------------------------------------------------------------------
+
+
+def policy_with(value):
+    """A policy in whose adapter one number is `value`."""
+    policy = tiny_policy()
+    with torch.no_grad():
+        [*policy.adapter_parameters().values()][-1][0, 0] = value
+    return policy
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (math.inf, "nan|inf")])
+@pytest.mark.parametrize(("logging_steps", "step"), [(2, 2), (100, 4)])
+def test_a_loss_that_is_not_finite_ends_the_run_where_it_is_logged(tmp_path, value, said, logging_steps, step):
+    policy = policy_with(value)
+    trainer = tiny_trainer(policy, tmp_path, max_steps=4, logging_steps=logging_steps)
+    with pytest.raises(
+        TrainingError, match=rf"mean loss up to step {step} is ({said}): .* Lower learning_rate \(0.0003"
+    ):
+        trainer.train()
+    last = read_log(tmp_path / LOG_NAME)[-1]
+    assert last["step"] == step
+    assert last.get("loss", last.get("train_loss")) is None
+
+
+class Breaks(TrainerCallback):
+    """Makes one number of the adapter NaN at the end of a step, after that step's loss."""
+
+    def __init__(self, policy, step):
+        self.policy, self.step = policy, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                [*self.policy.adapter_parameters().values()][-1][0, 0] = math.nan
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_evaluation_whose_loss_is_not_finite_ends_the_run_before_its_checkpoint(policy, tmp_path, several):
+    name = "eval_hard_loss" if several else "eval_loss"
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    callbacks = [Breaks(policy, 3)]
+    trainer = tiny_trainer(
+        policy, tmp_path, None, token_pairs(4), max_steps=4, logging_steps=100, callbacks=callbacks, **options
+    )
+    if several:
+        trainer.eval_dataset = {"hard": trainer.eval_dataset}
+    with pytest.raises(TrainingError, match=rf"the {name} after step 3 is nan: .* Lower learning_rate \(0.0003"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert read_log(tmp_path / LOG_NAME)[-1][name] is None
+
+
+def test_a_loss_that_is_not_finite_before_training_is_not_blamed_on_the_steps(tmp_path):
+    trainer = tiny_trainer(policy_with(math.nan), tmp_path, None, token_pairs(4))
+    with pytest.raises(TrainingError, match=r"eval_loss is nan before any training: load the base in float32"):
+        trainer.evaluate()
+
+
+def test_a_loss_that_is_not_finite_is_left_out_where_the_filter_was_asked_for(tmp_path):
+    trainer = tiny_trainer(policy_with(math.nan), tmp_path, max_steps=2, logging_nan_inf_filter=True)
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] == 0
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_fp16_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"fp16 = true: .* Use bf16"):
+        QAdapterTrainingArguments(output_dir=str(tmp_path), fp16=True)
+
+
+def test_model_in_float16_is_refused(tmp_path):
+    policy = tiny_policy(tiny_base(dtype=torch.float16))
+    with pytest.raises(ConfigError, match=r"the model is in float16, .*dtype=bfloat16"):
+        tiny_trainer(policy, tmp_path)
+
+
+def test_plain_model_is_refused(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"model is a GPTNeoXForCausalLM: .*from_base"):
+        tiny_trainer(base, tmp_path)
+
+
+def test_plain_arguments_are_refused(policy, tmp_path):
+    with pytest.raises(ConfigError, match="args is a TrainingArguments: give QAdapterTrainingArguments"):
+        QAdapterTrainer(model=policy, args=TrainingArguments(output_dir=str(tmp_path)))
+
+
+def test_text_without_a_tokenizer_is_refused(policy, tmp_path):
+    with pytest.raises(ConfigError, match="train_dataset holds text but processing_class is missing"):
+        tiny_trainer(policy, tmp_path, TEXT_PAIRS)
+
+
+def test_list_of_rows_is_refused(policy, tmp_path):
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(DataError, match=r"got list; give one split as a Dataset, or Dataset\.from_list"):
+        QAdapterTrainer(model=policy, args=args, train_dataset=TEXT_PAIRS, processing_class=tiny_tokenizer())
