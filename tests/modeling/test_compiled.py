@@ -7,7 +7,7 @@ from models import APART, tiny_base, tiny_policy, tiny_trainer, token_pairs
 from qadapter import QAdapterTrainingArguments
 from qadapter.data import PackedCollator
 from qadapter.errors import ConfigError
-from qadapter.fused import TokenStatistics, compiled_reduce_chunk, reduce_chunk, token_statistics
+from qadapter.fused import TokenStatistics, compiled_reduce_rows, reduce_chunk, token_statistics
 from qadapter.modeling import compiled
 from qadapter.modeling.packed import enable_packing
 from qadapter.modeling.trunk import decoder_layers
@@ -57,16 +57,15 @@ def test_reductions_of_a_chunk_equal_the_definition_compiled_or_not():
     targets, scaled = torch.arange(5), (0.5 * logits).requires_grad_()
     expected = token_statistics(scaled, 0.5 * base_logits, targets)
     (slopes,) = torch.autograd.grad(expected.kl.sum(), scaled)
-    for reduce in (reduce_chunk, compiled_reduce_chunk()):
-        statistics, probabilities, none = reduce(logits.clone(), base_logits.clone(), targets, 0.5)
-        torch.testing.assert_close(
-            statistics, TokenStatistics(*map(torch.Tensor.detach, expected)), rtol=1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(probabilities, (0.5 * logits).softmax(-1), rtol=1e-5, atol=1e-6)
-        assert none is None
-        with_kl = reduce(logits.clone(), base_logits.clone(), targets, 0.5, True)
-        torch.testing.assert_close(with_kl[:2], (statistics, probabilities))
-        torch.testing.assert_close(with_kl[2], slopes, rtol=1e-5, atol=1e-6)
+    for reduce in (reduce_chunk, compiled_reduce_rows()):
+        for with_kl in (False, True):
+            probabilities, base = logits.clone(), base_logits.clone()
+            statistics = reduce(probabilities, base, targets, 0.5, with_kl)
+            torch.testing.assert_close(
+                statistics, TokenStatistics(*map(torch.Tensor.detach, expected)), rtol=1e-5, atol=1e-5
+            )
+            torch.testing.assert_close(probabilities, (0.5 * logits).softmax(-1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(base, slopes, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("torch_compile", [True, False])
