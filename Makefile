@@ -46,6 +46,7 @@ benchmark-smoke: $(VENV)/installed-dev
 # Fails where training has become slower or larger than allowed, relative to TRL's in the same run.
 benchmark-check: $(VENV)/installed-dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning benchmarks/train.py --check --rounds 5
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/checkpoint_memory.py --check --layers 4
 
 # The vLLM plugin has an environment of its own (3.5 GB): vLLM wants other versions than the package's tests.
 # It resolves to torchvision and others of a build that does not fit the CPU's torch; nothing here needs them.

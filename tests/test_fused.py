@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qadapter import fused
 from qadapter.functional import MixCoefficients, mix_streams
 from qadapter.fused import default_chunk_size, single_head_statistics, token_statistics, two_head_statistics
 
@@ -89,6 +90,16 @@ def test_bfloat16_is_as_close_to_float64_as_plain_bfloat16_logits():
     error = (fast.logps - exact.logps).abs().max()
     assert error <= (plain.logps - exact.logps).abs().max() + 1e-6
     assert fast.logits.dtype == torch.float32
+
+
+def test_rows_of_a_chunk_that_are_widened_one_by_one_give_the_same(monkeypatch):
+    h_theta, h_base, weight, targets = tensors(torch.bfloat16, 40, 64, 97)
+    results = []
+    for elements in (fused.WIDENED_ELEMENTS, 97 * 3):
+        monkeypatch.setattr(fused, "WIDENED_ELEMENTS", elements)
+        statistics = single_head_statistics(h_theta.float(), h_base, weight, targets, chunk_size=7, kl_gradient=True)
+        results.append((statistics, torch.autograd.grad(weighted_sum(statistics), h_theta)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_no_tokens_give_empty_statistics_and_zero_gradient():

@@ -10,7 +10,7 @@ Sizes: N response tokens, H hidden size, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,13 @@ CHUNK_ELEMENTS = {"cpu": 2**22}
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
 # Rows of an accelerator's matmul tile: a chunk is a multiple of it.
 TILE = 128
+# Logits that are widened to float32 at a time: of a whole chunk in half precision, the wide copies would take six times
+# the memory of what the matmuls need.
+WIDENED_ELEMENTS = 2**24
 
 
-# (logits, base_logits, targets, scale, with_kl) -> statistics, probabilities, the KL's derivatives by the logits.
-Reduce = Callable[[Tensor, Tensor, Tensor, float, bool], tuple["TokenStatistics", Tensor, Tensor | None]]
+# (logits, base_logits, targets, scale, with_kl) -> statistics; see `reduce_rows` for what becomes of the logits.
+Reduce = Callable[[Tensor, Tensor, Tensor, float, bool], "TokenStatistics"]
 
 
 class TokenStatistics(NamedTuple):
@@ -94,11 +97,11 @@ def single_head_statistics(
         targets: token ids, (N,).
         scale: factor on the logits (Cohere, Granite).
         chunk_size: tokens at a time; None chooses by the device (`default_chunk_size`).
-        compiled: run what follows the matmuls as `compiled_reduce_chunk`.
+        compiled: run what follows the matmuls as `compiled_reduce_rows`.
         kl_gradient: let `kl` carry a gradient too, for one more matmul a chunk.
     """
     chunk_size = chunk_size or default_chunk_size(weight.shape[0], weight.device)
-    reduce = compiled_reduce_chunk() if compiled else reduce_chunk
+    reduce = compiled_reduce_rows() if compiled else reduce_chunk
     columns = _SingleHead.apply(mixed, base_hidden.detach(), weight, targets, float(scale), chunk_size, reduce,
                                 kl_gradient)  # fmt: skip
     return TokenStatistics(*columns)
@@ -112,17 +115,18 @@ class _SingleHead(torch.autograd.Function):
         expected = mixed.new_empty(mixed.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         with_kl = kl_gradient and ctx.needs_input_grad[0]
         kl_directions = mixed.new_empty(mixed.shape, dtype=wide) if with_kl else None
-        for start in range(0, mixed.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
+        for rows in slices(mixed.shape[0], chunk_size):
             logits = F.linear(mixed[rows].to(weight.dtype), weight)  # (n, V)
             base_logits = F.linear(base_hidden[rows].to(weight.dtype), weight)
-            statistics, probabilities, kl_slopes = reduce(logits, base_logits, targets[rows], scale, with_kl)
+            statistics = reduce(logits, base_logits, targets[rows], scale, with_kl)
             for column, values in zip(columns, statistics, strict=True):
                 column[rows] = values
+            # The logits hold probabilities now, and those of the base the slopes of the KL (`reduce_rows`).
             if expected is not None:
-                expected[rows] = probabilities @ weight * scale  # E_softmax[W], (n, H)
+                expected[rows] = logits @ weight * scale  # E_softmax[W], (n, H)
             if kl_directions is not None:
-                kl_directions[rows] = kl_slopes @ weight * scale
+                kl_directions[rows] = base_logits @ weight * scale
+            del logits, base_logits  # before the next chunk's are made
         ctx.save_for_backward(expected, kl_directions, weight, targets)
         ctx.scale, ctx.dtype = scale, mixed.dtype
         carrying = ("logits", "lse", "kl") if with_kl else ("logits", "lse")
@@ -143,41 +147,56 @@ class _SingleHead(torch.autograd.Function):
 
 def reduce_chunk(
     logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float, with_kl: bool = False
-) -> tuple[TokenStatistics, Tensor, Tensor | None]:
-    """`token_statistics` of the scaled logits (n, V), and the policy's probabilities p in the logits' own dtype.
+) -> TokenStatistics:
+    """`reduce_rows` of the logits (n, V), so many rows at a time that their wide copies stay small."""
+    size = max(1, WIDENED_ELEMENTS // logits.shape[-1])
+    blocks = [
+        reduce_rows(logits[rows], base_logits[rows], targets[rows], scale, with_kl)
+        for rows in slices(logits.shape[0], size)
+    ]
+    return TokenStatistics(*map(torch.cat, zip(*blocks, strict=True)))
 
-    `with_kl` asks for the derivatives of KL(p ‖ b) by the logits too, p · (log p − log b − KL), likewise (n, V).
-    Exponentiates each logit once, in three buffers of the chunk's size, and overwrites what it is given.
+
+def reduce_rows(
+    logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float, with_kl: bool = False
+) -> TokenStatistics:
+    """`token_statistics` of the scaled logits (n, V), which it overwrites, so that the caller holds nothing more.
+
+    It leaves the policy's probabilities p in `logits` and, `with_kl`, the derivatives of KL(p ‖ b) by the logits,
+    p · (log p − log b − KL), in `base_logits`. Exponentiates each logit once.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    narrow, index = logits.dtype, targets.unsqueeze(-1)
-    logits, base_logits = logits.to(wide), base_logits.to(wide)
+    wide, index = torch.promote_types(logits.dtype, torch.float32), targets.unsqueeze(-1)
+    z, base_z = logits.to(wide), base_logits.to(wide)  # the logits themselves where they are wide
     if scale != 1.0:
-        logits, base_logits = logits.mul_(scale), base_logits.mul_(scale)
-    chosen, base_chosen = (z.gather(-1, index).squeeze(-1) for z in (logits, base_logits))
-    base_top = base_logits.amax(-1, keepdim=True)
-    exponentials = (base_logits - base_top).exp_()
+        z, base_z = z.mul_(scale), base_z.mul_(scale)
+    chosen, base_chosen = (values.gather(-1, index).squeeze(-1) for values in (z, base_z))
+    base_top = base_z.amax(-1, keepdim=True)
+    exponentials = (base_z - base_top).exp_()
     base_lse = exponentials.sum(-1).log_().add_(base_top.squeeze(-1))
-    top = logits.amax(-1, keepdim=True)
-    probabilities = torch.sub(logits, top, out=exponentials).exp_()
-    total = probabilities.sum(-1, keepdim=True)
-    probabilities.div_(total)
-    lse = (total.log_() + top).squeeze(-1)
-    policy_mean = logits.mul_(probabilities).sum(-1)
-    base_mean = base_logits.mul_(probabilities).sum(-1)
-    kl = policy_mean - lse - base_mean + base_lse
-    statistics = TokenStatistics(chosen, lse, base_chosen, base_lse, kl, lse - policy_mean)
-    slopes = None
-    if with_kl:  # the two logits have been multiplied by p above
-        difference = (policy_mean - base_mean).unsqueeze(-1)
-        slopes = logits.sub_(base_logits).sub_(base_logits.copy_(probabilities).mul_(difference)).to(narrow)
-    return statistics, probabilities.to(narrow), slopes
+    top = z.amax(-1, keepdim=True)
+    exponentials = torch.sub(z, top, out=exponentials).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    lse = (total.log() + top).squeeze(-1)
+    policy_mean = z.mul_(exponentials).sum(-1, keepdim=True).div_(total)
+    base_mean = base_z.mul_(exponentials).sum(-1, keepdim=True).div_(total)
+    difference = policy_mean - base_mean
+    if with_kl:
+        slopes = torch.sub(z, base_z, out=base_z).addcmul_(exponentials, difference, value=-1).div_(total)
+        base_logits.copy_(slopes)
+    logits.copy_(torch.div(exponentials, total, out=z))
+    kl = difference.squeeze(-1) - lse + base_lse
+    return TokenStatistics(chosen, lse, base_chosen, base_lse, kl, lse - policy_mean.squeeze(-1))
 
 
 @functools.cache
-def compiled_reduce_chunk() -> Reduce:
-    """`reduce_chunk` in a few kernels that read the logits as they are, for an accelerator."""
-    return torch.compile(reduce_chunk)
+def compiled_reduce_rows() -> Reduce:
+    """`reduce_rows` in a few kernels that read the logits as they are, for an accelerator."""
+    return torch.compile(reduce_rows)
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Slices of `size`, the last one perhaps shorter, that make up `length`."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def two_head_statistics(

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from models import APART, tiny_base, tiny_policy, tiny_trainer, token_pairs
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 from qadapter import QAdapterTrainingArguments
 from qadapter.data import PackedCollator
 from qadapter.errors import ConfigError
-from qadapter.fused import TokenStatistics, compiled_reduce_chunk, reduce_chunk, token_statistics
-from qadapter.modeling import compiled
+from qadapter.fused import TokenStatistics, compiled_reduce_rows, reduce_chunk, token_statistics
+from qadapter.modeling import compiled, varlen
 from qadapter.modeling.packed import enable_packing
 from qadapter.modeling.trunk import decoder_layers
 from qadapter.objective import pair_losses
@@ -57,16 +60,44 @@ def test_reductions_of_a_chunk_equal_the_definition_compiled_or_not():
     targets, scaled = torch.arange(5), (0.5 * logits).requires_grad_()
     expected = token_statistics(scaled, 0.5 * base_logits, targets)
     (slopes,) = torch.autograd.grad(expected.kl.sum(), scaled)
-    for reduce in (reduce_chunk, compiled_reduce_chunk()):
-        statistics, probabilities, none = reduce(logits.clone(), base_logits.clone(), targets, 0.5)
-        torch.testing.assert_close(
-            statistics, TokenStatistics(*map(torch.Tensor.detach, expected)), rtol=1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(probabilities, (0.5 * logits).softmax(-1), rtol=1e-5, atol=1e-6)
-        assert none is None
-        with_kl = reduce(logits.clone(), base_logits.clone(), targets, 0.5, True)
-        torch.testing.assert_close(with_kl[:2], (statistics, probabilities))
-        torch.testing.assert_close(with_kl[2], slopes, rtol=1e-5, atol=1e-6)
+    for reduce in (reduce_chunk, compiled_reduce_rows()):
+        for with_kl in (False, True):
+            probabilities, base = logits.clone(), base_logits.clone()
+            statistics = reduce(probabilities, base, targets, 0.5, with_kl)
+            torch.testing.assert_close(
+                statistics, TokenStatistics(*map(torch.Tensor.detach, expected)), rtol=1e-5, atol=1e-5
+            )
+            torch.testing.assert_close(probabilities, (0.5 * logits).softmax(-1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(base, slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_checkpoint_keeps_nothing_of_packed_attentions_gathers():
+    batch = PackedCollator()(token_pairs(4))
+    gather, restore, repeated = (batch[f"{name}_indices"] for name in ("gather", "restore", "repeated"))
+    weight = torch.randn(3, 3, requires_grad=True)
+    graphs, kept = [], []
+
+    def layer(states):
+        packed = varlen.gather(states @ weight, gather, restore, repeated)
+        return varlen.restore(packed.sin().square(), restore)
+
+    def capture(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=capture, partition_fn=min_cut_rematerialization_partition)
+    compiled_layer = torch.compile(lambda states: checkpoint(layer, states, use_reentrant=False), backend=backend)
+    states = torch.randn(len(restore), 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        result = compiled_layer(states)
+    known = {tensor.data_ptr() for tensor in (states, weight, gather, restore, repeated)}
+    assert {tensor.data_ptr() for tensor in kept} <= known
+    result.sum().backward()
+    # The compiler sees what they are made of, and can melt it into its neighbours.
+    assert len(graphs) == 2
+    assert all(
+        "aten.index_select.default" in graph and not any("qadapter" in name for name in graph) for graph in graphs
+    )
 
 
 @pytest.mark.parametrize("torch_compile", [True, False])

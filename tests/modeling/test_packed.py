@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.data.packing import PackedSequences
+from qadapter.modeling import varlen
 from qadapter.modeling.packed import enable_packing
 from qadapter.objective import pair_losses
 
@@ -159,3 +160,17 @@ def test_training_is_the_same_with_and_without(tmp_path, packing):
     expected = [entry["loss"] for entry in twin.state.log_history if "loss" in entry]
     assert losses == pytest.approx(expected, rel=1e-6)
     assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
+
+
+def test_gradients_of_gathering_and_restoring_are_those_of_indexing():
+    batch = PackedCollator()(token_pairs(4))
+    gather, restore, repeated = (batch[f"{name}_indices"] for name in ("gather", "restore", "repeated"))
+    states = torch.randn(len(restore), 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(len(gather), 3, dtype=torch.float64)
+    for fast, slow in (
+        (varlen.gather(states, gather, restore, repeated) * weights, states[gather] * weights),
+        (varlen.restore(states[gather] * weights, restore), (states[gather] * weights)[restore]),
+    ):
+        torch.testing.assert_close(fast, slow)
+        (actual,), (expected,) = (torch.autograd.grad(out.square().sum(), states) for out in (fast, slow))
+        torch.testing.assert_close(actual, expected)

@@ -152,6 +152,7 @@ class TrainingPasses:
         if base_states is None:
             final, trunk_states = self.base_pass(**batch)
             base_states = final.flatten(0, 1).index_select(0, states)  # (N, H)
+            del final  # of all tokens; the adapter's pass comes now
         flat = self.head.statistics(
             adapter,
             self.adapter_pass(trunk=trunk_states, **batch).flatten(0, 1).index_select(0, states),

@@ -4,13 +4,13 @@ Sizes: M tokens of all sequences, S tokens of the packed row (see `qadapter.data
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from qadapter.modeling.streams import HALF_PRECISION
 
@@ -56,40 +56,60 @@ def causal_attention(
     )  # fmt: skip
 
 
+def transparent(name: str) -> Callable[[Callable[..., Tensor]], torch.library.CustomOpDef]:
+    """Make a function an operation of its own which the compiler sees through, to the operations it is made of.
+
+    Not an autograd Function: where a compiled layer is checkpointed, torch up to 2.11 keeps what the inside of one
+    makes instead of recomputing it (pytorch/pytorch#177396). This is what `torch.library.triton_op` does, which asks
+    for Triton.
+    """
+
+    def made(function: Callable[..., Tensor]) -> torch.library.CustomOpDef:
+        def seen_through(mode: Any, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+            with mode:
+                return function(*args, **(kwargs or {}))
+
+        operation = torch.library.custom_op(name, function, mutates_args=())
+        operation.register_fake(function)
+        operation.register_torch_dispatch(FunctionalTensorMode, seen_through)
+        return operation
+
+    return made
+
+
+@transparent("qadapter::gather_tokens")
 def gather(states: Tensor, indices: Tensor, restore: Tensor, repeated: Tensor) -> Tensor:
     """`states[indices]`, (S, ...) -> (M, ...); its gradient scatters only the few tokens that are repeated."""
-    return _Gather.apply(states, indices, restore, repeated)
+    return states.index_select(0, indices)
 
 
+@transparent("qadapter::restore_tokens")
 def restore(states: Tensor, indices: Tensor) -> Tensor:
     """`states[indices]`, (M, ...) -> (S, ...), where no index comes twice: its gradient is copied, not summed."""
-    return _Restore.apply(states, indices)
+    return states.index_select(0, indices)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states, indices, restore_indices, repeated):  # type: ignore[override]
-        ctx.save_for_backward(indices, restore_indices, repeated)
-        return states.index_select(0, indices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad):  # type: ignore[override]
-        indices, restore_indices, repeated = ctx.saved_tensors
-        total = grad.index_select(0, restore_indices)
-        total.index_add_(0, indices.index_select(0, repeated), grad.index_select(0, repeated))
-        return total, None, None, None
+def _keep_gather(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
 
 
-class _Restore(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states, indices):  # type: ignore[override]
-        ctx.save_for_backward(indices)
-        ctx.tokens = states.shape[0]
-        return states.index_select(0, indices)
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    indices, restore_indices, repeated = ctx.saved_tensors
+    total = grad.index_select(0, restore_indices)
+    total.index_add_(0, indices.index_select(0, repeated), grad.index_select(0, repeated))
+    return total, None, None, None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad):  # type: ignore[override]
-        (indices,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.tokens, *grad.shape[1:]).index_copy(0, indices, grad), None
+
+def _keep_restore(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    states, indices = inputs
+    ctx.save_for_backward(indices)
+    ctx.tokens = states.shape[0]
+
+
+def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    return grad.new_zeros(ctx.tokens, *grad.shape[1:]).index_copy(0, indices, grad), None
+
+
+gather.register_autograd(_gather_backward, setup_context=_keep_gather)
+restore.register_autograd(_restore_backward, setup_context=_keep_restore)
