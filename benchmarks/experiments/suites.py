@@ -217,6 +217,7 @@ def kl_small() -> Suite:
             {"beta": 10.0},
             *({**KL_PENALTY, "beta": beta} for beta in (1.0, 0.3)),
             {**KL_PENALTY, "beta": 1.0, "rejected": "own"},
+            {**KL_PENALTY, "alpha": 1.0, "beta": 1.0},
         ],
         "dpo": [
             {"beta": 0.1},
