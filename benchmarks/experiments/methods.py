@@ -68,6 +68,8 @@ def _train(
     pairs: Any = None,
     rejected: str = "given",
 ) -> Trained:
+    if rejected not in ("given", "own"):
+        raise ConfigError(f"rejected = {rejected!r}: choose given or own.")
     if rejected == "own":
         pairs = with_own_answers(context, "own_answers", context.setting.measuring.temperature)
     policy = context.new_policy(config)

@@ -139,7 +139,8 @@ def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
     columns = [name for name in wanted if name in names]
     columns += [name for name in names if name.endswith((" loss_change", " prefers change", " margin change"))]
     gains = measured_gains(found)
-    yield f"At full strength (means; every variant), with its areas of {' and '.join(gains)} against KL:\n"
+    areas = f", with its areas of {' and '.join(gains)} against KL" if gains else ""
+    yield f"At full strength (means; every variant){areas}:\n"
     yield "| method | options | seeds | " + " | ".join([*columns, *(f"area: {gain}" for gain in gains)]) + " |"
     yield "|---" * (len(columns) + 3 + len(gains)) + "|"
     for variant, figures in rows:

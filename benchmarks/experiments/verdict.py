@@ -9,6 +9,7 @@ from benchmarks.experiments.contests import OWN, Contest, Interval, contests, va
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, interval
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
+from benchmarks.experiments.suites import SUITES, make_suite
 from benchmarks.experiments.summary import FORMS, RIVAL, Variant, point_figures, variant_areas
 from qadapter import QAdapterConfig
 from qadapter.evaluation.intervals import wilson
@@ -39,7 +40,8 @@ def verdict_lines(settings: Settings) -> Iterator[str]:
     """The section; nothing where no setting has Q-Adapter and a rival."""
     found = {(key, yard): contests(variants, GAINS[yard[0]], DRIFTS[yard[1]])
              for key, variants in settings.items() for yard in YARDSTICKS if measured(variants, yard)}  # fmt: skip
-    found = {place: own for place, own in found.items() if rivals(own)}
+    # A suite of nothing but ablations tunes no method: its variants are not a knob's.
+    found = {place: own for place, own in found.items() if rivals(own) and not only_ablations(place[0][0])}
     if not found:
         return
     yield INTRODUCTION
@@ -59,6 +61,11 @@ def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
 def measured_gains(variants: Sequence[Variant]) -> list[str]:
     """The gains, of samples and by margin, that were measured together with the KL."""
     return [gain for gain in GAIN_TITLES if measured(variants, (gain, "kl"))]
+
+
+def only_ablations(suite: str) -> bool:
+    """Whether a suite has no methods beside its ablations."""
+    return suite in SUITES and not make_suite(suite).knobs
 
 
 def rivals(found: Sequence[Contest]) -> list[Contest]:

@@ -11,6 +11,7 @@ Where the layouts come from:
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import QAdapterForCausalLM
+from qadapter.errors import AdapterFormatError
+from qadapter.modeling.wrapping import _require_frozen
 
 IDS = torch.tensor(token_ids(9, 9))
 GREEDY = {"do_sample": False, "max_new_tokens": 20}
@@ -207,14 +210,15 @@ def test_the_base_that_an_axolotl_folder_names_is_found_without_being_given(base
 
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(base, tmp_path):
     """Which is right: run, it makes the folder one that can be wrapped."""
-    folder = tmp_path / "foreign"
+    folder = tmp_path / "it's $(touch foreign)"
     tensors = write_lora(folder, base, PEFT_0_6 | {"target_modules": ["q_proj", "v_proj"], "use_dora": False})
     (folder / "adapter_model.safetensors").unlink()
     torch.save(tensors, folder / "adapter_model.bin")
     outcome = qadapter("wrap", folder, "--output-dir", tmp_path / "wrapped")
     assert_refused(outcome, r"safetensors is missing \(pickled weights are never read\)\. Convert them: python -c", 1)
-    code = re.search(r'python -c "(.*)"\n', outcome.err)[1]
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+    _, *arguments = shlex.split(re.search(r"(python -c .*)\n", outcome.err)[1])
+    assert arguments[2:] == [str(folder / name) for name in ("adapter_model.bin", "adapter_model.safetensors")]
+    subprocess.run([sys.executable, *arguments], check=True, timeout=100)
     succeeded(qadapter("wrap", folder, "--output-dir", tmp_path / "wrapped"))
 
 
@@ -226,7 +230,10 @@ def test_an_interrupted_run_is_pointed_to_its_checkpoints(base, tmp_path):
     (folder / "adapter_model.safetensors").rename(folder / "checkpoint-20/adapter_model.safetensors")
     shutil.copy(folder / "adapter_config.json", folder / "checkpoint-20")
     outcome = qadapter("wrap", folder, "--output-dir", tmp_path / "wrapped")
-    assert_refused(outcome, r"adapter_model\.safetensors is missing\. .* take one of the checkpoint-\* folders in it")
+    assert_refused(
+        outcome,
+        r"adapter_model\.safetensors is missing: the run was interrupted\. Take one of the checkpoint-\* folders",
+    )
     succeeded(qadapter("wrap", folder / "checkpoint-20", "--output-dir", tmp_path / "wrapped"))
 
 
@@ -272,3 +279,12 @@ def test_trained_embeddings_are_refused_until_a_base_has_them(with_embeddings, b
     succeeded(
         qadapter("wrap", with_embeddings, "--base-model", tmp_path / "other", "--output-dir", tmp_path / "wrapped")
     )
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_rounded_on_either_side_are_the_base_s(own, saved, tmp_path):
+    base = torch.nn.Embedding(7, 5).to(own)
+    _require_frozen(base, {"weight": base.weight.detach().to(saved)}, tmp_path)
+    with pytest.raises(AdapterFormatError, match="was trained or resized"):
+        _require_frozen(base, {"weight": (base.weight.detach() + 1).to(saved)}, tmp_path)

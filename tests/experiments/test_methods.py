@@ -9,6 +9,7 @@ from benchmarks.experiments import methods
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.runner import Runner
 from benchmarks.experiments.suites import make_suite
+from qadapter.errors import ConfigError
 from qadapter.generation import Answer
 
 
@@ -45,3 +46,8 @@ def test_a_cell_can_be_trained_against_them(context):
     for method, options in (("qadapter", {"rejected": "own"}), ("dpo", {"beta": 0.1, "rejected": "own"})):
         assert methods.train(method, context, options).figures["steps"] > 0
     assert (context.cache / "own_answers.json").exists()
+
+
+def test_an_unknown_place_of_rejected_answers_is_refused(context):
+    with pytest.raises(ConfigError, match=r"rejected = 'onw': choose given or own"):
+        methods.train("dpo", context, {"rejected": "onw"})

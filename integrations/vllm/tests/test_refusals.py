@@ -68,10 +68,15 @@ def test_an_adapter_folder_is_served_with_the_base_that_it_names(folders):
 @pytest.mark.parametrize(
     ("changes", "options", "match"),
     [
-        ({"architecture": "GPTNeoXForCausalLM"}, {}, "trained on a GPTNeoXForCausalLM, which cannot be served on vLLM"),
+        (
+            {"architecture": "GPTNeoXForCausalLM"},
+            {},
+            "trained on a 'GPTNeoXForCausalLM', which cannot be served on vLLM",
+        ),
         ({"name": ""}, {}, "does not know its base model's name"),
         ({}, {"trust_remote_code": True}, "names its own base .* --trust-remote-code would run"),
-        ({}, {"hf_overrides": lambda config: config}, "hf_overrides must be a dictionary"),
+        ({}, {"hf_overrides": lambda config: config}, "must be dictionaries"),
+        ({}, {"hf_overrides": {"qadapter": None}}, "must be dictionaries"),
     ],
 )
 def test_adapter_folders_that_cannot_be_served_by_themselves(folders, changes, options, match):

@@ -6,6 +6,7 @@ are regular expressions, and a hostile one can run for ever.
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ MAX_TENSORS = 100_000
 MAX_RANK = 4096
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\.lora_(A\.weight|B\.weight|magnitude_vector)")
+CONVERSION = (
+    'python -c "import sys, torch, safetensors.torch as s; '
+    "s.save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\""
+)
 BASE_KEY = re.compile(r"base_model\.model\.((?!.*lora_)[A-Za-z0-9_.]{1,200})")
 
 
@@ -64,24 +69,21 @@ def read_foreign_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict
 
 
 def _read_files(folder: Path, keys: re.Pattern[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not (folder / CONFIG_NAME).is_file():
-        raise AdapterFormatError(f"{folder}: {CONFIG_NAME} is missing.")
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise AdapterFormatError(_why_no_weights(folder))
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise AdapterFormatError(f"{folder}: {name} is missing{_way_out(folder)}")
     return read_json_object(folder / CONFIG_NAME), _read_tensors(folder / WEIGHTS_NAME, keys)
 
 
-def _why_no_weights(folder: Path) -> str:
+def _way_out(folder: Path) -> str:
+    """What helps where a folder lacks its config or its weights; nothing where nothing is known."""
     pickled = folder / "adapter_model.bin"
-    if pickled.exists():
-        return (
-            f"{folder}: {WEIGHTS_NAME} is missing (pickled weights are never read). Convert them: "
-            'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{pickled}', map_location='cpu', weights_only=True), '{folder / WEIGHTS_NAME}')\""
-        )
-    checkpoints = any((path / WEIGHTS_NAME).is_file() for path in folder.glob("checkpoint-*"))
-    hint = " The run was interrupted: take one of the checkpoint-* folders in it." if checkpoints else ""
-    return f"{folder}: {WEIGHTS_NAME} is missing.{hint}"
+    if (folder / CONFIG_NAME).is_file() and pickled.exists():
+        paths = " ".join(shlex.quote(str(path)) for path in (pickled, folder / WEIGHTS_NAME))
+        return f" (pickled weights are never read). Convert them: {CONVERSION} {paths}"
+    if any((path / WEIGHTS_NAME).is_file() for path in folder.glob("checkpoint-*")):
+        return ": the run was interrupted. Take one of the checkpoint-* folders in it."
+    return "."
 
 
 def _read_tensors(path: Path, keys: re.Pattern[str]) -> dict[str, Tensor]:

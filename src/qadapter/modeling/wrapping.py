@@ -67,8 +67,8 @@ def _require_frozen(base: PreTrainedModel, saved: dict[str, Tensor], folder: Pat
         mine = own.get(name.replace(".base_layer.", "."))
         if mine is None:
             raise AdapterFormatError(f"{folder}: tensor {name!r} is neither part of a LoRA adapter nor of the base.")
-        narrow = min(mine.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)  # one of them may have been rounded
-        if not torch.equal(mine.to(narrow).cpu(), weight.to(narrow)):
+        dtypes = (mine.dtype, weight.dtype)  # one of them may have been rounded
+        if not any(torch.equal(mine.to(dtype).cpu(), weight.to(dtype)) for dtype in dtypes):
             raise AdapterFormatError(
                 f"{folder}: {name} was trained or resized along with the LoRA, and a frozen base does not follow. "
                 "Save a base model that has this weight, and give it with --base-model."

@@ -1,6 +1,7 @@
 """An adapter folder given as the model: vLLM reads the base that it names, and the config names the adapter."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +65,13 @@ def serve_base_of(arguments: "EngineArgs") -> None:
 def _refuse(folder: Path, base: dict[str, Any], overrides: Any, trust_remote_code: bool) -> None:
     if base["architecture"] not in FAMILIES:
         raise ConfigError(
-            f"{folder}: trained on a {base['architecture']}, which cannot be served on vLLM; served are "
+            f"{folder}: trained on a {base['architecture']!r}, which cannot be served on vLLM; served are "
             f"{', '.join(FAMILIES)}. Use `qadapter serve`."
         )
-    if callable(overrides):
-        raise ConfigError(f"{folder}: hf_overrides must be a dictionary where the model is an adapter folder.")
+    if not isinstance(overrides, Mapping) or not isinstance(overrides.get("qadapter", {}), Mapping):
+        raise ConfigError(
+            f"{folder}: hf_overrides and its qadapter entry must be dictionaries where the model is an adapter folder."
+        )
     if trust_remote_code:
         raise ConfigError(
             f"{folder} names its own base ({base['name']!r}), whose code --trust-remote-code would run. Give the base "

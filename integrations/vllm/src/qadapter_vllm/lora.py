@@ -56,10 +56,10 @@ class Update(nn.Module):
         super().__init__()
         self.lora_a = UpdateMatrix(lora_a)
         self.lora_b = UpdateMatrix(torch.block_diag(*parts))
-        self.parts = len(parts)
-        for number, part in enumerate(parts):
-            self.register_buffer(f"part_{number}", part.t().contiguous(), persistent=False)  # (r, its outputs)
         self.as_sums = current_platform.is_cpu() and max(part.shape[1] for part in parts) <= SUMS_RANK
+        self.parts = len(parts)
+        for number, part in enumerate(parts if self.as_sums else ()):
+            self.register_buffer(f"part_{number}", part.t().contiguous(), persistent=False)  # (r, its outputs)
 
     def pack(self) -> None:
         """Once the weights are in their place."""
