@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -73,10 +74,19 @@ def greedy_answer(folder, prompt, tokens=12):
 
 
 def start(*arguments, **options):
-    """`python -m qadapter ARGUMENTS` as a process with pipes."""
+    """`python -m qadapter ARGUMENTS` as a process with pipes, which hears Ctrl-C.
+
+    A process that a shell put into the background ignores it, and so would what it starts.
+    """
     command = [sys.executable, "-m", "qadapter", *map(str, arguments)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, encoding="utf-8", **{**pipes, **options})
+    settings = {**pipes, "preexec_fn": hear_interrupts, **options}
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, encoding="utf-8", **settings)
+
+
+def hear_interrupts():
+    """Let SIGINT do what it does by default."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def process(*arguments, stdin="", **options):
