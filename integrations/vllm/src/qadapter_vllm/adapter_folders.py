@@ -51,26 +51,32 @@ def serve_base_of(arguments: "EngineArgs") -> None:
             f"{folder}: the adapter does not know its base model's name: give the base as the model, and the adapter "
             "with --hf-overrides."
         )
-    overrides = arguments.hf_overrides or {}
-    _refuse(folder, base, overrides, arguments.trust_remote_code)
+    _refuse(folder, base, arguments.trust_remote_code)
+    overrides = _overrides(folder, arguments.hf_overrides or {})
     source = resolve_base(name, base["revision"])
     arguments.served_model_name = arguments.served_model_name or arguments.model
     arguments.model, arguments.revision = source.path, arguments.revision or source.hub_revision
     if arguments.tokenizer is None and (folder / "tokenizer_config.json").exists():
         arguments.tokenizer = str(folder)
-    arguments.hf_overrides = {"architectures": [PREFIX + base["architecture"]]} | overrides  # type: ignore[operator]
-    arguments.hf_overrides["qadapter"] = {"adapter": str(folder)} | overrides.get("qadapter", {})  # type: ignore[union-attr]
+    # The user's own overrides win.
+    entry = {"adapter": str(folder), **overrides.get("qadapter", {})}
+    arguments.hf_overrides = {"architectures": [f"{PREFIX}{base['architecture']}"], **overrides, "qadapter": entry}
 
 
-def _refuse(folder: Path, base: dict[str, Any], overrides: Any, trust_remote_code: bool) -> None:
+def _overrides(folder: Path, given: Any) -> dict[str, Any]:
+    """The user's overrides; raises ConfigError unless they and their qadapter entry are dictionaries."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("qadapter", {}), Mapping):
+        raise ConfigError(
+            f"{folder}: hf_overrides and its qadapter entry must be dictionaries where the model is an adapter folder."
+        )
+    return dict(given)
+
+
+def _refuse(folder: Path, base: dict[str, Any], trust_remote_code: bool) -> None:
     if base["architecture"] not in FAMILIES:
         raise ConfigError(
             f"{folder}: trained on a {base['architecture']!r}, which cannot be served on vLLM; served are "
             f"{', '.join(FAMILIES)}. Use `qadapter serve`."
-        )
-    if not isinstance(overrides, Mapping) or not isinstance(overrides.get("qadapter", {}), Mapping):
-        raise ConfigError(
-            f"{folder}: hf_overrides and its qadapter entry must be dictionaries where the model is an adapter folder."
         )
     if trust_remote_code:
         raise ConfigError(
