@@ -39,9 +39,12 @@ class Cell:
 
     def described(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as JSON."""
+        setting = jsonable(asdict(self.setting))
+        if not self.setting.training.packed:
+            del setting["training"]["packed"]  # younger than many results, whose keys shall not change
         return {
             "version": RESULT_VERSION,
-            "setting": jsonable(asdict(self.setting)),
+            "setting": setting,
             "method": self.method,
             "options": dict(self.options),
             "seed": self.seed,

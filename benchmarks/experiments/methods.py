@@ -67,6 +67,7 @@ def _train(
     config: QAdapterConfig | None = None,
     pairs: Any = None,
     rejected: str = "given",
+    packed: bool = False,
 ) -> Trained:
     if rejected not in ("given", "own"):
         raise ConfigError(f"rejected = {rejected!r}: choose given or own.")
@@ -80,6 +81,7 @@ def _train(
         context.setting.training,
         context.seed,
         context.work,
+        packed,
     )
     return Trained(policy, figures)
 
@@ -100,7 +102,7 @@ def qadapter(
     if alpha is not None:
         settings |= {"alpha_tilde": alpha, "alpha_0": alpha}
     config = QAdapterConfig.preset(preset, **settings)
-    return _train(context, objectives.of_settings(losses.qadapter, **options), config, rejected=rejected)
+    return _train(context, objectives.of_settings(losses.qadapter, **options), config, rejected=rejected, packed=True)
 
 
 def authors(context: Context, **options: Any) -> Trained:
@@ -110,7 +112,7 @@ def authors(context: Context, **options: Any) -> Trained:
 
 def of_loss(loss: Callable[..., Any], context: Context, rejected: str = "given", **options: Any) -> Trained:
     """A method whose loss needs the statistics of both answers only; `rejected` as for `qadapter`."""
-    return _train(context, objectives.of_statistics(loss, **options), rejected=rejected)
+    return _train(context, objectives.of_statistics(loss, **options), rejected=rejected, packed=True)
 
 
 def sft(context: Context) -> Trained:

@@ -76,8 +76,8 @@ def kto(beta: float) -> Objective:
 
 
 def response_mask(batch: Batch) -> Tensor:
-    """Which columns of the statistics are response tokens, (B, T-1)."""
-    return batch["completion_mask"][:, 1:].bool()
+    """Which columns of the statistics are response tokens: (B, T-1), or (2P, N) of packed rows."""
+    return batch["completion_mask"] if "gather_indices" in batch else batch["completion_mask"][:, 1:].bool()
 
 
 def chosen_rows(batch: Batch) -> Batch:

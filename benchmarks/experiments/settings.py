@@ -14,6 +14,8 @@ class Training:
         pairs_a_step: pairs an optimiser step, `micro_batch` at a time.
         lora_layers: "all", or "upper" for the upper half of the layers.
         label_noise: share of the training pairs whose answers are swapped.
+        packed: packed rows, and the base's states kept over the epochs, where a method runs both answers of each pair
+            and nothing else: the same losses in half the time.
     """
 
     epochs: float = 1.0
@@ -23,6 +25,7 @@ class Training:
     lora_r: int = 8
     lora_layers: str = "all"
     label_noise: float = 0.0
+    packed: bool = False
 
 
 @dataclass(frozen=True)

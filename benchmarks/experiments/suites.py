@@ -233,6 +233,31 @@ def kl_small() -> Suite:
     return Suite(settings, knobs, (0, 1), purpose, first=("qadapter", "dpo"))
 
 
+def epochs_small() -> Suite:
+    """Three epochs instead of one: the KL as penalty bounds the drift, so training can go on."""
+    measuring = replace(
+        CPU_MEASURING, strengths=(0.03125, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+        sampled_strengths=(0.125, 0.25, 0.5, 1.0, 2.0), sampled_prompts=48, max_new_tokens=48,
+    )  # fmt: skip
+    names = ("dsp-entertainment", "dsp-academy", "dsp-literature", "dsp-business", "polite")
+    settings = tuple(
+        replace(
+            cpu_settings()[name], max_length=160, train_pairs=192, eval_pairs=150, measuring=measuring,
+            training=replace(CPU_TRAINING, epochs=3.0, packed=True),
+        )
+        for name in names
+    )  # fmt: skip
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [{**KL_PENALTY, "alpha": 1.0, "beta": 1.0}, {"beta": 10.0}],
+        "dpo": [{"beta": 0.1}, {"beta": 3.0, "length_normalised": True}],
+        "ipo": [{"beta": 0.3}],
+        "sft-kl": [{"weight": 1.0}],
+        "sft": [{}],
+    }
+    purpose = "Three epochs of short pairs: the KL from the base as the penalty, the default and DPO; for a CPU."
+    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
+
+
 def full() -> Suite:
     """The paper's experiments: every setting, method and knob, three seeds."""
     knobs = {method: options for method, options in MAIN_KNOBS.items() if method != "dpo-trl"}
@@ -268,6 +293,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "scales-small": scales_small,
     "ablations-small": ablations_small,
     "kl-small": kl_small,
+    "epochs-small": epochs_small,
     "medium": medium,
     "medium-ablations": medium_ablations,
     "full": full,

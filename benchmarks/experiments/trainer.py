@@ -12,6 +12,7 @@ from transformers import PrinterCallback, set_seed
 from benchmarks.experiments.objectives import Objective
 from benchmarks.experiments.settings import Training
 from qadapter import QAdapterConfig, QAdapterForCausalLM, QAdapterTrainer, QAdapterTrainingArguments
+from qadapter.base_states import IN_MEMORY
 
 
 class MethodTrainer(QAdapterTrainer):
@@ -64,12 +65,17 @@ def train_pairs(
     training: Training,
     seed: int,
     folder: Path,
+    packed: bool = False,
 ) -> dict[str, float]:
-    """Train the policy's adapter on tokenised pairs; steps, the last loss, and seconds."""
+    """Train the policy's adapter on tokenised pairs; steps, the last loss, and seconds.
+
+    Args:
+        packed: the objective runs both answers of each pair as they are, so they may come as `Training.packed` says.
+    """
     start = time.perf_counter()
     trainer = MethodTrainer(
         model=policy,
-        args=training_arguments(training, seed, folder),
+        args=training_arguments(training, seed, folder, packed and training.packed),
         train_dataset=pairs,
         objective=objective,
     )
@@ -85,10 +91,10 @@ def train_pairs(
     }
 
 
-def training_arguments(training: Training, seed: int, folder: Path) -> QAdapterTrainingArguments:
+def training_arguments(training: Training, seed: int, folder: Path, packed: bool) -> QAdapterTrainingArguments:
     """The optimiser's settings, the same for every method."""
-    # Padded rows: some methods run other sequences than the pairs', and all shall run alike.
-    return QAdapterTrainingArguments(output_dir=str(folder), packing=False, **common_arguments(training, seed))
+    fast: dict[str, Any] = {"packing": packed, "cache_base_states": IN_MEMORY if packed else None}
+    return QAdapterTrainingArguments(output_dir=str(folder), **fast, **common_arguments(training, seed))
 
 
 def common_arguments(training: Training, seed: int) -> dict[str, Any]:

@@ -51,3 +51,20 @@ def test_a_cell_can_be_trained_against_them(context):
 def test_an_unknown_place_of_rejected_answers_is_refused(context):
     with pytest.raises(ConfigError, match=r"rejected = 'onw': choose given or own"):
         methods.train("dpo", context, {"rejected": "onw"})
+
+
+@pytest.mark.parametrize(("method", "options"), [("qadapter", {"preset": "kl"}), ("dpo", {"beta": 0.1})])
+def test_packed_rows_with_the_base_s_states_kept_train_the_same_adapter(context, method, options):
+    trained = []
+    for packed in (False, True):
+        training = replace(context.setting.training, epochs=2.0, packed=packed)
+        found = methods.train(method, replace(context, setting=replace(context.setting, training=training)), options)
+        trained.append((found.figures, found.policy.adapter_parameters()))
+    (padded, slow), (packed_figures, fast) = trained
+    assert packed_figures["steps"] == padded["steps"] == 4
+    assert packed_figures["last_loss"] == pytest.approx(padded["last_loss"], rel=1e-4)
+    start = context.new_policy().adapter_parameters()
+    for name, parameter in slow.items():
+        moved = (parameter - start[name]).abs().max()
+        assert (fast[name] - parameter).abs().max() <= 0.02 * moved + 1e-6, name
+    assert any((parameter - start[name]).abs().max() > 1e-3 for name, parameter in slow.items())
