@@ -37,7 +37,7 @@ class Measure:
 
 
 def _pairs(key: str) -> Any:
-    return lambda point: point["pairs"][key]
+    return lambda point: point["pairs"].get(key)  # the gain without ends is younger than many results
 
 
 def _samples(value: Any) -> Any:
@@ -60,6 +60,7 @@ GAINS = {
         _samples(lambda found: [value - 0.5 for value in found["win"]]),
     ),
     "margin": Measure("margin a token, change in nats", "pairs", _pairs("margin_gain")),
+    "body": Measure("margin a token without the answers' ends, change in nats", "pairs", _pairs("body_gain")),
 }
 DRIFTS = {
     "kl": Measure("KL(policy ‖ base) a token on held-out answers, nats", "pairs", _pairs("kl")),

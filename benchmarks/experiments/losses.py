@@ -70,19 +70,24 @@ def qadapter(
     value_at: str = "next",
     penalty: str | None = None,
     margin: float = 0.0,
+    normalised: str | None = None,
 ) -> Tensor:
-    """The package's objective (the defaults of the last three arguments), and the variants that ablations ask for.
+    """The package's objective (the defaults of the last four arguments), and the variants that ablations ask for.
 
     Args:
         value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does.
         penalty: what β penalises: what the settings say ("reward" or "kl"), or the squares of the "reward", of the
             "residual" Q, or of the "advantage" Q − V(s_t), which is α̃ log π̃ − α₀ log π_b.
         margin: subtracted from the difference of returns.
+        normalised: "pair" divides both answers' returns by the mean of their lengths, which leaves a token of the
+            shorter answer, its end above all, no heavier than one of the longer; None is what the settings say.
     """
     q, values, rewards, _ = implied(statistics, mask, config)
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask
     returns = functional.response_returns(rewards, values, mask, config.length_normalised)
+    if normalised == "pair":
+        returns = returns / mask.sum(-1).view(2, -1).to(returns.dtype).mean(0).repeat(2)
     returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)
     penalised = {
         "kl": statistics.kl,

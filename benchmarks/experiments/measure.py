@@ -124,17 +124,25 @@ def _points(
 
 
 def _pair_figures(drifts: Sequence[TextDrift], column: str) -> dict[str, list[float]]:
-    """margin_gain: change of the margin a token; accuracy: by log-ratio; prefers and base_prefers: higher log-prob a
-    token; kl: KL(policy ‖ base) a token, mean of both answers; nll_change: of the chosen answer, a token."""
+    """margin_gain: change of the margin a token; body_gain: the same without the last token of each answer, its end;
+    accuracy: by log-ratio; prefers and base_prefers: higher log-prob a token; kl: KL(policy ‖ base) a token, mean of
+    both answers; nll_change: of the chosen answer, a token."""
     pairs = paired(drifts)
     return {
         "margin_gain": rounded(pair.token_margin(column) - pair.token_margin("base") for pair in pairs),
+        "body_gain": rounded(body_gain(pair.chosen, column) - body_gain(pair.rejected, column) for pair in pairs),
         "accuracy": [win(pair.log_ratio_margin(column)) for pair in pairs],
         "prefers": [win(pair.token_margin(column)) for pair in pairs],
         "base_prefers": [win(pair.token_margin("base")) for pair in pairs],
         "kl": rounded((_mean_kl(pair.chosen, column) + _mean_kl(pair.rejected, column)) / 2 for pair in pairs),
         "nll_change": rounded((pair.logps["base"][0] - pair.logps[column][0]) / pair.chosen.tokens for pair in pairs),
     }
+
+
+def body_gain(drift: TextDrift, column: str) -> float:
+    """The mean log-ratio a token of an answer without its end, where it stops; 0 for an answer of one token."""
+    ratios = (drift.columns[column].logps - drift.base.logps).double()[:-1]
+    return float(ratios.mean()) if len(ratios) else 0.0
 
 
 def _mean_kl(drift: TextDrift, column: str) -> float:

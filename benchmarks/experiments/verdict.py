@@ -15,14 +15,15 @@ from qadapter import QAdapterConfig
 from qadapter.evaluation.intervals import wilson
 
 # Judged samples and margin, against drift and (where tasks were run) against what benchmarks lose.
-YARDSTICKS = (("score", "kl"), ("margin", "kl"), ("score", "benchmarks"), ("margin", "benchmarks"))
+YARDSTICKS = (("score", "kl"), ("margin", "kl"), ("body", "kl"), ("score", "benchmarks"), ("margin", "benchmarks"))
 DEFAULT_WORDS = {
     "met": "better",
     "one seed": "better on one seed, which is no ground to change it",
     "not shown": "no ground to change it",
     "not met": "the default leads",
 }
-GAIN_TITLES = {"score": "judged samples", "margin": "margin"}
+GAIN_TITLES = {"score": "judged samples", "margin": "margin", "body": "margin without ends"}
+GOAL_GAINS = ("score", "margin")
 DRIFT_TITLES = {"kl": "KL", "benchmarks": "benchmarks"}
 Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
 
@@ -59,7 +60,7 @@ def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
 
 
 def measured_gains(variants: Sequence[Variant]) -> list[str]:
-    """The gains, of samples and by margin, that were measured together with the KL."""
+    """The gains that were measured together with the KL."""
     return [gain for gain in GAIN_TITLES if measured(variants, (gain, "kl"))]
 
 
@@ -114,9 +115,9 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     """Q-Adapter's area less each rival's, against KL."""
     rows: dict[tuple[str, ...], dict[str, Contest]] = {}
     for ((suite, setting), (gain, drift)), own in found.items():
-        for one in rivals(own) if drift == "kl" else ():
+        for one in rivals(own) if gain in GOAL_GAINS and drift == "kl" else ():
             rows.setdefault((suite, setting, one.other.method, one.other.form), {})[gain] = one
-    gains = tuple(GAIN_TITLES)
+    gains = GOAL_GAINS
     beaten = sum(
         all(gain in row and word(row[gain].whole, row[gain].seeds) == "met" for gain in gains) for row in rows.values()
     )

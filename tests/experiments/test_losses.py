@@ -211,3 +211,14 @@ def test_label_smoothing_of_dpo_mixes_both_labels():
     swapped = TokenStatistics(*(column.roll(2, 0) for column in statistics))
     expected = 0.7 * losses.dpo(statistics, mask, 0.5) + 0.3 * losses.dpo(swapped, mask, 0.5)
     torch.testing.assert_close(losses.dpo(statistics, mask, 0.5, label_smoothing=0.3), expected)
+
+
+def test_returns_over_the_pair_s_mean_length_weigh_the_tokens_of_both_answers_alike(policy, batch):
+    config = QAdapterConfig(alpha_tilde=1.0, alpha_0=1.0, beta=0.0)
+    policy.configs["default"] = config
+    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    chosen, rejected = ((statistics.logps - statistics.base_logps) * mask).sum(-1).chunk(2)
+    lengths = mask.sum(-1).chunk(2)
+    assert not torch.equal(*lengths)
+    expected = -F.logsigmoid((chosen - rejected) / ((lengths[0] + lengths[1]) / 2))
+    torch.testing.assert_close(losses.qadapter(statistics, mask, config, normalised="pair"), expected)
