@@ -15,11 +15,22 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("lora", help="folder with adapter_config.json and adapter_model.safetensors")
     parser.add_argument("--output-dir", type=Path, required=True, help="the adapter folder to write")
     parser.add_argument("--base-model", default=None, help="base model instead of the one that the LoRA names")
+    parser.add_argument(
+        "--new-base",
+        type=Path,
+        default=None,
+        help="where embeddings were trained or resized along with the LoRA: folder to write a base model with them to",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
     options = parser.parse_args(arguments)
-    require_new_folder(options.output_dir)
+    for folder in filter(None, (options.output_dir, options.new_base)):
+        require_new_folder(folder)
     with quiet_libraries():
-        model, tokenizer = wrap(options.lora, options.base_model, dtype=pick_dtype(options.dtype))
+        dtype = pick_dtype(options.dtype)
+        model, tokenizer = wrap(options.lora, options.base_model, new_base=options.new_base, dtype=dtype)
         model.save_pretrained(options.output_dir, tokenizer=tokenizer)
+    if options.new_base is not None:
+        written = "a base model with the LoRA's own embeddings" if options.new_base.exists() else "not needed: nothing"
+        print(f"{written} written to {options.new_base}")
     print(f"adapter written to {options.output_dir}; try: qadapter chat {options.output_dir} --strength 0.5")
     return 0

@@ -30,6 +30,7 @@ CONVERSION = (
     'python -c "import sys, torch, safetensors.torch as s; '
     "s.save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\""
 )
+WRAPPER_PART = re.compile(r"\.(modules_to_save|original_module)\.(?=weight$|bias$)")
 BASE_KEY = re.compile(r"base_model\.model\.((?!.*lora_)[A-Za-z0-9_.]{1,200})")
 
 
@@ -60,11 +61,16 @@ def read_foreign_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict
     """Config and tensors as of `read_lora`, and base weights that lie beside them, by their names in the base.
 
     PEFT saves the embeddings along with a LoRA on the head, with a resized vocabulary and for `modules_to_save`,
-    whether they have changed or not; whoever has the base can tell.
+    whether they have changed or not; whoever has the base can tell. With both of the latter it also writes the parts
+    of its wrapper (`modules_to_save`, `original_module`), which it does not read.
     """
     config, tensors = _read_files(folder, re.compile(f"{KEY.pattern}|{BASE_KEY.pattern}"))
     adapter = {name: tensor for name, tensor in tensors.items() if KEY.fullmatch(name)}
-    base = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name not in adapter}
+    base = {
+        name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+        if name not in adapter and not (WRAPPER_PART.search(name) and WRAPPER_PART.sub(".", name) in tensors)
+    }
     return _lora_config({**config, "modules_to_save": None}, adapter, folder), adapter, base
 
 

@@ -15,12 +15,14 @@ from qadapter.modeling.loading import load_tensors
 from qadapter.modeling.lora_files import CONFIG_NAME, read_foreign_lora
 from qadapter.modeling.manifest import MANIFEST_NAME, read_json_object
 from qadapter.modeling.policy import DEFAULT_ADAPTER, QAdapterForCausalLM
+from qadapter.modeling.rewritten_bases import write_base
 
 
 def wrap(
     lora: str | os.PathLike[str],
     base_model: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
+    new_base: str | os.PathLike[str] | None = None,
     **model_kwargs: Any,
 ) -> tuple[QAdapterForCausalLM, Any]:
     """The policy of a plain LoRA folder (trained by TRL, axolotl, ...), and its tokenizer (None if there is none).
@@ -31,6 +33,8 @@ def wrap(
         lora: folder with adapter_config.json and adapter_model.safetensors.
         base_model: instead of the base that the LoRA names.
         tokenizer: instead of the LoRA folder's or the base's.
+        new_base: folder for a base model that has the weights trained or resized along with the LoRA (embeddings of
+            new tokens, say). Written, and wrapped for, only where there are such weights.
 
     Raises:
         AdapterFormatError: the folder is no LoRA that a frozen base can carry.
@@ -51,25 +55,33 @@ def wrap(
         own = (folder / "tokenizer_config.json").exists()
         has_tokenizer = own or not os.path.isdir(source.path) or (Path(source.path) / "tokenizer_config.json").exists()
         tokenizer = load_tokenizer(folder if own else source) if has_tokenizer else None
-    model = QAdapterForCausalLM(
-        load_base(source, **model_kwargs), {DEFAULT_ADAPTER: QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config}
-    )
+    base = load_base(source, **model_kwargs)
+    if new_base is not None and _trained(base, base_weights, folder):
+        source = write_base(source, base_weights, tokenizer, new_base)
+        base = load_base(source, **model_kwargs)
+    _require_frozen(base, base_weights, folder)
+    model = QAdapterForCausalLM(base, {DEFAULT_ADAPTER: QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
     load_tensors(model, DEFAULT_ADAPTER, tensors, folder)
-    _require_frozen(model.base, base_weights, folder)
     model.base_source = source
     return model.eval(), tokenizer
 
 
 def _require_frozen(base: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> None:
     """Raise AdapterFormatError unless the base weights saved with a LoRA are the base's own."""
-    own = {name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items()}
+    for name in _trained(base, saved, folder):
+        raise AdapterFormatError(
+            f"{folder}: {name} was trained or resized along with the LoRA, and a frozen base does not follow. "
+            "Have a base written that has this weight (qadapter wrap --new-base DIR), or give one with --base-model."
+        )
+
+
+def _trained(base: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> list[str]:
+    """Names of the base weights saved with a LoRA that are not the base's own."""
+    own, trained = base.state_dict(), []
     for name, weight in saved.items():
-        mine = own.get(name.replace(".base_layer.", "."))
-        if mine is None:
+        if name not in own:
             raise AdapterFormatError(f"{folder}: tensor {name!r} is neither part of a LoRA adapter nor of the base.")
-        dtypes = (mine.dtype, weight.dtype)  # one of them may have been rounded
-        if not any(torch.equal(mine.to(dtype).cpu(), weight.to(dtype)) for dtype in dtypes):
-            raise AdapterFormatError(
-                f"{folder}: {name} was trained or resized along with the LoRA, and a frozen base does not follow. "
-                "Save a base model that has this weight, and give it with --base-model."
-            )
+        dtypes = (own[name].dtype, weight.dtype)  # one of them may have been rounded
+        if not any(torch.equal(own[name].to(dtype).cpu(), weight.to(dtype)) for dtype in dtypes):
+            trained.append(name)
+    return trained
