@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import threading
 import time
 
@@ -130,6 +131,17 @@ def test_bodies_that_json_or_text_cannot_repeat_are_refused_in_words(address, ra
     response = httpx.post(f"{address}/api/answer", content=raw, headers=headers, timeout=30)
     assert response.status_code == 422
     assert said in response.json()["error"]
+
+
+def test_a_burst_of_requests_is_answered_in_turn(address):
+    body = json.dumps({"prompt": "hello", "max_new_tokens": 1}).encode()
+    head = "POST /api/answer HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    readers = [socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=90) for _ in range(50)]
+    for reader in readers:  # more than there are threads
+        reader.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    for reader in readers:
+        with reader, reader.makefile("rb") as response:
+            assert b'"tokens"' in response.read()
 
 
 def test_a_foreign_host_name_is_refused(address):

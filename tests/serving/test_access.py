@@ -82,6 +82,17 @@ def test_the_access_log_has_a_line_a_request_without_what_was_said(server, caplo
     assert " 404 " in second
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "logged"), [("203.0.113.9", "203.0.113.9"), ("1.2.3.4 GET /v1/forged 200", "-"), ("\x1b[31m", "-")]
+)
+def test_the_access_log_names_no_client_that_is_no_address(server, caplog, forwarded, logged):
+    with caplog.at_level(logging.INFO, "qadapter.serving.access"):
+        server.get("/v1/models", {"X-Request-Id": "forwarded-1", "X-Forwarded-For": forwarded})
+        eventually(lambda: any(line.startswith("forwarded-1") for line in caplog.messages))
+    (line,) = (line for line in caplog.messages if line.startswith("forwarded-1"))
+    assert re.fullmatch(rf"forwarded-1 {re.escape(logged)} GET /v1/models 200 \d+\.\d+s -", line)
+
+
 def test_metrics_count_requests_tokens_and_time():
     server = RunningServer()
     try:
@@ -111,6 +122,7 @@ def test_metrics_count_requests_tokens_and_time():
         ({"port": 70_000}, "port"),
         ({"api_key": " "}, "blank"),
         ({"api_key": "clé"}, "ASCII"),
+        ({"api_key": "sesame\n"}, "blanks around"),
         ({"max_context": 1}, "max_context"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_batch": 4}, "max_n = 8: must not exceed max_batch = 4"),

@@ -7,7 +7,10 @@ import openai
 import pytest
 import torch
 from models import tiny_base, tiny_tokenizer
+from pydantic import ValidationError
 from served import CONTEXT, RunningServer, chat, dial, endless_base, error_of, two_adapters
+
+from qadapter.serving.schema import ChatRequest, CompletionRequest
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 VALID = {"model": "formal", "prompt": "a", "max_tokens": 2}
@@ -96,6 +99,26 @@ def test_a_completion_parameter_out_of_range_is_named(server, changes, param):
     error = error_of(server.post(COMPLETIONS, json.dumps({**VALID, **changes})), 400)
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+def test_prompts_are_counted_before_they_are_encoded(server):
+    error = error_of(server.post(COMPLETIONS, json.dumps({**VALID, "prompt": [[97]] * 65})), 400)
+    assert "at most 64 at once" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (CompletionRequest, {"prompt": ["a"] + [1] * 1000}),
+        (CompletionRequest, {"prompt": [[""] * 1000]}),
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+    ],
+)
+def test_a_list_is_checked_up_to_its_first_mistake(kind, changes):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "formal", **changes})
+    assert caught.value.error_count() <= 3
 
 
 @pytest.mark.parametrize(
@@ -258,6 +281,9 @@ def test_logits_that_are_not_finite_end_their_own_answer_only():
             with pytest.raises(openai.InternalServerError, match="not finite"):
                 client.completions.create(model="formal", prompt=[4, 5, 6])
             assert client.completions.create(model="formal", prompt=[4, 6], max_tokens=3).choices[0].text
+            with pytest.raises(openai.InternalServerError, match="not finite"):
+                client.completions.create(model="formal", prompt=[[4, 6], [4, 5, 6]], logprobs=1)
+        assert server.metric("qadapter_failed_steps_total") == 0
         assert server.get("/health").status_code == 200
     finally:
         server.stop()

@@ -1,5 +1,7 @@
 """Both endpoints through OpenAI's own client: what is answered, and in which shape."""
 
+import json
+
 import pytest
 import torch
 from models import tiny_tokenizer
@@ -165,6 +167,28 @@ def test_completions_report_logprobs_in_their_older_shape(client):
     for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert len(top) == 2
         assert top[token] == logprob == max(top.values())
+
+
+@pytest.mark.parametrize("alternatives", [0, 1])
+def test_completions_report_the_logprob_of_the_answers_own_token_too(client, alternatives):
+    options = {"prompt": "a", "max_tokens": 9, "temperature": 2.0, "seed": 1, "logprobs": alternatives}
+    logprobs = client.completions.create(model="formal", **options).choices[0].logprobs
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert top[token] == logprob
+        assert len(top) <= alternatives + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stream": True, "stream_options": {"include_usage": None}},
+        {"qadapter": {"strength": None, "weights": None, "max_kl": None}},
+        {"messages": [{"role": "assistant", "content": "a", "refusal": None, "tool_calls": [], "annotations": []}]},
+    ],
+)
+def test_fields_of_objects_may_be_empty(server, changes):
+    body = {"model": "formal", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2, **changes}
+    assert server.post("/v1/chat/completions", json.dumps(body)).status_code == 200
 
 
 def test_penalties_make_repetition_rarer(client):

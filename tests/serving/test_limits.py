@@ -147,6 +147,18 @@ def test_a_body_that_does_not_arrive_is_408(running, monkeypatch):
     connection.close()
 
 
+def test_a_client_that_leaves_before_its_body_is_there_is_no_failure_of_the_server(running, caplog):
+    server = running()
+    connection = server.open_connection()
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "100")
+    connection.endheaders(b'{"model": ')
+    connection.close()
+    eventually(lambda: server.metric('qadapter_requests_total{route="/v1/completions",status="499"}') == 1)
+    assert "Traceback" not in caplog.text
+
+
 def test_stopping_lets_answers_end(running):
     server = running(shutdown_timeout=20)
     results = []

@@ -1,7 +1,7 @@
 """The playground's HTTP side: one page, one description of the policy, one streaming answer at a time."""
 
+import asyncio
 import json
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from importlib.resources import files
@@ -62,7 +62,8 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength:
     """
     app = FastAPI(title="qadapter playground", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
-    busy = threading.Lock()
+    # Waiting for it must not hold a thread: the answer under way needs one for each of its pieces.
+    busy = asyncio.Lock()
 
     @app.exception_handler(RequestValidationError)
     async def refuse(_: Request, error: RequestValidationError) -> Response:
@@ -86,8 +87,8 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength:
             check(model, tokenizer, body)
         except ConfigError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
-        events = answer_events(model, tokenizer, body, busy)
-        return StreamingResponse(until_gone(events, request), media_type="application/x-ndjson", headers=HEADERS)
+        events = until_gone(answer_events(model, tokenizer, body), request, busy)
+        return StreamingResponse(events, media_type="application/x-ndjson", headers=HEADERS)
 
     @app.get("/")
     @app.get("/{name}")
@@ -112,38 +113,36 @@ def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> No
         )
 
 
-def answer_events(
-    model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest, busy: threading.Lock
-) -> Iterator[dict[str, Any]]:
-    """{"text": piece} as they come, then {"tokens": views}; holds the model alone."""
+def answer_events(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> Iterator[dict[str, Any]]:
+    """{"text": piece} as they come, then {"tokens": views}."""
     finished: list[tuple[torch.Tensor, int]] = []
     sampling = Sampling(body.max_new_tokens, body.temperature, seed=body.seed)
     settings = body.settings()
-    with busy:
-        pieces = stream_text(
-            model, tokenizer, body.prompt, sampling, on_end=lambda ids, start: finished.append((ids, start)), **settings
-        )
-        try:
-            for piece in pieces:
-                yield {"text": piece}
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
-        ids, start = finished[0]
-        yield {"tokens": [asdict(view) for view in inspect_tokens(model, tokenizer, ids, start, settings)]}
+    pieces = stream_text(
+        model, tokenizer, body.prompt, sampling, on_end=lambda ids, start: finished.append((ids, start)), **settings
+    )
+    try:
+        for piece in pieces:
+            yield {"text": piece}
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+    ids, start = finished[0]
+    yield {"tokens": [asdict(view) for view in inspect_tokens(model, tokenizer, ids, start, settings)]}
 
 
-async def until_gone(events: Iterator[dict[str, Any]], request: Request) -> AsyncIterator[str]:
-    """The events as lines of JSON; closes their source when the reader has gone."""
+async def until_gone(events: Iterator[dict[str, Any]], request: Request, busy: asyncio.Lock) -> AsyncIterator[str]:
+    """The events as lines of JSON, while `busy` is held; closes their source when the reader has gone."""
     end = object()
     following: Callable[[], Any] = lambda: next(events, end)  # noqa: E731
-    try:
-        while not await request.is_disconnected():
-            event = await anyio.to_thread.run_sync(following)
-            if event is end:
-                return
-            yield json.dumps(event) + "\n"
-    except Exception as error:
-        yield json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n"
-    finally:
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(events.close)  # type: ignore[attr-defined]
+    async with busy:
+        try:
+            while not await request.is_disconnected():
+                event = await anyio.to_thread.run_sync(following)
+                if event is end:
+                    return
+                yield json.dumps(event) + "\n"
+        except Exception as error:
+            yield json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n"
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(events.close)  # type: ignore[attr-defined]

@@ -51,11 +51,6 @@ class Admission:
         if request.n > self._settings.max_n:
             raise bad_request(f"n = {request.n}: this server gives at most {self._settings.max_n} choices.", "n")
         prompts, param = self._prompts(request)
-        if len(prompts) > self._settings.max_queue:
-            message = (
-                f"{param} holds {len(prompts)} prompts: this server takes at most {self._settings.max_queue} at once."
-            )
-            raise bad_request(message, param)
         lengths = [self._encoder.answer_tokens(ids, request.answer_tokens, param) for ids in prompts]
         seed = secrets.randbits(63) if request.seed is None else request.seed
         return [
@@ -67,6 +62,9 @@ class Admission:
         if isinstance(request, ChatRequest):
             return [self._encoder.chat(request.messages)], "messages"
         assert isinstance(request, CompletionRequest)
+        count, most = len(request.prompt), self._settings.max_queue
+        if count > most:  # before they are encoded, for which others would have to wait
+            raise bad_request(f"prompt holds {count} prompts: this server takes at most {most} at once.", "prompt")
         return [self._encoder.text(prompt) for prompt in request.prompt], "prompt"
 
     def _job(

@@ -159,7 +159,7 @@ class CompletionShape(ResponseShape):
         return {
             "tokens": [report.text for report in reports],
             "token_logprobs": [report.logprob for report in reports],
-            # Of tokens that read alike, the likeliest: it comes first, so it is written last.
-            "top_logprobs": [dict(reversed(report.top)) for report in reports],
+            # With the token itself. Of tokens that read alike, the likeliest: it comes first, so it is written last.
+            "top_logprobs": [{report.text: report.logprob, **dict(reversed(report.top))} for report in reports],
             "text_offset": [report.offset for report in reports],
         }

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.serving.admission import Admission
@@ -135,8 +136,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def refuse(request: Request, error: ApiError) -> Response:
         return error_response(error)
 
+    @app.exception_handler(ClientDisconnect)  # before the body was there
     @app.exception_handler(ClientGone)
-    async def give_up(request: Request, error: ClientGone) -> Response:
+    async def give_up(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(HTTPException)

@@ -226,7 +226,10 @@ class Engine:
     def _take_tokens(self, logits: Tensor, rows: Sequence[tuple[Job, Answer]]) -> list[bool]:
         """Draw every row's next token and report it; whether each row goes on."""
         self._failures = 0
-        sound = logits.logsumexp(-1).isfinite().tolist()
+        finite = logits.logsumexp(-1).isfinite()  # (R,)
+        sound = finite.tolist()
+        if not all(sound):  # their draws would lie outside the vocabulary and fail the whole step
+            logits = logits.masked_fill(~finite.unsqueeze(-1), 0.0)
         chosen = choose_tokens(logits, [answer.sampler for _, answer in rows])
         goes_on = []
         for (job, answer), token, is_sound in zip(rows, chosen, sound, strict=True):

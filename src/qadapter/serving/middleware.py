@@ -20,6 +20,7 @@ access_log = logging.getLogger("qadapter.serving.access")
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+ADDRESS = re.compile(r"[A-Za-z0-9.:%_-]{1,64}")
 OPEN_PATHS = frozenset({"/health"})
 
 
@@ -62,6 +63,8 @@ class RequestRecord:
         self.metrics.requests.labels(route, status).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
         client = (scope.get("client") or ("-",))[0]
+        if not ADDRESS.fullmatch(client):  # uvicorn takes what a proxy on this machine says in X-Forwarded-For
+            client = "-"
         # The path as it came over the wire is ASCII without control characters; the decoded one may be anything.
         path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
         access_log.info(

@@ -30,6 +30,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
 }
+# Of an answer's message, as other servers write it.
+EMPTY_FIELDS: tuple[tuple[str, Any], ...] = (("tool_calls", []), ("annotations", []))
 
 Name = Annotated[str, Field(max_length=200)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -52,7 +54,7 @@ def _as_parts(value: Any) -> Any:
 
 
 class Strict(BaseModel):
-    """No conversions, no unknown fields."""
+    """No conversions, no unknown fields. Lists stop at their first mistake: to collect a million takes seconds."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -120,7 +122,7 @@ class Message(Strict):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1)]
+    content: Annotated[list[TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_as_parts)]
     name: str | None = None
 
     @property
@@ -133,7 +135,7 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     path: ClassVar[str] = "/v1/chat/completions"
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
@@ -153,7 +155,11 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     path: ClassVar[str] = "/v1/completions"
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts), Field(min_length=1)]
+    prompt: Annotated[
+        list[str | Annotated[list[int], Field(fail_fast=True)]],
+        Field(min_length=1, fail_fast=True),
+        BeforeValidator(_as_prompts),
+    ]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
@@ -169,7 +175,7 @@ def parse(kind: type[GenerationRequest], body: dict[str, Any]) -> Any:
     Raises:
         ApiError: 400, naming the field.
     """
-    fields = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
+    fields = {name: _without_nulls(value) for name, value in body.items() if value is not None and name not in IGNORED}
     for name in [name for name in UNSUPPORTED if name in fields]:
         value = fields.pop(name)
         if not any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name]):
@@ -184,11 +190,11 @@ def parse(kind: type[GenerationRequest], body: dict[str, Any]) -> Any:
     return request
 
 
-def _without_nulls(message: Any) -> Any:
-    """A message without the empty fields that clients send along when they return an answer."""
-    if not isinstance(message, dict):
-        return message
-    return {name: value for name, value in message.items() if value is not None}
+def _without_nulls(value: Any) -> Any:
+    """An object without the empty fields that clients send along, as when they return an answer; all else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {name: own for name, own in value.items() if own is not None and (name, own) not in EMPTY_FIELDS}
 
 
 def _refusal(error: ValidationError) -> Exception:

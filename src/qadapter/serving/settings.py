@@ -42,6 +42,8 @@ class ServerSettings:
             raise ConfigError(f"port = {self.port}: must lie in 0 ... 65535 (0 takes a free one).")
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
             raise ConfigError("the API key is blank or has characters outside ASCII: no client could send it.")
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise ConfigError("the API key has blanks around it, such as a line's end, which no client could send.")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"max_context = {self.max_context}: must be at least 2 (one token in, one out).")
         for name in ("max_batch", "max_queue", "max_n", "max_body_bytes", "prefill_tokens"):
