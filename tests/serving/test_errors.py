@@ -90,6 +90,7 @@ def test_a_dial_that_is_no_finite_number_is_refused(server, name, raw):
         ({"echo": True}, "echo"),
         ({"suffix": "b"}, "suffix"),
         ({"best_of": 3}, "best_of"),
+        ({"best_of": 2, "n": 1}, "best_of"),
         ({"logit_bias": {"5": 10}}, "logit_bias"),
         ({"top_k": 5}, "top_k"),
         ({"model": "x" * 201}, "model"),

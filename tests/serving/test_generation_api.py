@@ -71,7 +71,7 @@ def test_prompts_may_be_texts_or_ids_one_or_several(client):
     several = client.completions.create(model="formal", prompt=["one", "other"], n=2, seed=3, max_tokens=9)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     for prompt, expected in (("one", several.choices[:2]), (ids, several.choices[:2]), ([ids], several.choices[:2])):
-        alone = client.completions.create(model="formal", prompt=prompt, n=2, seed=3, max_tokens=9)
+        alone = client.completions.create(model="formal", prompt=prompt, n=2, best_of=2, seed=3, max_tokens=9)
         assert [choice.text for choice in alone.choices] == [choice.text for choice in expected]
     assert several.usage.prompt_tokens == len("one") + len("other")
 

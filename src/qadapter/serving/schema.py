@@ -28,7 +28,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "suffix": ("",),
     "echo": (False,),
-    "best_of": (1,),
+    "best_of": (),
 }
 # Of an answer's message, as other servers write it.
 EMPTY_FIELDS: tuple[tuple[str, Any], ...] = (("tool_calls", []), ("annotations", []))
@@ -176,6 +176,8 @@ def parse(kind: type[GenerationRequest], body: dict[str, Any]) -> Any:
         ApiError: 400, naming the field.
     """
     fields = {name: _without_nulls(value) for name, value in body.items() if value is not None and name not in IGNORED}
+    if type(fields.get("best_of")) is int and fields["best_of"] == fields.get("n", 1):
+        del fields["best_of"]  # the best of as many as are asked for: all of them
     for name in [name for name in UNSUPPORTED if name in fields]:
         value = fields.pop(name)
         if not any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name]):
