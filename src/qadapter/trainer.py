@@ -18,6 +18,7 @@ from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
+from qadapter.run_folder import nothing_left_of_refusals
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
 from qadapter.training_log import TrainingLogCallback
@@ -64,12 +65,13 @@ class QAdapterTrainer(Trainer):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args)
         if tokenizer is not None:
             model.remember_tokenizer(tokenizer)
-        super().__init__(model=model, args=args, **kwargs)
+        with nothing_left_of_refusals(Path(str(args.output_dir))):
+            super().__init__(model=model, args=args, **kwargs)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                for name in ("cache_base_states", "micro_batch_tokens"):
+                    if value := getattr(args, name):
+                        raise ConfigError(f"{name} = {value!r}: not with FSDP or DeepSpeed. Leave it out.")
         self.model_accepts_loss_kwargs = False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            for name in ("cache_base_states", "micro_batch_tokens"):
-                if getattr(args, name):
-                    raise ConfigError(f"{name} = {getattr(args, name)!r}: not with FSDP or DeepSpeed. Leave it out.")
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
 
