@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
 from qadapter.errors import ConfigError, TrainingError
@@ -37,7 +38,7 @@ class QAdapterTrainer(Trainer):
             that cannot be trained on, or a tokenizer is missing.
     """
 
-    # compute_loss returns a mean over the micro-batch's pairs: the Trainer divides by the accumulation steps.
+    # The Trainer divides what compute_loss returns by the accumulation steps.
     loss_is_scaled_for_ga = False
     train_dataset: Any
 
@@ -88,8 +89,14 @@ class QAdapterTrainer(Trainer):
                 )  # fmt: skip
         return super().get_train_dataloader()
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
+        """As the Trainer's, with their number of pairs: an epoch's last micro-batch may be smaller than the others."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [part for batch in batches for part in batch.get("micro_batches") or [batch]]
+        return batches, sum(len(part["completion_mask"]) // 2 for part in parts)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; with `micro_batch_tokens`, part by part, each weighted by its share of the pairs."""
+        """As the Trainer's; with `micro_batch_tokens`, part by part."""
         *parts, last = inputs.get("micro_batches") or [inputs]
         losses = []
         with self.accelerator.no_sync(model):  # gradients of several processes meet once, after the last part
@@ -117,14 +124,21 @@ class QAdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss of the batch's pairs (times their share of it); collects metrics of train or eval on the device."""
+        """Mean loss of the batch's pairs (times their share of it); collects metrics of train or eval on the device.
+
+        With `num_items_in_batch`, the pairs of a whole step, it is what the Trainer, which divides by the number of
+        micro-batches, adds up to the mean of that step.
+        """
         share = inputs.pop("share", 1.0)
         statistics = TokenStatistics(*model(**inputs))
         mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
         self._metrics["train" if model.training else "eval"].add(quantities, mask)
-        loss = losses.mean() * share
+        if num_items_in_batch is None:
+            loss = losses.mean() * share
+        else:
+            loss = losses.sum() * self.current_gradient_accumulation_steps / num_items_in_batch
         return (loss, statistics) if return_outputs else loss
 
     def prediction_step(
@@ -143,7 +157,8 @@ class QAdapterTrainer(Trainer):
             TrainingError: the mean loss of the steps since the last entry, or of an evaluation, is not finite.
         """
         if "loss" in logs or "train_loss" in logs:
-            logs |= self._metrics["train"].averages(self._summed)
+            averages = self._metrics["train"].averages(self._summed)
+            logs |= {name: value for name, value in averages.items() if name != "loss"}
         super().log(logs, start_time)
         for name, value in logs.items():
             if (name == "loss" or name.endswith("_loss")) and not math.isfinite(value):
@@ -174,9 +189,11 @@ class QAdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As the Trainer's, with our metrics under the same prefix."""
+        """As the Trainer's, with our metrics under the same prefix; of a stream also the loss."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         averages = self._metrics["eval"].averages(self._summed)
+        if has_length(dataloader) or self.args.logging_nan_inf_filter:  # of a stream it takes each batch for a full one
+            averages.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
         return output
 
