@@ -35,7 +35,7 @@ class QAdapterTrainer(Trainer):
 
     Raises:
         ConfigError: the model is not a `QAdapterForCausalLM`, its adapter is in float16, its base is quantised in a way
-            that cannot be trained on, or a tokenizer is missing.
+            that cannot be trained on, a tokenizer is missing, or a function is given that would never be called.
     """
 
     # The Trainer divides what compute_loss returns by the accumulation steps.
@@ -52,6 +52,11 @@ class QAdapterTrainer(Trainer):
         check_trainable(model.base, model.base_source.name)
         if not isinstance(args, QAdapterTrainingArguments):
             raise ConfigError(f"args is a {type(args).__name__}: give QAdapterTrainingArguments.")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name} would never be called: no logits or labels are made. Leave it out, or override compute_loss."
+                )
         tokenizer = kwargs.get("processing_class")
         if not args.share_trunk:
             model.shared_layers = 0
