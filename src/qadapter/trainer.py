@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
-from qadapter.errors import ConfigError, TrainingError
+from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
@@ -36,6 +36,7 @@ class QAdapterTrainer(Trainer):
     Raises:
         ConfigError: the model is not a `QAdapterForCausalLM`, its adapter is in float16, its base is quantised in a way
             that cannot be trained on, a tokenizer is missing, or a function is given that would never be called.
+        DataError: the training data are several splits, no dataset, or no pairs.
     """
 
     # The Trainer divides what compute_loss returns by the accumulation steps.
@@ -55,7 +56,8 @@ class QAdapterTrainer(Trainer):
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ConfigError(
-                    f"{name} would never be called: no logits or labels are made. Leave it out, or override compute_loss."
+                    f"{name} would never be called: there are no logits and no labels. Leave it out, or override "
+                    "compute_loss."
                 )
         tokenizer = kwargs.get("processing_class")
         if not args.share_trunk:
@@ -67,6 +69,9 @@ class QAdapterTrainer(Trainer):
         self._pair_collator = kwargs["data_collator"]
         kwargs["data_collator"] = with_options(self._pair_collator, args)
         self.tokenisation_reports: dict[str, Any] = {}
+        if isinstance(kwargs.get("train_dataset"), dict):
+            splits = ", ".join(map(repr, kwargs["train_dataset"]))
+            raise DataError(f"train_dataset has the splits {splits}: give one of them, as dataset['train'].")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args)
         if tokenizer is not None:
@@ -114,7 +119,8 @@ class QAdapterTrainer(Trainer):
         if isinstance(dataset, dict):
             return {key: self._tokenised(f"{name}/{key}", part, tokenizer, args) for key, part in dataset.items()}
         if dataset is None or (
-            isinstance(dataset, Dataset | IterableDataset) and "prompt_ids" in (dataset.column_names or ())
+            isinstance(dataset, Dataset | IterableDataset)
+            and "prompt_ids" in (dataset.column_names or next(iter(dataset), ()))  # a stream may not know its columns
         ):
             return dataset
         if tokenizer is None:
@@ -215,6 +221,9 @@ class QAdapterTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class)
         write_json(folder / "training_arguments.json", self.args.to_sanitized_dict())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: the Trainer's would replace the user's README.md and call the folder a model of transformers."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

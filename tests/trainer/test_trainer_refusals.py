@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from models import tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
 from trainer_examples import TEXT_PAIRS
 from transformers import TrainerCallback, TrainingArguments
@@ -131,3 +132,10 @@ def test_list_of_rows_is_refused(policy, tmp_path):
     args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(DataError, match=r"got list; give one split as a Dataset, or Dataset\.from_list"):
         QAdapterTrainer(model=policy, args=args, train_dataset=TEXT_PAIRS, processing_class=tiny_tokenizer())
+
+
+def test_several_splits_to_train_on_are_refused(policy, tmp_path):
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    splits = DatasetDict({name: Dataset.from_list(TEXT_PAIRS) for name in ("train", "test")})
+    with pytest.raises(DataError, match=r"train_dataset has the splits 'train', 'test': .*dataset\['train'\]"):
+        QAdapterTrainer(model=policy, args=args, train_dataset=splits, processing_class=tiny_tokenizer())
