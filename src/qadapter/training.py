@@ -10,6 +10,7 @@ from transformers import TrainerCallback, set_seed
 from qadapter.data import load_preference_dataset, train_eval_split
 from qadapter.data.columns import parse_columns
 from qadapter.data.sources import SHORT_NAMES
+from qadapter.data.splits import pairs_of_trained_prompts
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_tokenizer, resolve_base
 from qadapter.modeling.quantised import check_trainable_files
@@ -39,7 +40,15 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Any, Any]:
     )
     if data.eval_dataset:
         split = "test" if data.eval_dataset in ("builtin", *SHORT_NAMES) else "train"
-        return train, load_preference_dataset(data.eval_dataset, split=split, **options)
+        held_out = load_preference_dataset(data.eval_dataset, split=split, **options)
+        if not data.streaming and (trained := pairs_of_trained_prompts(train, held_out)):
+            logger.warning(
+                "%d of %d held-out pairs have a prompt that is trained on, so their figures are too good: leave "
+                "such pairs out of one of the two, or give --eval-fraction, which splits by prompt.",
+                trained,
+                len(held_out),
+            )
+        return train, held_out
     if data.eval_fraction:
         return train_eval_split(train, eval_fraction=data.eval_fraction, seed=seed)
     return train, None

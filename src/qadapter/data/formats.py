@@ -33,8 +33,8 @@ class Format:
         if unread := [name for name in UNREAD if selected.get(name)]:
             raise RowError(
                 "wrong type",
-                f"the prompt has {unread[0]}, which pairs of text cannot hold; remove the column, or read the text alone "
-                "with --columns prompt=... chosen=... rejected=...",
+                f"the prompt has {unread[0]}, which pairs of text cannot hold; remove the column, or read the text "
+                "alone with --columns prompt=... chosen=... rejected=...",
             )
         pair = LAYOUTS[self.layout].read(selected)
         system = first_present(selected, SYSTEM_COLUMNS)
