@@ -104,7 +104,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     options |= {"first_adapted_layer": run.adapter.first_adapted_layer, "revision": run.model.revision}
     model = QAdapterForCausalLM.from_base(name, run.method, lora, **options)
     folder = Path(str(run.training.output_dir))
-    makes_room = [] if checkpoint else [NewRun()]
+    makes_room = [] if checkpoint else [NewRun(run.overwrite)]
     with StopOnInterrupt() as interrupt, nothing_left_of_refusals(folder), full_disk_named(folder):
         trainer = QAdapterTrainer(
             model=model,

@@ -13,6 +13,7 @@ from commands import adapter_settings, assert_refused, qadapter, succeeded
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from qadapter import QAdapterForCausalLM
 from qadapter.modeling import checkpoint
 from qadapter.modeling.manifest import MANIFEST_NAME
 from qadapter.objective import pair_losses
@@ -56,6 +57,22 @@ def test_overwrite_replaces_the_run_and_keeps_other_files(train, adapter, folder
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1"]
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "audit.json").exists()
+
+
+def test_a_run_that_began_in_the_folder_meanwhile_is_left_as_it_is(train, adapter, folder, monkeypatch):
+    """Both saw an empty folder; the other one was faster to load its model."""
+    load = QAdapterForCausalLM.from_base
+
+    def slowly(*arguments, **options):
+        if not folder.exists():
+            shutil.copytree(adapter, folder)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(QAdapterForCausalLM, "from_base", slowly)
+    outcome = train()
+    assert_refused(outcome, "run holds another run .*, begun meanwhile: choose another one")
+    assert contents(folder) == contents(adapter)
+    succeeded(train("--overwrite"))
 
 
 @pytest.mark.parametrize(
