@@ -228,7 +228,8 @@ def test_sharded_training_is_refused(tmp_path, monkeypatch, option):
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
     (name,) = option
     with pytest.raises(ConfigError, match=f"{name} = .*: not with FSDP or DeepSpeed"):
-        tiny_trainer(upper_policy(), tmp_path, **option)
+        tiny_trainer(upper_policy(), tmp_path / "new" / "run", **option)
+    assert not (tmp_path / "new").exists()
 
 
 def test_memory_of_one_process_is_refused_to_several(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def pair_losses(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfi
     losses = functional.preference_loss(returns, penalty, config.beta, config.label_smoothing)
     with torch.no_grad():
         quantities = {
+            "losses": losses.detach(),
             "returns": returns.detach(),
             "logps": (statistics.logps * mask).sum(-1),
             "penalty": penalty.detach(),

@@ -84,10 +84,23 @@ def last_checkpoint(folder: Path) -> str:
 class NewRun(TrainerCallback):
     """Makes room in the output folder as training begins: what can be refused has passed by then."""
 
+    def __init__(self, overwrite: bool) -> None:
+        self.overwrite = overwrite
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the run that the folder holds; one process of many does."""
-        if args.should_save:
-            remove_run(Path(args.output_dir))
+        """Remove the run that the folder holds; one process of many does.
+
+        Raises:
+            ConfigError: it may not be replaced; it was not there when this run was started.
+        """
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir)
+        if (found := run_parts(folder)) and not self.overwrite:
+            raise ConfigError(
+                f"output folder {folder} holds another run ({found[0].name}), begun meanwhile: choose another one."
+            )
+        remove_run(folder)
 
 
 @contextmanager

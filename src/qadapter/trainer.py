@@ -8,9 +8,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
-from qadapter.errors import ConfigError, TrainingError
+from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
@@ -18,6 +19,7 @@ from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
+from qadapter.run_folder import nothing_left_of_refusals
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
 from qadapter.training_log import TrainingLogCallback
@@ -33,10 +35,11 @@ class QAdapterTrainer(Trainer):
 
     Raises:
         ConfigError: the model is not a `QAdapterForCausalLM`, its adapter is in float16, its base is quantised in a way
-            that cannot be trained on, or a tokenizer is missing.
+            that cannot be trained on, a tokenizer is missing, or a function is given that would never be called.
+        DataError: the training data are several splits, no dataset, or no pairs.
     """
 
-    # compute_loss returns a mean over the micro-batch's pairs: the Trainer divides by the accumulation steps.
+    # The Trainer divides what compute_loss returns by the accumulation steps.
     loss_is_scaled_for_ga = False
     train_dataset: Any
 
@@ -50,6 +53,12 @@ class QAdapterTrainer(Trainer):
         check_trainable(model.base, model.base_source.name)
         if not isinstance(args, QAdapterTrainingArguments):
             raise ConfigError(f"args is a {type(args).__name__}: give QAdapterTrainingArguments.")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name} would never be called: there are no logits and no labels. Leave it out, or override "
+                    "compute_loss."
+                )
         tokenizer = kwargs.get("processing_class")
         if not args.share_trunk:
             model.shared_layers = 0
@@ -60,16 +69,20 @@ class QAdapterTrainer(Trainer):
         self._pair_collator = kwargs["data_collator"]
         kwargs["data_collator"] = with_options(self._pair_collator, args)
         self.tokenisation_reports: dict[str, Any] = {}
+        if isinstance(kwargs.get("train_dataset"), dict):
+            splits = ", ".join(map(repr, kwargs["train_dataset"]))
+            raise DataError(f"train_dataset has the splits {splits}: give one of them, as dataset['train'].")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args)
         if tokenizer is not None:
             model.remember_tokenizer(tokenizer)
-        super().__init__(model=model, args=args, **kwargs)
+        with nothing_left_of_refusals(Path(str(args.output_dir))):
+            super().__init__(model=model, args=args, **kwargs)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                for name in ("cache_base_states", "micro_batch_tokens"):
+                    if value := getattr(args, name):
+                        raise ConfigError(f"{name} = {value!r}: not with FSDP or DeepSpeed. Leave it out.")
         self.model_accepts_loss_kwargs = False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            for name in ("cache_base_states", "micro_batch_tokens"):
-                if getattr(args, name):
-                    raise ConfigError(f"{name} = {getattr(args, name)!r}: not with FSDP or DeepSpeed. Leave it out.")
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
 
@@ -86,8 +99,14 @@ class QAdapterTrainer(Trainer):
                 )  # fmt: skip
         return super().get_train_dataloader()
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
+        """As the Trainer's, with their number of pairs: an epoch's last micro-batch may be smaller than the others."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [part for batch in batches for part in batch.get("micro_batches") or [batch]]
+        return batches, sum(len(part["completion_mask"]) // 2 for part in parts)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; with `micro_batch_tokens`, part by part, each weighted by its share of the pairs."""
+        """As the Trainer's; with `micro_batch_tokens`, part by part."""
         *parts, last = inputs.get("micro_batches") or [inputs]
         losses = []
         with self.accelerator.no_sync(model):  # gradients of several processes meet once, after the last part
@@ -100,7 +119,8 @@ class QAdapterTrainer(Trainer):
         if isinstance(dataset, dict):
             return {key: self._tokenised(f"{name}/{key}", part, tokenizer, args) for key, part in dataset.items()}
         if dataset is None or (
-            isinstance(dataset, Dataset | IterableDataset) and "prompt_ids" in (dataset.column_names or ())
+            isinstance(dataset, Dataset | IterableDataset)
+            and "prompt_ids" in (dataset.column_names or next(iter(dataset), ()))  # a stream may not know its columns
         ):
             return dataset
         if tokenizer is None:
@@ -115,14 +135,21 @@ class QAdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss of the batch's pairs (times their share of it); collects metrics of train or eval on the device."""
+        """Mean loss of the batch's pairs (times their share of it); collects metrics of train or eval on the device.
+
+        With `num_items_in_batch`, the pairs of a whole step, it is what the Trainer, which divides by the number of
+        micro-batches, adds up to the mean of that step.
+        """
         share = inputs.pop("share", 1.0)
         statistics = TokenStatistics(*model(**inputs))
         mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
         self._metrics["train" if model.training else "eval"].add(quantities, mask)
-        loss = losses.mean() * share
+        if num_items_in_batch is None:
+            loss = losses.mean() * share
+        else:
+            loss = losses.sum() * self.current_gradient_accumulation_steps / num_items_in_batch
         return (loss, statistics) if return_outputs else loss
 
     def prediction_step(
@@ -141,7 +168,8 @@ class QAdapterTrainer(Trainer):
             TrainingError: the mean loss of the steps since the last entry, or of an evaluation, is not finite.
         """
         if "loss" in logs or "train_loss" in logs:
-            logs |= self._metrics["train"].averages(self._summed)
+            averages = self._metrics["train"].averages(self._summed)
+            logs |= {name: value for name, value in averages.items() if name != "loss"}
         super().log(logs, start_time)
         for name, value in logs.items():
             if (name == "loss" or name.endswith("_loss")) and not math.isfinite(value):
@@ -172,9 +200,11 @@ class QAdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As the Trainer's, with our metrics under the same prefix."""
+        """As the Trainer's, with our metrics under the same prefix; of a stream also the loss."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         averages = self._metrics["eval"].averages(self._summed)
+        if has_length(dataloader) or self.args.logging_nan_inf_filter:  # of a stream it takes each batch for a full one
+            averages.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
         return output
 
@@ -191,6 +221,9 @@ class QAdapterTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class)
         write_json(folder / "training_arguments.json", self.args.to_sanitized_dict())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: the Trainer's would replace the user's README.md and call the folder a model of transformers."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, set_seed
 from qadapter.data import load_preference_dataset, train_eval_split
 from qadapter.data.columns import parse_columns
 from qadapter.data.sources import SHORT_NAMES
+from qadapter.data.splits import pairs_of_trained_prompts
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_tokenizer, resolve_base
 from qadapter.modeling.quantised import check_trainable_files
@@ -39,7 +40,15 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Any, Any]:
     )
     if data.eval_dataset:
         split = "test" if data.eval_dataset in ("builtin", *SHORT_NAMES) else "train"
-        return train, load_preference_dataset(data.eval_dataset, split=split, **options)
+        held_out = load_preference_dataset(data.eval_dataset, split=split, **options)
+        if not data.streaming and (trained := pairs_of_trained_prompts(train, held_out)):
+            logger.warning(
+                "%d of %d held-out pairs have a prompt that is trained on, so their figures are too good: leave "
+                "such pairs out of one of the two, or give --eval-fraction, which splits by prompt.",
+                trained,
+                len(held_out),
+            )
+        return train, held_out
     if data.eval_fraction:
         return train_eval_split(train, eval_fraction=data.eval_fraction, seed=seed)
     return train, None
@@ -95,7 +104,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     options |= {"first_adapted_layer": run.adapter.first_adapted_layer, "revision": run.model.revision}
     model = QAdapterForCausalLM.from_base(name, run.method, lora, **options)
     folder = Path(str(run.training.output_dir))
-    makes_room = [] if checkpoint else [NewRun()]
+    makes_room = [] if checkpoint else [NewRun(run.overwrite)]
     with StopOnInterrupt() as interrupt, nothing_left_of_refusals(folder), full_disk_named(folder):
         trainer = QAdapterTrainer(
             model=model,

@@ -1,10 +1,21 @@
 """The trainer's arguments: transformers', with our defaults, and what our batches and passes need."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from qadapter.errors import ConfigError
+
+# Arguments of transformers that do not fit pairs or passes: the values that leave them off, and what to do instead.
+UNFIT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "torch_compile_backend": ((None,), "use torch_compile = true alone; leave it out."),
+    "torch_compile_mode": ((None,), "use torch_compile = true alone; leave it out."),
+    "label_smoothing_factor": ((0,), "it is of tokens; that of pairs is label_smoothing (QAdapterConfig)."),
+    "neftune_noise_alpha": ((None,), "the noise would reach the frozen base too. Leave it out."),
+    "train_sampling_strategy": (("random", "sequential"), "use micro_batch_tokens, which runs alike lengths together."),
+    "remove_unused_columns": ((False,), "batches are made of columns that the model does not name. Leave it out."),
+}
 
 
 @dataclass
@@ -48,9 +59,9 @@ class QAdapterTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise ConfigError("fp16 = true: float16 training of this objective diverges. Use bf16 = true, or neither.")
-        for name in ("torch_compile_backend", "torch_compile_mode"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: use torch_compile = true alone; leave it out.")
+        for name, (fitting, instead) in UNFIT.items():
+            if (value := getattr(self, name)) not in fitting:
+                raise ConfigError(f"{name} = {value!r}: {instead}")
         # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
         layer_by_layer = self.torch_compile
         self.torch_compile = False

@@ -22,6 +22,7 @@ class PairMetrics:
         chosen, rejected = quantities["returns"].chunk(2)
         logps_chosen, logps_rejected = quantities["logps"].chunk(2)
         per_pair = {
+            "loss": quantities["losses"],
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/accuracies": (chosen > rejected).float(),

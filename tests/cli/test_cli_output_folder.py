@@ -1,6 +1,7 @@
 """The folder that a run writes: other runs are respected, and full disks and Ctrl-C leave no adapter behind."""
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -12,8 +13,10 @@ from commands import adapter_settings, assert_refused, qadapter, succeeded
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from qadapter import QAdapterForCausalLM
 from qadapter.modeling import checkpoint
 from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.objective import pair_losses
 from qadapter.training import train as train_run
 from qadapter.training_log import read_log
 
@@ -54,6 +57,22 @@ def test_overwrite_replaces_the_run_and_keeps_other_files(train, adapter, folder
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1"]
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "audit.json").exists()
+
+
+def test_a_run_that_began_in_the_folder_meanwhile_is_left_as_it_is(train, adapter, folder, monkeypatch):
+    """Both saw an empty folder; the other one was faster to load its model."""
+    load = QAdapterForCausalLM.from_base
+
+    def slowly(*arguments, **options):
+        if not folder.exists():
+            shutil.copytree(adapter, folder)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(QAdapterForCausalLM, "from_base", slowly)
+    outcome = train()
+    assert_refused(outcome, "run holds another run .*, begun meanwhile: choose another one")
+    assert contents(folder) == contents(adapter)
+    succeeded(train("--overwrite"))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +195,36 @@ def test_an_error_of_torch_on_a_disk_with_space_stays_what_it_is(train, folder, 
     assert_refused(train(), "RuntimeError: .enforce fail", folder=folder)
 
 
+# -- an evaluation that fails after saving ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nan_in_evaluation(monkeypatch):
+    """Losses of an evaluation are NaN."""
+
+    def losses(*arguments):
+        found, quantities = pair_losses(*arguments)
+        return found if torch.is_grad_enabled() else found * math.nan, quantities
+
+    monkeypatch.setattr("qadapter.trainer.pair_losses", losses)
+
+
+@pytest.mark.usefixtures("nan_in_evaluation")
+def test_an_evaluation_that_is_not_finite_after_saving_keeps_the_adapter_and_says_so(train, folder):
+    assert_refused(
+        train("--eval-fraction", 0.3, "--eval-strategy", "no"),
+        f"the adapter is written to {folder}, but its evaluation failed: the eval_loss after step 4 is nan: training "
+        "has diverged. Lower learning_rate",
+    )
+    succeeded(qadapter("info", folder))
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(train, folder):
+    """The one step's loss is finite, what it makes of the adapter is not."""
+    outcome = train("--learning-rate", 1e30, "--max-steps", 1)
+    assert_refused(outcome, "log-probabilities of adapter 'default' are not finite, so nothing is saved", folder=folder)
+
+
 # -- Ctrl-C (as a process of its own: test_cli_processes.py) --------------------------------------------------------
 
 
@@ -237,6 +286,13 @@ def test_ctrl_c_during_an_evaluation_saves_a_checkpoint_too(train_and_press, fol
     outcome = train_and_press(press, "--eval-fraction", 0.3, "--eval-strategy", "steps", "--eval-steps", 1)
     assert_refused(outcome, "interrupted after step 2 of 4", code=130, folder=folder)
     assert checkpoints(folder) == ["checkpoint-2"]
+
+
+def test_ctrl_c_during_the_evaluation_after_saving_keeps_the_adapter_and_says_so(train_and_press, folder):
+    press = CtrlC(after=4, event="on_prediction_step")
+    outcome = train_and_press(press, "--eval-fraction", 0.3, "--eval-strategy", "no")
+    assert_refused(outcome, f"interrupted; the adapter is written to {folder}, but not evaluated", code=130)
+    succeeded(qadapter("info", folder))
 
 
 def test_a_second_ctrl_c_stops_at_once(train_and_press, folder):

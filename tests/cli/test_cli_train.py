@@ -91,7 +91,22 @@ def test_several_files_are_mixed_by_weight(train, pairs, write_pairs, tmp_path):
 
 def test_held_out_pairs_may_come_from_a_file_of_their_own(train, write_pairs):
     held_out = write_pairs([{"prompt": "Who?", "chosen": "a", "rejected": "b"}], "held_out.jsonl")
-    assert "held out: accuracy" in succeeded(train("--eval-dataset", held_out))
+    outcome = train("--eval-dataset", held_out)
+    assert "held out: accuracy" in succeeded(outcome)
+    assert outcome.err == ""
+
+
+def test_held_out_pairs_whose_prompts_are_trained_on_are_warned_of(train, write_pairs):
+    """Whether as text or as messages."""
+    rows = [
+        {"prompt": "Question 3?", "chosen": "a", "rejected": "b"},
+        {"prompt": "Who?", "chosen": "a", "rejected": "b"},
+    ]
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    for held_out in (rows, chats):
+        outcome = train("--overwrite", "--eval-dataset", write_pairs(held_out, "held_out.jsonl"))
+        succeeded(outcome)
+        assert outcome.err.startswith("warning: 1 of 2 held-out pairs have a prompt that is trained on")
 
 
 def test_the_adapter_finds_its_base_from_another_folder(base, pairs, tmp_path, monkeypatch):

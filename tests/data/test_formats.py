@@ -137,7 +137,7 @@ def test_a_messages_column_may_hold_the_chosen_answer_once_more():
 
 
 def test_extra_keys_and_columns_are_left_out():
-    row = CHAT | {"chosen": [GOOD | {"weight": 1, "tool_calls": None}], "tools": ["search"], "id": 7}
+    row = CHAT | {"chosen": [GOOD | {"weight": 1, "tool_calls": None}], "tools": None, "id": 7}
     assert normalise_row(row) == CHAT
 
 
@@ -293,3 +293,12 @@ def test_any_rows_give_pairs_or_data_errors(rows):
         kind = list if row_format.chat else str
         assert {name: type(value) for name, value in pair.items()} == dict.fromkeys(PLAIN, kind)
         assert pair["chosen"] != pair["rejected"]
+
+
+@pytest.mark.parametrize("name", ["image", "images", "tools"])
+def test_prompts_that_are_more_than_text_are_refused_unless_the_text_alone_is_asked_for(name):
+    row = PLAIN | {name: [{"path": "cat.png"}]}
+    with pytest.raises(RowError, match=f"the prompt has {name}, which pairs of text cannot hold; .*--columns"):
+        normalise_row(row)
+    assert normalise_row(PLAIN | {name: []}) == PLAIN
+    assert normalise_row(row, {"prompt": "prompt"}) == PLAIN

@@ -3,6 +3,7 @@
 import pytest
 
 from qadapter.errors import ConfigError
+from qadapter.evaluation.card import gate_cells
 from qadapter.evaluation.gate import Limits, check, drop, parse_drops, verdict
 
 
@@ -50,6 +51,14 @@ def test_each_set_of_texts_has_to_keep_the_limit_on_kl():
     assert verdict(entries) == "fails"
     assert verdict(entries[:2]) == "passes"
     assert verdict([]) == "no limits"
+
+
+def test_a_close_call_says_why():
+    """One observation has no interval."""
+    single = {**RESULTS, "neutral": {"columns": {"policy": {"kl": bounds(0.01, None, None, 1)}}}}
+    chosen, neutral, *_ = check(single, "policy", Limits(max_kl=0.05))
+    assert gate_cells(chosen)[2] == "passes, close: the interval holds the limit"
+    assert gate_cells(neutral)[2] == "passes, close: there is no interval"
 
 
 def test_accuracy_has_to_reach_its_limit():

@@ -48,6 +48,18 @@ def test_a_part_is_computed_once_in_a_run_whatever_is_reused(tmp_path):
     assert store.reused == []
 
 
+def test_where_parts_cannot_be_kept_they_are_kept_for_the_run_and_it_is_said_once(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    store = PartStore(tmp_path / "file" / "evaluation")
+    assert [store.part("answers", [n], lambda: {"b": 1, "a": 2}) for n in (0, 1)] == [{"b": 1, "a": 2}] * 2
+    assert list(store.part("answers", [0], lambda: 3)) == ["b", "a"]
+    assert store.reused == []
+    assert [record.message for record in caplog.records] == [
+        f"finished parts cannot be kept in {store.folder} (Not a directory): were this run interrupted, it would begin "
+        "anew."
+    ]
+
+
 def test_a_damaged_part_is_computed_again(tmp_path):
     store = PartStore(tmp_path)
     store.part("pairs", [], lambda: 1)

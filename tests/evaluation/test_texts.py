@@ -1,5 +1,7 @@
 """What is measured on, from files and from the package."""
 
+import json
+
 import pytest
 from evaluated import CATEGORIES, pair_rows, write_jsonl
 
@@ -81,6 +83,27 @@ def test_bad_text_files_are_refused_in_one_line(tmp_path, tokenizer, content, me
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         neutral_texts(tokenizer, path)
+
+
+def test_a_byte_order_mark_and_line_separators_inside_a_text_are_no_matter(tmp_path, tokenizer):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes('\ufeff{"text": "one\u2028two\x85three", "prompt": "four\u2028five"}\n'.encode())
+    assert [text.excerpt for text in neutral_texts(tokenizer, path)] == ["one two three"]
+    assert [prompt.content for prompt in instructions(path)] == ["four\u2028five"]
+    plain = tmp_path / "text.txt"
+    plain.write_bytes("\ufeffone\u2028two\r\nthree\r\n".encode())
+    assert [prompt.content for prompt in instructions(plain)] == ["one\u2028two", "three"]
+    assert [text.excerpt for text in neutral_texts(tokenizer, plain)] == ["one two three"]
+
+
+def test_a_category_may_lie_in_an_object_and_one_that_is_nowhere_is_refused(tmp_path, tokenizer):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n}?", "chosen": "a", "rejected": "b", "meta": {"topic": f"t{n}"}} for n in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_pairs(str(path), tokenizer, columns={"category": "meta.topic"})
+    assert [pair.prompt.category for pair in found.pairs] == ["t0", "t1"]
+    with pytest.raises(DataError, match=r"pairs.jsonl: --columns maps category to 'tpoic', under which no row has"):
+        load_pairs(str(path), tokenizer, columns={"category": "tpoic"})
 
 
 def test_missing_files_and_prompts(tmp_path, tokenizer):

@@ -48,6 +48,18 @@ def test_accumulation_gives_the_adapter_of_whole_batches(accumulated, size):
         torch.testing.assert_close(accumulated[size][name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("options", [{"size": 4}, {"size": 2}, {"size": 2, "micro_batch_tokens": 12}])
+def test_each_pair_of_a_step_weighs_the_same_where_its_last_micro_batch_is_smaller(tmp_path, options):
+    """Five pairs, an epoch's last step, in micro-batches of 4 and 1, or of 2, 2 and 1."""
+    settings = {"pairs": token_pairs(5), "max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
+    whole = trained_adapter(tmp_path / "whole", fresh_policy(), per_device_train_batch_size=5, **settings)
+    size = options.pop("size")
+    settings |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 3 if size == 2 else 2}
+    uneven = trained_adapter(tmp_path / "uneven", fresh_policy(), **settings, **options)
+    for name, expected in whole.items():
+        torch.testing.assert_close(uneven[name], expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_training_changes_the_adapter_and_no_bit_of_the_base(tmp_path):
     policy = fresh_policy()
     before = {name: value.clone() for name, value in policy.base.state_dict().items()}

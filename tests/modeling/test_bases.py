@@ -173,3 +173,14 @@ def test_model_without_a_head_is_refused():
 def test_base_that_is_no_model_is_refused(base):
     with pytest.raises(ConfigError, match="base is a .*: give the plain causal language model"):
         QAdapterForCausalLM.from_base(base)
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_without_a_cache_folder_of_the_user_s_it_lies_in_their_home(tmp_path, monkeypatch, given):
+    """A variable that is set but empty says nothing (XDG Base Directory Specification)."""
+    monkeypatch.delenv("QADAPTER_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert bases.cache_folder() == tmp_path / ".cache" / "qadapter"

@@ -60,6 +60,13 @@ def test_saved_run_is_an_adapter_folder(base, tmp_path):
         assert torch.equal(loaded(ids).logits, policy.eval()(ids).logits)
 
 
+def test_a_readme_stays_what_it_is(policy, tmp_path):
+    """`push_to_hub` would have the Trainer write its own, of a model of transformers."""
+    (tmp_path / "README.md").write_text("mine")
+    tiny_trainer(policy, tmp_path).create_model_card(model_name="run")
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_best_model_is_loaded_at_the_end(policy, tmp_path):
     # The learning rate is wild, so that the last checkpoint is not the best.
     options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

@@ -5,8 +5,8 @@ import math
 
 import datasets
 import torch
-from datasets import Dataset
-from models import tiny_policy, tiny_tokenizer
+from datasets import Dataset, IterableDataset
+from models import tiny_policy, tiny_tokenizer, token_pairs
 from trainer_examples import TEXT_PAIRS
 
 from qadapter import QAdapterTrainer, QAdapterTrainingArguments, load_preference_dataset
@@ -27,6 +27,18 @@ def test_text_is_tokenised_and_its_report_kept(policy, tmp_path):
     assert set(trainer.tokenisation_reports) == {"train_dataset", "eval_dataset/first", "eval_dataset/second"}
     assert trainer.data_collator.pad_token_id == tokenizer.pad_token_id
     assert policy.tokenizer_fingerprint is not None
+
+
+def test_a_stream_of_tokens_that_does_not_know_its_columns_trains(policy, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(token_pairs(6)))
+    assert stream.column_names is None
+    trainer = QAdapterTrainer(
+        model=policy,
+        args=QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, disable_tqdm=True),
+        train_dataset=stream,
+        processing_class=tiny_tokenizer(),
+    )
+    assert math.isfinite(trainer.train().training_loss)
 
 
 def test_pairs_from_a_file_train(policy, tmp_path):

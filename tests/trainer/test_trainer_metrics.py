@@ -100,6 +100,15 @@ def test_evaluation_equals_the_oracle(base, policy, tmp_path, batch_size):
     assert {f"eval_{name}" for name in METRICS} <= set(trainer.state.log_history[0])
 
 
+def test_a_streamed_evaluation_counts_each_pair_once(base, policy, tmp_path):
+    """Also where the last batch is smaller: the Trainer takes each batch of a stream for a full one."""
+    pairs = token_pairs(5, seed=9)
+    expected = expected_metrics(plain_peft(base, policy), pairs)["loss"]
+    trainer = tiny_trainer(policy, tmp_path, per_device_eval_batch_size=4)
+    stream = Dataset.from_list(pairs).to_iterable_dataset()
+    assert trainer.evaluate(stream)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_metrics_of_training_and_evaluation_do_not_mix(base, policy, tmp_path):
     pairs, held_out = token_pairs(4), token_pairs(5, seed=9)
     plain = plain_peft(base, policy)

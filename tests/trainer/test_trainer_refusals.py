@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from models import tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
 from trainer_examples import TEXT_PAIRS
 from transformers import TrainerCallback, TrainingArguments
@@ -85,6 +86,27 @@ def test_fp16_is_refused(tmp_path):
         QAdapterTrainingArguments(output_dir=str(tmp_path), fp16=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("label_smoothing_factor", 0.1, r"label_smoothing \(QAdapterConfig\)"),
+        ("neftune_noise_alpha", 5.0, "Leave it out"),
+        ("train_sampling_strategy", "group_by_length", "use micro_batch_tokens"),
+        ("remove_unused_columns", True, "Leave it out"),
+    ],
+)
+def test_arguments_of_transformers_that_do_not_fit_pairs_are_refused(tmp_path, name, value, way_out):
+    with pytest.raises(ConfigError, match=rf"{name} = {value!r}: .*{way_out}"):
+        QAdapterTrainingArguments(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
+def test_functions_that_would_never_be_called_are_refused(policy, tmp_path, name):
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigError, match=f"{name} would never be called: .* override compute_loss"):
+        QAdapterTrainer(model=policy, args=args, **{name: print})
+
+
 def test_model_in_float16_is_refused(tmp_path):
     policy = tiny_policy(tiny_base(dtype=torch.float16))
     with pytest.raises(ConfigError, match=r"the model is in float16, .*dtype=bfloat16"):
@@ -110,3 +132,10 @@ def test_list_of_rows_is_refused(policy, tmp_path):
     args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(DataError, match=r"got list; give one split as a Dataset, or Dataset\.from_list"):
         QAdapterTrainer(model=policy, args=args, train_dataset=TEXT_PAIRS, processing_class=tiny_tokenizer())
+
+
+def test_several_splits_to_train_on_are_refused(policy, tmp_path):
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    splits = DatasetDict({name: Dataset.from_list(TEXT_PAIRS) for name in ("train", "test")})
+    with pytest.raises(DataError, match=r"train_dataset has the splits 'train', 'test': .*dataset\['train'\]"):
+        QAdapterTrainer(model=policy, args=args, train_dataset=splits, processing_class=tiny_tokenizer())

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _complain(_one_line(error))
+        _complain(one_line(error))
         return getattr(error, "exit_code", 1)
 
 
@@ -112,7 +112,8 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What is said of an error that ends a command."""
     if any(text in str(error) for text in DISK_FULL):
         place = getattr(error, "filename", None) or "a file"
         return f"no space left on the device while writing {place}: free some and run again."

@@ -13,13 +13,14 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from qadapter.cli import UsageError
+from qadapter.cli import UsageError, one_line
 from qadapter.cli.policies import quiet_datasets, quiet_libraries, require
 from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import default_device
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, TrainingError
 from qadapter.modeling.manifest import MAX_JSON_BYTES
 from qadapter.run_settings import AdapterArguments, DataArguments, ModelArguments, Run, RunArguments
+from qadapter.trainer import QAdapterTrainer
 from qadapter.training import train
 from qadapter.training_arguments import QAdapterTrainingArguments
 
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> int:
         trainer = train(described)
         folder = described.training.output_dir
         if trainer.eval_dataset is not None:
-            metrics = trainer.evaluate()
+            metrics = evaluated(trainer)
             print(
                 f"held out: accuracy {metrics['eval_rewards/accuracies']:.3f}, "
                 f"KL from the base {metrics['eval_qadapter/kl']:.4f} per token"
@@ -83,6 +84,21 @@ def run(arguments: list[str]) -> int:
         command = "chat" if trainer.processing_class.chat_template else "generate"
         print(f"adapter written to {folder}; try: qadapter {command} {folder}")
     return 0
+
+
+def evaluated(trainer: QAdapterTrainer) -> dict[str, float]:
+    """Metrics on the held-out pairs, measured once the adapter has been saved.
+
+    Raises:
+        TrainingError: they cannot be measured; it says that the adapter is there, as KeyboardInterrupt does.
+    """
+    written = f"the adapter is written to {trainer.args.output_dir}, but"
+    try:
+        return trainer.evaluate()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {written} not evaluated.") from None
+    except Exception as error:
+        raise TrainingError(f"{written} its evaluation failed: {one_line(error)}") from error
 
 
 def parse(arguments: list[str]) -> Run:

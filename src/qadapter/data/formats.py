@@ -15,6 +15,8 @@ from qadapter.data.rows import Pair, Row, RowError
 from qadapter.errors import DataError
 
 MAPPABLE = ("prompt", "chosen", "rejected", "system")
+# Columns by which a prompt is more than its text.
+UNREAD = ("image", "images", "tools")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Format:
     def normalise(self, row: Row) -> Pair:
         """{"prompt", "chosen", "rejected"} as messages (chat) or text; raises RowError without a place."""
         selected = select(row, self.columns)
+        if unread := [name for name in UNREAD if selected.get(name)]:
+            raise RowError(
+                "wrong type",
+                f"the prompt has {unread[0]}, which pairs of text cannot hold; remove the column, or read the text "
+                "alone with --columns prompt=... chosen=... rejected=...",
+            )
         pair = LAYOUTS[self.layout].read(selected)
         system = first_present(selected, SYSTEM_COLUMNS)
         if not self.chat:

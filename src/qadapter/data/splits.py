@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from qadapter.data.messages import user
 from qadapter.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ def train_eval_split(
         raise DataError("all rows have the same prompt, so none can be held out; give a separate evaluation file")
     held_out_rows = [index for index, key in enumerate(keys) if key in held_out]
     return dataset.select(train, keep_in_memory=True), dataset.select(held_out_rows, keep_in_memory=True)
+
+
+def pairs_of_trained_prompts(train: "Dataset", held_out: "Dataset") -> int:
+    """How many held-out pairs have a prompt that stands in the training pairs too; text counts as a user's message."""
+    trained = set(map(prompt_key, train["prompt"]))
+    return sum(prompt_key(prompt) in trained for prompt in held_out["prompt"])
+
+
+def prompt_key(prompt: Any) -> bytes:
+    """A short stand-in for a prompt."""
+    messages = user(prompt) if isinstance(prompt, str) else prompt
+    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()[:16]
 
 
 def require_prompts(dataset: Any) -> None:

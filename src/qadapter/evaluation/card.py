@@ -153,7 +153,8 @@ def verdict_line(audit: Mapping[str, Any]) -> str:
 
 def gate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     """(limit, measured, verdict) of a gate's entry."""
-    close = ", close: the interval holds the limit" if entry["close"] else ""
+    why = "there is no interval" if entry["low"] is None else "the interval holds the limit"
+    close = f", close: {why}" if entry["close"] else ""
     measured = f"{written(entry, 'number')}, n = {entry['n']}"
     passes = "passes" if entry["passes"] else "FAILS"
     limit = f"{entry['quantity']} {entry['relation']} {entry['limit']:g} {entry['unit']}".rstrip()

@@ -5,6 +5,7 @@ A part is stored as JSON under a fingerprint of everything that it depends on; a
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.modeling.bases import cache_folder
+
+logger = logging.getLogger(__name__)
 
 # Raise it when the meaning of a stored part changes.
 PARTS_VERSION = 2
@@ -32,6 +35,7 @@ class PartStore:
         self.reuse = reuse
         self.reused: list[str] = []
         self.fresh: set[Path] = set()  # measured by this run
+        self.unwritten: dict[Path, str] = {}  # of them, those that the folder did not take
 
     def part(
         self, name: str, inputs: Any, compute: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True
@@ -49,13 +53,28 @@ class PartStore:
         # Through JSON and back, so that a fresh part and a stored one are the same value.
         value = json.loads(json.dumps(jsonable(compute()), allow_nan=False))
         if keep(value):
-            write_ordered_json(path, value)
-            self.fresh.add(path)
+            self._keep(path, value)
         return value
+
+    def _keep(self, path: Path, value: Any) -> None:
+        """Write a part; in a folder that cannot be written to, it is kept for this run only."""
+        self.fresh.add(path)
+        try:
+            write_ordered_json(path, value)
+        except OSError as error:
+            if not self.unwritten:
+                logger.warning(
+                    "finished parts cannot be kept in %s (%s): were this run interrupted, it would begin anew.",
+                    self.folder,
+                    error.strerror,
+                )
+            self.unwritten[path] = json.dumps(value)
 
     def stored(self, name: str, inputs: Any) -> Any | None:
         """The stored part of that name and these inputs; None if there is none that may be taken."""
         path = self._path(name, inputs)
+        if path in self.unwritten:
+            return json.loads(self.unwritten[path])
         if not (path.is_file() and (self.reuse or path in self.fresh)):
             return None
         try:

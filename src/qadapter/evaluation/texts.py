@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from qadapter.builtin import neutral_paragraphs
 from qadapter.data import RowError, tokenise_preferences
+from qadapter.data.formats import value_at
 from qadapter.data.sources import existing_path, open_source, pair_features, pair_or_error
 from qadapter.errors import ConfigError, DataError
 from qadapter.generation import Answer, Message, encode
@@ -115,7 +116,9 @@ def load_pairs(
             raise pair
         rows.append(pair)
         assert not isinstance(raw.content, RowError)
-        categories.append(_label(raw.content.get(category_column)))
+        categories.append(_label(value_at(raw.content, category_column)))
+    if category_column != CATEGORY and not any(categories):
+        raise DataError(f"{source}: --columns maps category to {category_column!r}, under which no row has anything.")
     kept = sample(len(rows), max_pairs, seed)
     rows, categories = [rows[index] for index in kept], [categories[index] for index in kept]
     dataset = Dataset.from_list(rows, features=pair_features(opened.row_format.chat))
@@ -188,13 +191,13 @@ def _read_texts(path: Path) -> list[tuple[str, str | None]]:
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file.
+    """The text of a file, without the mark that some editors put before it.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     except OSError as error:
@@ -206,9 +209,9 @@ def _read_objects(path: Path, key: str) -> list[tuple[str, str | None]]:
 
 
 def _objects(content: str, key: str, name: str) -> list[tuple[str, str | None]]:
-    """(text under `key`, category) of each JSON line."""
+    """(text under `key`, category) of each JSON line; str.splitlines would cut at U+2028 inside a text, too."""
     rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -234,7 +237,7 @@ def instructions(path: Path | None = None, limit: int | None = None, seed: int =
     elif path.suffix == ".jsonl":
         rows = _read_objects(path, "prompt")
     else:
-        rows = [(line.strip(), None) for line in read_utf8(path).splitlines()]
+        rows = [(line.strip(), None) for line in read_utf8(path).split("\n")]
     rows = [(text, category) for text, category in rows if text.strip()]
     if not rows:
         raise DataError(f"{path}: there is no prompt in it.")

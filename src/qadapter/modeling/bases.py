@@ -81,7 +81,7 @@ def hub_has(name: str, revision: str | None = None) -> bool:
 def cache_folder() -> Path:
     """The folder for converted models: $QADAPTER_CACHE, else qadapter in the user's cache directory."""
     root = os.environ.get("QADAPTER_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qadapter"
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qadapter"
 
 
 def converted_builtin() -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadapter.errors import AdapterFormatError
+from qadapter.errors import AdapterFormatError, TrainingError
 from qadapter.modeling.policy import QAdapterForCausalLM
 
 PROBE_TOKENS = 12
@@ -37,12 +37,23 @@ def probe_logps(model: QAdapterForCausalLM, ids: list[int]) -> dict[str, Tensor]
 
 
 def make_probe(model: QAdapterForCausalLM) -> dict[str, Any]:
-    """Token ids and the likeliest tokens' log-probabilities after them, for base and policy."""
+    """Token ids and the likeliest tokens' log-probabilities after them, for base and policy.
+
+    Raises:
+        TrainingError: they are not finite: a folder with such numbers could not be loaded.
+    """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = [(7919 * (index + 1)) % vocabulary for index in range(PROBE_TOKENS)]
     logps = {}
     for name, values in probe_logps(model, ids).items():
         top = values.topk(min(PROBE_VALUES, vocabulary))
+        if not bool(top.values.isfinite().all()):
+            part, way_out = (
+                (f"adapter {name!r}", "lower learning_rate, or take an earlier checkpoint")
+                if name
+                else ("the base", "load it in float32, or check its files")
+            )
+            raise TrainingError(f"the log-probabilities of {part} are not finite, so nothing is saved: {way_out}.")
         logps[name] = {
             str(index): value for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         }
