@@ -1,9 +1,11 @@
 """`qadapter wrap`: any PEFT LoRA as an adapter folder, without training."""
 
+import shlex
 from pathlib import Path
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import DTYPES, pick_dtype, quiet_libraries, require_new_folder
+from qadapter.cli.policies import DTYPES, pick_dtype, quiet_libraries
+from qadapter.export.folders import require_new_folder
 from qadapter.modeling.wrapping import wrap
 
 
@@ -21,5 +23,6 @@ def run(arguments: list[str]) -> int:
     with quiet_libraries():
         model, tokenizer = wrap(options.lora, options.base_model, dtype=pick_dtype(options.dtype))
         model.save_pretrained(options.output_dir, tokenizer=tokenizer)
-    print(f"adapter written to {options.output_dir}; try: qadapter chat {options.output_dir} --strength 0.5")
+    folder = shlex.quote(str(options.output_dir))
+    print(f"adapter written to {options.output_dir}; try: qadapter chat {folder} --strength 0.5")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from qadapter.errors import ConfigError
-from qadapter.export.merged import into_new_folder
+from qadapter.export.folders import into_new_folder
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import save, write_json
 from qadapter.modeling.heads import Head
