@@ -24,15 +24,18 @@ GGUF_README = """# GGUF-ready checkpoint
 A merged checkpoint of {base} with the adapter at strength 1: an ordinary Hugging Face model.
 Largest difference of its logits from the policy's on {tokens} tokens: {difference:.3g}.
 
-With a checkout of llama.cpp beside this folder, convert it, then quantise and run it:
+With a checkout of llama.cpp beside this folder, and its programs installed (or built, in llama.cpp/build/bin), convert
+it, then quantise and run it:
 
     pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
     python llama.cpp/convert_hf_to_gguf.py {name} --outfile {name}.gguf --outtype {outtype}
     llama-quantize {name}.gguf {name}-q4_k_m.gguf Q4_K_M
     llama-cli -m {name}-q4_k_m.gguf
 
-`--outtype {outtype}` keeps the numbers of this folder; any other rounds them, and quantising changes the model: audit
-the result as you would any other.
+`--outtype {outtype}` keeps the numbers of this folder; any other rounds them. Quantising changes the answers, on small
+models by more than an adapter may have changed them: read some beside those of `qadapter generate`, and try Q8_0
+instead of Q4_K_M. llama-cli fills in this folder's chat template; llama-completion does so with `--jinja` only, and
+without it leaves out the template's own system message.
 A GGUF file has no dial: strength, composition and the KL cap need both streams (`qadapter serve`, or vLLM).
 """
 
