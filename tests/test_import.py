@@ -13,6 +13,7 @@ PACKAGE = Path(qadapter.__file__).parent
 # From low to high; a module imports from its own layer and from those before it, wherever the import stands.
 LAYERS = (
     ("errors", "functional", "devices"),
+    ("new_folders",),
     ("fused",),
     ("config",),
     ("objective", "plots", "plots_png", "builtin"),

@@ -1,12 +1,15 @@
 """Exports through the command line, each checked by the tool that it is for: transformers, PEFT, gguf."""
 
+import errno
 import json
+import os
 import re
+import shlex
 
 import pytest
 import torch
 from commands import Outcome, assert_refused, process, qadapter, succeeded
-from models import tiny_base, tiny_tokenizer
+from models import lora, tiny_base, tiny_tokenizer, train_randomly
 from peft import PeftModel
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -14,7 +17,9 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qadapter import ConfigError, QAdapterForCausalLM
-from qadapter.export import export_gguf_ready
+from qadapter.export import distil, export_gguf_ready, export_merged, gguf
+from qadapter.modeling.bases import BaseSource
+from qadapter.new_folders import into_new_folder
 
 IDS = torch.arange(2, 13).unsqueeze(0)
 
@@ -63,10 +68,10 @@ def test_lora_is_the_policy_to_peft(export, exported, base, policy):
 
 
 def test_gguf_knows_every_tensor_of_the_gguf_ready_folder(export, exported):
-    gguf = pytest.importorskip("gguf", reason="the extra `builtin` brings gguf")
+    package = pytest.importorskip("gguf", reason="the extra `builtin` brings gguf")
     succeeded(export("--format", "gguf"))
     layers = json.loads((exported / "config.json").read_text())["num_hidden_layers"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    names = package.get_tensor_name_map(package.MODEL_ARCH.LLAMA, layers)
     with safe_open(exported / "model.safetensors", framework="pt") as file:
         unknown = [name for name in file.keys() if names.get_name(name, (".weight", ".bias")) is None]  # noqa: SIM118
     assert unknown == []
@@ -112,6 +117,30 @@ def test_a_sentencepiece_file_that_is_missing_is_warned_of(sentencepiece_policy,
     assert (exported / "README.md").exists()
 
 
+def test_the_gguf_ready_readme_can_be_pasted_whatever_the_folder_is_called(adapter, tmp_path, monkeypatch):
+    """The working folder, too, which has its name from elsewhere."""
+    folder = tmp_path / "it's $(touch mine)"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    succeeded(qadapter("export", adapter, "--format", "gguf", "--output-dir", "."))
+    commands = [shlex.split(line) for line in (folder / "README.md").read_text().splitlines() if line.startswith("   ")]
+    named = [word for command in commands for word in command if word.startswith("it's")]
+    assert {word.removeprefix(folder.name) for word in named} == {"", ".gguf", "-q4_k_m.gguf"}
+
+
+def test_a_gguf_ready_folder_that_could_not_be_finished_is_not_there(sentencepiece_policy, exported, monkeypatch):
+    """Its checkpoint would convert, with texts split otherwise."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (exported.parent / "base/tokenizer.model").write_bytes(b"pieces and scores")
+    monkeypatch.setattr(gguf.shutil, "copyfile", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_gguf_ready(sentencepiece_policy[0], exported, sentencepiece_policy[1])
+    assert [path.name for path in exported.parent.iterdir()] == ["base"]
+
+
 def test_a_number_format_that_gguf_lacks_is_refused(adapter, exported):
     with pytest.raises(ConfigError, match=r"in torch\.float64, which GGUF does not have: load it with dtype="):
         export_gguf_ready(QAdapterForCausalLM.from_pretrained(adapter, dtype=torch.float64), exported)
@@ -133,6 +162,14 @@ def test_distilled_approaches_the_policy_at_half_strength(export, exported, base
     models = (student, AutoModelForCausalLM.from_pretrained(base))
     after, before = (mean_kl(logits(policy), logits(model)) for model in models)
     assert after < before / 2
+
+
+def test_a_distilled_lora_names_the_base_as_the_adapter_does(policy, tmp_path):
+    """And not the folder of the built-in model's copy on this machine."""
+    policy.base_source = BaseSource(policy.base_source.path, "someone/base", None)
+    student = distil(policy, tiny_tokenizer(), ["Question?"] * 5, epochs=1, max_new_tokens=2).student
+    student.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/base"
 
 
 def test_vllm_is_the_policy_over_the_folder_s_own_weights(adapter, exported, policy):
@@ -165,6 +202,7 @@ def test_a_base_that_the_vllm_plugin_lacks_is_refused(exported, tmp_path):
         (("--format", "distilled"), "--prompts-file is missing", 1),
         (("--format", "distilled", "--prompts-file", "nowhere.txt"), "nowhere.txt cannot be read: No such file", 1),
         (("--format", "distilled", "--epochs", 0), "--epochs 0: must be at least 1", 1),
+        (("--prompts-file", __file__), "--prompts-file is for --format distilled, not for merged", 1),
         (("--format", "onnx"), "invalid choice: 'onnx'", 2),
     ],
 )
@@ -178,6 +216,59 @@ def test_export_overwrites_nothing(export, exported):
     (exported / "mine.txt").write_text("precious")
     assert_refused(export(), "exported exists and is not empty: choose another one")
     assert [path.name for path in exported.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("spelling", [".", "link"])
+def test_an_empty_folder_that_is_there_is_filled(adapter, exported, monkeypatch, spelling):
+    """Such as a mount, which nothing can replace: the working folder and a link to one cannot be replaced either."""
+    exported.mkdir()
+    (exported.parent / "link").symlink_to(exported)
+    monkeypatch.chdir(exported if spelling == "." else exported.parent)
+    succeeded(qadapter("export", adapter, "--output-dir", spelling))
+    assert {path.name for path in exported.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not list(exported.glob(".*")) + list(exported.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_written_into_the_folder_meanwhile_is_kept(exported, there):
+    def write(scratch):
+        (scratch / "config.json").write_text("{}")
+        exported.mkdir(exist_ok=True)
+        (exported / "config.json").write_text("precious")
+
+    if there:
+        exported.mkdir()
+    with pytest.raises(ConfigError, match="choose another"):
+        into_new_folder(exported, write)
+    assert (exported / "config.json").read_text() == "precious"
+    assert len(list(exported.iterdir())) == len(list(exported.parent.iterdir())) == 1
+
+
+def test_a_folder_in_a_file_is_refused_before_anything_is_loaded(adapter, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    outcome = qadapter("export", "nowhere", "--output-dir", tmp_path / "file/new/exported")
+    assert_refused(outcome, "file/new/exported: .*/file is a file. Choose another one")
+
+
+def test_an_adapter_of_another_weight_than_1_is_not_merged(adapter, base, tmp_path):
+    """It is the policy at another strength, which needs the base's stream."""
+    policy = QAdapterForCausalLM.from_pretrained(base, adapters={"mild": adapter}, adapter_weights={"mild": 0.5})
+    policy.save_pretrained(tmp_path / "mild", tokenizer=tiny_tokenizer())
+    for kind in ("merged", "lora", "gguf"):
+        outcome = qadapter("export", tmp_path / "mild", "--format", kind, "--output-dir", tmp_path / "exported")
+        assert_refused(outcome, r"cannot be merged exactly: its adapter has weight 0\.5\. Distil it")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT: merging may be complicated
+def test_a_head_with_a_lora_is_tied_to_the_embeddings_no_more(exported):
+    """The config says so, for those that do not see it by the weights."""
+    policy = QAdapterForCausalLM.from_base(
+        tiny_base(tie_word_embeddings=True), peft_config=lora(target_modules=["q_proj", "lm_head"])
+    )
+    assert export_merged(train_randomly(policy).eval(), exported) < 1e-3
+    assert json.loads((exported / "config.json").read_text())["tie_word_embeddings"] is False
+    with safe_open(exported / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118
 
 
 def test_a_policy_that_needs_both_streams_is_not_merged(train, tmp_path):

@@ -27,6 +27,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import QAdapterForCausalLM
+from qadapter.export import export_lora
+from qadapter.modeling import wrapping
+from qadapter.modeling.bases import BaseSource, load_base
+from qadapter.modeling.wrapping import wrap
 
 IDS = torch.tensor(token_ids(9, 9))
 GREEDY = {"do_sample": False, "max_new_tokens": 20}
@@ -79,6 +83,33 @@ def test_the_base_that_an_axolotl_folder_names_is_found_without_being_given(base
     succeeded(qadapter("wrap", tmp_path / "foreign", "--output-dir", tmp_path / "wrapped"))
     facts = json.loads(succeeded(qadapter("info", tmp_path / "wrapped", "--json")))
     assert facts["base"] == str(base)
+
+
+def test_the_revision_of_the_base_that_a_folder_names_is_kept(base, tmp_path, monkeypatch):
+    """But for another base, which has other revisions; and by our own plain LoRA, where the base is on the hub."""
+    write_lora(tmp_path / "foreign", base, AXOLOTL_0_9 | {"base_model_name_or_path": "someone/base", "revision": "v2"})
+    asked = []
+
+    def load(source, **options):
+        asked.append(source)
+        return load_base(BaseSource(str(base), str(base), None), **options)
+
+    monkeypatch.setattr(wrapping, "load_base", load)
+    policy, _ = wrap(tmp_path / "foreign", tokenizer=AutoTokenizer.from_pretrained(base))
+    wrap(tmp_path / "foreign", "someone/other", tokenizer=AutoTokenizer.from_pretrained(base))
+    assert asked == [
+        BaseSource("someone/base", "someone/base", "v2"),
+        BaseSource("someone/other", "someone/other", None),
+    ]
+    export_lora(policy, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/base", "v2")
+
+
+def test_a_revision_that_is_no_text_is_refused(base, tmp_path):
+    write_lora(tmp_path / "foreign", base, AXOLOTL_0_9 | {"revision": ["v2"]})
+    outcome = qadapter("wrap", tmp_path / "foreign", "--output-dir", tmp_path / "wrapped")
+    assert_refused(outcome, r"adapter_config\.json: revision is \['v2'\], must be a text or null")
 
 
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(base, tmp_path):

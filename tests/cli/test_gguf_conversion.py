@@ -1,11 +1,13 @@
-"""llama.cpp's own converters on what `qadapter export` writes; and its runtime, where the package xllamacpp is.
+"""llama.cpp's own converters on what `qadapter export` writes; its programs and its package xllamacpp where they are.
 
 QADAPTER_LLAMA_CPP names a checkout of llama.cpp (the source distribution of llama-cpp-python holds one under
-vendor/llama.cpp), QADAPTER_LLAMA_CPP_PYTHON an interpreter with the converters' requirements, if not this one.
+vendor/llama.cpp), QADAPTER_LLAMA_CPP_PYTHON an interpreter with the converters' requirements, if not this one. The
+programs are looked for in the checkout's build/bin, then on PATH.
 """
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,14 +64,27 @@ def run_converter(script, *arguments, folder):
     assert done.returncode == 0, done.stderr
 
 
+def run_program(name, *arguments, folder):
+    """What one of llama.cpp's programs prints, run in `folder`."""
+    path = os.pathsep.join([str(Path(CONVERTERS) / "build/bin"), os.environ.get("PATH", os.defpath)])
+    if not (program := shutil.which(name, path=path)):
+        pytest.skip(f"{name} is neither in build/bin of QADAPTER_LLAMA_CPP nor on PATH")
+    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, stdin=subprocess.DEVNULL, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode(errors="replace")
+
+
+def command_in(readme, program):
+    """The arguments of the only command in a README that calls `program`."""
+    lines = [line for line in readme.read_text().splitlines() if line.startswith(f"    {program} ")]
+    (arguments,) = (shlex.split(line.removeprefix(f"    {program}")) for line in lines)
+    return arguments
+
+
 def converted(adapter, folder, dtype="float32"):
     """Export the policy into folder/"ready" and convert it with the command in its README; the GGUF file."""
     succeeded(qadapter("export", adapter, "--format", "gguf", "--dtype", dtype, "--output-dir", folder / "ready"))
-    (line,) = (
-        line for line in (folder / "ready/README.md").read_text().splitlines() if "convert_hf_to_gguf.py" in line
-    )
-    python, script, *arguments = shlex.split(line)
-    assert (python, script) == ("python", "llama.cpp/convert_hf_to_gguf.py")
+    arguments = command_in(folder / "ready/README.md", "python llama.cpp/convert_hf_to_gguf.py")
     run_converter("convert_hf_to_gguf.py", *arguments, folder=folder)
     return folder / "ready.gguf"
 
@@ -137,6 +152,24 @@ def test_llama_cpp_writes_what_the_policy_writes_token_for_token(adapter, tmp_pa
     assert llama_cpp_tokens(merged, ids) == expected
     assert llama_cpp_tokens(tmp_path / "base.gguf", ids, tmp_path / "lora.gguf") == expected
     assert llama_cpp_tokens(tmp_path / "base.gguf", ids) != expected
+
+
+def test_the_readme_s_programs_quantise_and_answer(adapter, tmp_path):
+    """As they are called there; before quantising, what the policy answers, with the cache in float32 as ours.
+
+    llama-completion says it: llama-cli refuses the broken characters that a random model may write.
+    """
+    file, readme = converted(adapter, tmp_path), tmp_path / "ready/README.md"
+    once = ("-st", "-p", PROMPT, "-n", "24", "--temp", "0", "-t", "1")
+    exact = ("--jinja", "-ctk", "f32", "-ctv", "f32", "-fa", "off")
+    out = run_program("llama-completion", "-m", file.name, *once, *exact, folder=tmp_path)
+    ids = prompt_ids(adapter)
+    answer = QAdapterForCausalLM.from_pretrained(adapter).generate(ids, **GREEDY)[0, ids.shape[1] :]
+    assert load_tokenizer(adapter).decode(answer, skip_special_tokens=True).strip() in out
+    _, quantised, _ = arguments = command_in(readme, "llama-quantize")
+    run_program("llama-quantize", *arguments, folder=tmp_path)
+    assert (tmp_path / quantised).stat().st_size < file.stat().st_size / 2
+    assert PROMPT in run_program("llama-cli", *command_in(readme, "llama-cli"), *once, folder=tmp_path)
 
 
 def llama_cpp_tokens(file, ids, adapter=None):

@@ -155,6 +155,12 @@ def test_an_adapter_name_that_peft_would_confuse_is_refused(base, name):
         QAdapterForCausalLM(copy.deepcopy(base), {name: models.APART}, {name: models.lora()})
 
 
+@pytest.mark.parametrize("name", ["half", "train", "training"])
+def test_an_adapter_name_that_modules_use_themselves_is_refused(base, name):
+    with pytest.raises(ConfigError, match=f"adapter name '{name}' is an attribute of PyTorch's modules: choose"):
+        QAdapterForCausalLM(copy.deepcopy(base), {name: models.APART}, {name: models.lora()})
+
+
 @pytest.mark.parametrize("cap", [-0.1, float("nan")])
 def test_a_cap_below_zero_or_nan_is_refused(policy, cap):
     with pytest.raises(ConfigError, match="max_kl = .*: must be 0 or above"):

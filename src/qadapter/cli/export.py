@@ -1,16 +1,17 @@
 """`qadapter export`: a policy for tools that know nothing of streams."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
 
 from qadapter.cli import command_parser
 from qadapter.cli.generate import read_prompts
-from qadapter.cli.policies import add_policy_options, load_policy, quiet_libraries, require, require_new_folder
+from qadapter.cli.policies import add_policy_options, load_policy, quiet_libraries, require
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
 from qadapter.export import distil, export_gguf_ready, export_lora, export_merged, export_vllm
-from qadapter.export.merged import into_new_folder
+from qadapter.new_folders import into_new_folder, require_new_folder
 
 FORMATS = ("merged", "lora", "distilled", "gguf", "vllm")
 
@@ -37,9 +38,12 @@ def run(arguments: list[str]) -> int:
         )
     if options.epochs < 1:
         raise ConfigError(f"--epochs {options.epochs}: must be at least 1.")
+    if options.prompts_file and options.format != "distilled":
+        raise ConfigError(f"--prompts-file is for --format distilled, not for {options.format}: drop one of the two.")
     require_new_folder(options.output_dir)
+    prompts = []
     if options.format == "distilled":
-        require(options.prompts_file, "--prompts-file", "FILE (distilling needs your prompts)")
+        prompts = read_prompts(require(options.prompts_file, "--prompts-file", "FILE (distilling needs your prompts)"))
     with quiet_libraries():
         model, tokenizer = load_policy(options)
         if options.format == "lora":
@@ -47,9 +51,9 @@ def run(arguments: list[str]) -> int:
             print(f"plain PEFT LoRA written to {options.output_dir}; at strength 1 it is the policy, exactly")
         elif options.format == "vllm":
             export_vllm(model, options.output_dir, tokenizer, options.strength)
-            print(f"folder for vLLM written to {options.output_dir}: vllm serve {options.output_dir}")
+            print(f"folder for vLLM written to {options.output_dir}: vllm serve {shlex.quote(str(options.output_dir))}")
         elif options.format == "distilled":
-            _distilled(model, tokenizer, options)
+            _distilled(model, tokenizer, prompts, options)
         else:
             export = export_gguf_ready if options.format == "gguf" else export_merged
             difference = export(model, options.output_dir, tokenizer)
@@ -57,8 +61,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _distilled(model, tokenizer, options) -> None:  # type: ignore[no-untyped-def]
-    prompts = read_prompts(options.prompts_file)
+def _distilled(model, tokenizer, prompts, options) -> None:  # type: ignore[no-untyped-def]
     with progress_bar(Console()) as progress:
         task = progress.add_task("Distilling", total=None)
         result = distil(
@@ -80,7 +83,7 @@ def _distilled(model, tokenizer, options) -> None:  # type: ignore[no-untyped-de
     )
 
     def write(folder: Path) -> None:
-        result.student.save_pretrained(folder)
+        result.student.save_pretrained(folder, save_embedding_layers=False)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

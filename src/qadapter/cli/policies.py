@@ -6,7 +6,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -106,12 +105,6 @@ def require(value: Any, option: str, example: str) -> Any:
     if value is None:
         raise ConfigError(f"{option} is missing: {option} {example}")
     return value
-
-
-def require_new_folder(folder: Path) -> None:
-    """Refuse a folder that holds something: nothing is overwritten."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output folder {folder} exists and is not empty: choose another one.")
 
 
 def settings_line(config: QAdapterConfig) -> str:

@@ -1,10 +1,12 @@
 """`qadapter wrap`: any PEFT LoRA as an adapter folder, without training."""
 
+import shlex
 from pathlib import Path
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import DTYPES, pick_dtype, quiet_libraries, require_new_folder
+from qadapter.cli.policies import DTYPES, pick_dtype, quiet_libraries
 from qadapter.modeling.wrapping import wrap
+from qadapter.new_folders import require_new_folder
 
 
 def run(arguments: list[str]) -> int:
@@ -32,5 +34,6 @@ def run(arguments: list[str]) -> int:
     if options.new_base is not None:
         written = "a base model with the LoRA's own embeddings" if options.new_base.exists() else "not needed: nothing"
         print(f"{written} written to {options.new_base}")
-    print(f"adapter written to {options.output_dir}; try: qadapter chat {options.output_dir} --strength 0.5")
+    folder = shlex.quote(str(options.output_dir))
+    print(f"adapter written to {options.output_dir}; try: qadapter chat {folder} --strength 0.5")
     return 0

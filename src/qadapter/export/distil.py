@@ -142,6 +142,8 @@ def _student(model: QAdapterForCausalLM, strength: float) -> Any:
     rank = sum(max(module.r.get(name, 0) for module in modules.values()) for name in model.adapters)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(modules), task_type="CAUSAL_LM")
     student = get_peft_model(load_base(model.base_source, dtype=model.dtype), config).to(model.device)
+    named = student.peft_config["default"]  # after the base as adapters remember it, not where it lies on this machine
+    named.base_model_name_or_path, named.revision = model.base_source.name, model.base_source.hub_revision
     layers = dict(student.get_base_model().named_modules())
     for name, module in modules.items():
         row, target = 0, layers[name]

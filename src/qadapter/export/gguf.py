@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from huggingface_hub import snapshot_download
 
 from qadapter.errors import ConfigError
-from qadapter.export.merged import CHECKED_TOKENS, export_merged
+from qadapter.export.merged import CHECKED_TOKENS, require_mergeable, write_merged
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
+from qadapter.new_folders import into_new_folder
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 OUTTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -22,15 +24,18 @@ GGUF_README = """# GGUF-ready checkpoint
 A merged checkpoint of {base} with the adapter at strength 1: an ordinary Hugging Face model.
 Largest difference of its logits from the policy's on {tokens} tokens: {difference:.3g}.
 
-With a checkout of llama.cpp beside this folder, convert it, then quantise and run it:
+With a checkout of llama.cpp beside this folder, and its programs installed (or built, in llama.cpp/build/bin), convert
+it, then quantise and run it:
 
     pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
     python llama.cpp/convert_hf_to_gguf.py {name} --outfile {name}.gguf --outtype {outtype}
     llama-quantize {name}.gguf {name}-q4_k_m.gguf Q4_K_M
     llama-cli -m {name}-q4_k_m.gguf
 
-`--outtype {outtype}` keeps the numbers of this folder; any other rounds them, and quantising changes the model: audit
-the result as you would any other.
+`--outtype {outtype}` keeps the numbers of this folder; any other rounds them. Quantising changes the answers, on small
+models by more than an adapter may have changed them: read some beside those of `qadapter generate`, and try Q8_0
+instead of Q4_K_M. llama-cli fills in this folder's chat template; llama-completion does so with `--jinja` only, and
+without it leaves out the template's own system message.
 A GGUF file has no dial: strength, composition and the KL cap need both streams (`qadapter serve`, or vLLM).
 """
 
@@ -43,19 +48,25 @@ def export_gguf_ready(model: QAdapterForCausalLM, folder: str | os.PathLike[str]
     """
     if model.dtype not in OUTTYPES:
         raise ConfigError(f"the policy is in {model.dtype}, which GGUF does not have: load it with dtype=float32.")
-    difference = export_merged(model, folder, tokenizer)
-    if tokenizer is not None:
-        _write_tokenizer_config(Path(folder) / "tokenizer_config.json", tokenizer)
-        _copy_sentencepiece(model, Path(folder))
-    readme = GGUF_README.format(
-        base=model.base_source.name,
-        name=Path(folder).name,
-        tokens=CHECKED_TOKENS,
-        difference=difference,
-        outtype=OUTTYPES[model.dtype],
-    )
-    (Path(folder) / "README.md").write_text(readme, encoding="utf-8")
-    return difference
+    require_mergeable(model)
+    name = shlex.quote(Path(folder).resolve().name)
+
+    def write(scratch: Path) -> float:
+        difference = write_merged(model, scratch, tokenizer)
+        if tokenizer is not None:
+            _write_tokenizer_config(scratch / "tokenizer_config.json", tokenizer)
+            _copy_sentencepiece(model, scratch)
+        readme = GGUF_README.format(
+            base=model.base_source.name,
+            name=name,
+            tokens=CHECKED_TOKENS,
+            difference=difference,
+            outtype=OUTTYPES[model.dtype],
+        )
+        (scratch / "README.md").write_text(readme, encoding="utf-8")
+        return difference
+
+    return into_new_folder(Path(folder), write)
 
 
 def _write_tokenizer_config(path: Path, tokenizer: Any) -> None:
@@ -87,14 +98,19 @@ def _copy_sentencepiece(model: QAdapterForCausalLM, folder: Path) -> None:
     if vocabulary.get("type") != "Unigram" and not vocabulary.get("byte_fallback"):
         return
     source = model.base_source
-    base = source.path
     try:
-        if not os.path.isdir(base):
-            base = snapshot_download(base, revision=source.hub_revision, allow_patterns=SENTENCEPIECE_NAME)
-        shutil.copyfile(Path(base) / SENTENCEPIECE_NAME, folder / SENTENCEPIECE_NAME)
+        base = Path(source.path)
+        if not base.is_dir():
+            base = Path(snapshot_download(source.path, revision=source.hub_revision, allow_patterns=SENTENCEPIECE_NAME))
+        found = (base / SENTENCEPIECE_NAME).is_file()
+        reason = "there is no such file"
     except (OSError, ValueError) as error:
+        found, reason = False, str(error)
+    if found:
+        shutil.copyfile(base / SENTENCEPIECE_NAME, folder / SENTENCEPIECE_NAME)
+    else:
         warnings.warn(
-            f"{SENTENCEPIECE_NAME} of {source.name!r} is not to be had ({error}): llama.cpp would split texts "
-            f"otherwise than the model does. Copy it from the base into {folder} before you convert.",
+            f"{SENTENCEPIECE_NAME} of {source.name!r} is not to be had ({reason}): llama.cpp would split texts "
+            "otherwise than the model does. Copy it from the base into the exported folder before you convert.",
             stacklevel=3,
         )

@@ -1,9 +1,7 @@
 """Exact exports: at strength 1, the residual form with α₀ = α̃ is a plain LoRA, and merging it is exact."""
 
+import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.checkpoint import write_adapter
+from qadapter.modeling.checkpoint import write_adapter, write_json
 from qadapter.modeling.streams import StreamLinear
+from qadapter.new_folders import into_new_folder
 
 CHECKED_TOKENS = 64
 
@@ -24,11 +23,8 @@ def require_exact(model: QAdapterForCausalLM) -> str:
     Raises:
         ConfigError: the policy is no single LoRA: several adapters, or settings that need the base stream.
     """
-    name, *others = model.adapters
-    if others or not model.configs[name].single_stream:
-        reason = f"it has {len(others) + 1} adapters" if others else "alpha_0 differs from alpha_tilde"
-        if not others and model.configs[name].parametrisation == "logits":
-            reason = "it is of the logits form"
+    name = model.adapters[0]
+    if reason := _need_of_streams(model, name):
         raise ConfigError(
             f"this policy cannot be merged exactly: {reason}. Distil it into a plain LoRA instead "
             "(qadapter export --format distilled --prompts-file FILE)."
@@ -36,23 +32,57 @@ def require_exact(model: QAdapterForCausalLM) -> str:
     return name
 
 
+def _need_of_streams(model: QAdapterForCausalLM, name: str) -> str | None:
+    """Why the policy at strength 1 is not the stream of the adapter `name` alone; None if it is."""
+    if len(model.adapters) > 1:
+        return f"it has {len(model.adapters)} adapters"
+    if model.configs[name].parametrisation == "logits":
+        return "it is of the logits form"
+    if not model.configs[name].single_stream:
+        return "alpha_0 differs from alpha_tilde"
+    if model.adapter_weights[name] != 1.0:
+        return f"its adapter has weight {model.adapter_weights[name]:g}"
+    return None
+
+
 def export_merged(model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None) -> float:
     """Write the policy at strength 1 as a plain checkpoint; the largest logit difference between the two.
 
     The checkpoint is loaded again to measure it. In bfloat16 the merged weights are rounded, which the figure shows.
     """
+    require_mergeable(model)
+    return into_new_folder(Path(folder), lambda scratch: write_merged(model, scratch, tokenizer))
+
+
+def require_mergeable(model: QAdapterForCausalLM) -> None:
+    """Raise ConfigError unless the policy at strength 1 is the base with other weights, which can be written."""
+    require_exact(model)
+    if getattr(model.base, "is_quantized", False):
+        raise ConfigError(
+            "the base is quantised: merging would round the adapter away. Load it unquantised (drop --load-in-*)."
+        )
+
+
+def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any) -> float:
+    """Fill `folder` as `export_merged` does."""
     name = require_exact(model)
-    _refuse_quantised(model)
-
-    def write(scratch: Path) -> None:
-        state = merged_state(model, name)
-        model.base.save_pretrained(scratch, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-
-    into_new_folder(Path(folder), write)
+    model.base.save_pretrained(folder, state_dict=merged_state(model, name))
+    _untie_a_changed_head(model, name, folder / "config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
     return largest_difference(model, merged)
+
+
+def _untie_a_changed_head(model: QAdapterForCausalLM, adapter: str, config_path: Path) -> None:
+    """Say in config.json that the head is not the embeddings any more where it alone has an adapter.
+
+    transformers 5 sees it by the weights; transformers 4, vLLM and some of llama.cpp's converters go by the config.
+    """
+    head = model.base.get_output_embeddings()
+    if isinstance(head, StreamLinear) and adapter in head.lora_A:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        write_json(config_path, config | {"tie_word_embeddings": False})
 
 
 def merged_state(model: QAdapterForCausalLM, adapter: str) -> dict[str, torch.Tensor]:
@@ -73,20 +103,12 @@ def merged_state(model: QAdapterForCausalLM, adapter: str) -> dict[str, torch.Te
     return state
 
 
-def _refuse_quantised(model: QAdapterForCausalLM) -> None:
-    if getattr(model.base, "is_quantized", False):
-        raise ConfigError(
-            "the base is quantised: merging would round the adapter away. Load it unquantised (drop --load-in-*)."
-        )
-
-
 @torch.no_grad()
 def largest_difference(policy: QAdapterForCausalLM, other: PreTrainedModel) -> float:
     """The largest absolute difference of logits between the policy at strength 1 and a plain model."""
     vocabulary = policy.config.get_text_config(decoder=True).vocab_size
     ids = ((torch.arange(CHECKED_TOKENS, device=policy.device) + 1) * 7919 % vocabulary).unsqueeze(0)
-    weights = dict.fromkeys(policy.adapters, 1.0)
-    ours = policy(ids, strength=1.0, adapter_weights=weights, use_cache=False).logits.float()
+    ours = policy(ids, strength=1.0, use_cache=False).logits.float()
     return float((ours - other.eval()(ids, use_cache=False).logits.float()).abs().max())
 
 
@@ -100,20 +122,3 @@ def export_lora(model: QAdapterForCausalLM, folder: str | os.PathLike[str], toke
             tokenizer.save_pretrained(scratch)
 
     into_new_folder(Path(folder), write)
-
-
-def into_new_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a scratch folder that becomes `folder` only when it is whole.
-
-    Raises:
-        ConfigError: `folder` exists and is not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output folder {folder} exists and is not empty: choose another one.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".exporting-") as name:
-        scratch = Path(name) / "export"
-        scratch.mkdir()
-        write(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)

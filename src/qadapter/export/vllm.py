@@ -9,10 +9,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from qadapter.errors import ConfigError
-from qadapter.export.merged import into_new_folder
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import save, write_json
 from qadapter.modeling.heads import Head
+from qadapter.new_folders import into_new_folder
 
 # The families that the plugin has; a test there compares the two lists.
 VLLM_ARCHITECTURES = (

@@ -92,7 +92,7 @@ def write_adapter(
         )
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    write_adapter_config(folder / CONFIG_NAME, model.peft_model.peft_config[adapter], tensors, model.base_source.name)
+    write_adapter_config(folder / CONFIG_NAME, model.peft_model.peft_config[adapter], tensors, model.base_source)
     return file_digest(folder / WEIGHTS_NAME)
 
 

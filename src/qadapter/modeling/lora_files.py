@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qadapter.errors import AdapterFormatError
+from qadapter.modeling.bases import BaseSource
 from qadapter.modeling.manifest import read_json_object
 from qadapter.modeling.streams import SUPPORTED_INITIALISATIONS, UNSUPPORTED_SETTINGS
 
@@ -184,7 +185,7 @@ def _alpha(alpha: Any, patterns: dict[str, Any], module: str, where: Path) -> fl
     return alpha
 
 
-def write_adapter_config(path: Path, peft_config: LoraConfig, tensors: dict[str, Tensor], base_name: str) -> None:
+def write_adapter_config(path: Path, peft_config: LoraConfig, tensors: dict[str, Tensor], base: BaseSource) -> None:
     """Write adapter_config.json for PEFT, with all patterns replaced by the names that they matched."""
     values = peft_config.to_dict()
     modules = sorted({KEY.fullmatch(name).group(1) for name in tensors})  # type: ignore[union-attr]
@@ -194,7 +195,7 @@ def write_adapter_config(path: Path, peft_config: LoraConfig, tensors: dict[str,
         matched = {module: patterns.get(get_pattern_key(patterns, module), common) for module in modules}
         values[setting] = {re.escape(module): value for module, value in matched.items() if value != common}
     values["exclude_modules"] = values["layers_to_transform"] = values["layers_pattern"] = None
-    values["base_model_name_or_path"] = base_name
+    values["base_model_name_or_path"], values["revision"] = base.name, base.hub_revision
     values["inference_mode"] = True
     values.pop("runtime_config", None)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}

@@ -307,10 +307,13 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
 
 
 def check_adapter_names(names: list[str]) -> None:
-    """Raise ConfigError unless there are adapters whose names can be told from PEFT's own parameter names."""
+    """Raise ConfigError unless there are adapters whose names can be told from PEFT's and PyTorch's own names."""
     if not names:
         raise ConfigError("no adapter was given: a policy needs at least one.")
     for name in names:
+        # PEFT keeps each adapter's matrices in a ModuleDict, under its name.
+        if hasattr(torch.nn.ModuleDict, name) or name == "training":
+            raise ConfigError(f"adapter name {name!r} is an attribute of PyTorch's modules: choose another.")
         if name in "lora_" or "lora_" in name or "." in name:
             raise ConfigError(f"adapter name {name!r} cannot be told from PEFT's parameter names: choose another.")
 

@@ -2,6 +2,7 @@
 
 import os
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.bases import BaseSource, load_base
+from qadapter.new_folders import into_new_folder
 
 
 def write_base(
@@ -22,15 +24,20 @@ def write_base(
 
     Raises:
         AdapterFormatError: the weights do not fit the model.
+        ConfigError: the folder holds something.
     """
     base = load_base(source, dtype="auto")
     base.to(reduce(torch.promote_types, (base.dtype, *(weight.dtype for weight in weights.values()))))
     _resize(base, weights)
     _put(base, weights)
+
+    def write(scratch: Path) -> None:
+        base.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+
+    into_new_folder(Path(folder), write)
     path = os.path.abspath(folder)
-    base.save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
     return BaseSource(path, path, None)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError
-from qadapter.modeling.bases import load_base, load_tokenizer, resolve_base
+from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base
 from qadapter.modeling.loading import load_tensors
 from qadapter.modeling.lora_files import CONFIG_NAME, read_foreign_lora
 from qadapter.modeling.manifest import MANIFEST_NAME, read_json_object
@@ -45,12 +45,7 @@ def wrap(
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder}: there is no such folder.")
     peft_config, tensors, base_weights = read_foreign_lora(folder)
-    name = base_model or read_json_object(folder / CONFIG_NAME).get("base_model_name_or_path")
-    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
-        raise AdapterFormatError(f"{folder / CONFIG_NAME} does not name the base model: pass it (--base-model).")
-    if os.path.isdir(name):
-        name = os.path.abspath(name)  # the adapter remembers the name, and may be loaded from elsewhere
-    source = resolve_base(name)
+    source = _source_of_base(folder / CONFIG_NAME, base_model)
     if tokenizer is None:
         own = (folder / "tokenizer_config.json").exists()
         has_tokenizer = own or not os.path.isdir(source.path) or (Path(source.path) / "tokenizer_config.json").exists()
@@ -64,6 +59,20 @@ def wrap(
     load_tensors(model, DEFAULT_ADAPTER, tensors, folder)
     model.base_source = source
     return model.eval(), tokenizer
+
+
+def _source_of_base(config_path: Path, base_model: str | os.PathLike[str] | None) -> BaseSource:
+    """Where the base is: the one given, else the one that a LoRA's config names, in the revision it names."""
+    config = read_json_object(config_path)
+    name = base_model or config.get("base_model_name_or_path")
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+        raise AdapterFormatError(f"{config_path} does not name the base model: pass it (--base-model).")
+    revision = None if base_model else config.get("revision")
+    if not isinstance(revision, str | None):
+        raise AdapterFormatError(f"{config_path}: revision is {revision!r}, must be a text or null.")
+    if os.path.isdir(name):
+        name, revision = os.path.abspath(name), None  # the adapter remembers it, and may be loaded from elsewhere
+    return resolve_base(name, revision)
 
 
 def _require_frozen(base: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> None:
