@@ -289,7 +289,7 @@ def test_ctrl_c_during_an_evaluation_saves_a_checkpoint_too(train_and_press, fol
 
 
 def test_ctrl_c_during_the_evaluation_after_saving_keeps_the_adapter_and_says_so(train_and_press, folder):
-    press = CtrlC(after=4, event="on_prediction_step")
+    press = CtrlC(after=1, event="on_prediction_step")
     outcome = train_and_press(press, "--eval-fraction", 0.3, "--eval-strategy", "no")
     assert_refused(outcome, f"interrupted; the adapter is written to {folder}, but not evaluated", code=130)
     succeeded(qadapter("info", folder))
