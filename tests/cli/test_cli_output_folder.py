@@ -243,7 +243,11 @@ class CtrlC(TrainerCallback):
 
 @pytest.fixture
 def train_and_press(train, monkeypatch):
-    """Run `qadapter train` with quick settings, Ctrl-C pressed on the way; the signal's handler is as before."""
+    """Run `qadapter train` with quick settings, Ctrl-C pressed on the way; the signal's handler is as before.
+
+    A shell's background jobs ignore Ctrl-C, and tests may be run in one.
+    """
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(press, *options):
         before = signal.getsignal(signal.SIGINT)
@@ -253,7 +257,8 @@ def train_and_press(train, monkeypatch):
         assert signal.getsignal(signal.SIGINT) is before
         return outcome
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, outside)
 
 
 def checkpoints(folder):
@@ -289,7 +294,7 @@ def test_ctrl_c_during_an_evaluation_saves_a_checkpoint_too(train_and_press, fol
 
 
 def test_ctrl_c_during_the_evaluation_after_saving_keeps_the_adapter_and_says_so(train_and_press, folder):
-    press = CtrlC(after=1, event="on_prediction_step")
+    press = CtrlC(after=4, event="on_prediction_step")
     outcome = train_and_press(press, "--eval-fraction", 0.3, "--eval-strategy", "no")
     assert_refused(outcome, f"interrupted; the adapter is written to {folder}, but not evaluated", code=130)
     succeeded(qadapter("info", folder))
