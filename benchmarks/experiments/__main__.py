@@ -5,7 +5,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.experiments.suites import ABLATIONS, SUITES, Suite, make_suite, narrowed
+from benchmarks.experiments.ablations import ABLATIONS
+from benchmarks.experiments.suites import SUITES, Suite, make_suite, narrowed
 from qadapter.errors import QAdapterError
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ class Training:
         lora_layers: "all", or "upper" for the upper half of the layers.
         label_noise: share of the training pairs whose answers are swapped.
         packed: packed rows, and the base's states kept over the epochs, where a method runs both answers of each pair
-            and nothing else: the same losses in half the time.
+            and nothing else: the same losses, sooner.
     """
 
     epochs: float = 1.0

@@ -7,53 +7,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments.ablations import ABLATIONS, KL_PENALTY
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.medium import MEDIUM_ABLATIONS, MEDIUM_KNOBS, medium_settings
 from benchmarks.experiments.methods import MAIN_KNOBS
 from benchmarks.experiments.named_settings import capitals, dsp, hh, terse
 from benchmarks.experiments.settings import DOMAINS, Measuring, Setting, Training
+from benchmarks.experiments.small import CPU_KNOBS, CPU_MEASURING, CPU_TRAINING, cpu_settings
 from qadapter.errors import ConfigError
-
-KL_PENALTY: dict[str, Any] = {"penalty": "kl", "alpha": 3.0, "length_normalised": True}  # the preset "kl"
-# Ablations: name -> the variants that are compared, as options of the method that stands before the colon.
-ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "alpha": [("qadapter", {"alpha": alpha}) for alpha in (0.03, 0.1, 0.3, 1.0)],
-    "alpha-ratio": [("qadapter", {"alpha_tilde": 0.1, "alpha_0": 0.1 * ratio}) for ratio in (0.5, 0.8, 1.0, 1.25, 2.0)],
-    "gamma": [("qadapter", {"gamma": gamma}) for gamma in (1.0, 0.99, 0.95, 0.9)],
-    "value": [("qadapter", {"value_at": place}) for place in ("next", "current")],
-    "parametrisation": [
-        ("qadapter", {}),
-        ("qadapter-logits", {"preset": "authors"}),
-        ("qadapter-logits", {"preset": "authors", "value_at": "current"}),
-        ("authors", {}),
-    ],
-    "penalty": [
-        ("qadapter", {"penalty": kind, "beta": beta})
-        for kind in ("reward", "residual", "advantage")
-        for beta in (3.0, 10.0, 30.0)
-    ],
-    "kl": [
-        ("qadapter", {**KL_PENALTY, "alpha": alpha, "length_normalised": normalised, "beta": beta})
-        for alpha, normalised in ((0.1, False), (1.0, True), (3.0, True))
-        for beta in (0.3, 1.0, 3.0)
-    ],
-    "length": [
-        ("qadapter", {"length_normalised": normalised, "beta": beta})
-        for normalised, betas in ((False, (3.0, 10.0)), (True, (0.03, 0.3)))
-        for beta in betas
-    ],
-    "lora": [
-        ("qadapter", {"training.lora_r": rank, "training.lora_layers": layers})
-        for rank, layers in ((2, "all"), (8, "all"), (32, "all"), (8, "upper"), (32, "upper"))
-    ],
-    "layers": [("qadapter", {"training.lora_layers": layers}) for layers in ("upper", "all")],
-    "noise": [
-        (method, options | {"training.label_noise": noise, "label_smoothing": smoothing})
-        for method, options in (("qadapter", {}), ("dpo", {"beta": 0.1}))
-        for noise in (0.0, 0.1, 0.2, 0.4)
-        for smoothing in ((0.0, noise) if 0 < noise < 0.5 else (0.0,))
-    ],
-}
 
 
 @dataclass(frozen=True)
@@ -120,42 +81,6 @@ def smoke() -> Suite:
     )  # fmt: skip
     first = {method: knobs[:1] for method, knobs in MAIN_KNOBS.items()}
     return Suite((setting,), first, (0,), "Every method end to end on a tiny random model: its figures mean nothing.")
-
-
-CPU_MEASURING = Measuring(
-    strengths=(0.25, 0.5, 1.0, 1.5, 2.0, 3.0), scales=(), sampled_strengths=(0.5, 1.0, 2.0), sampled_scales=(),
-    sampled_prompts=24, max_new_tokens=32, generation_batch=24, batch_tokens=1024, texts=("prose",), max_text_tokens=48,
-)  # fmt: skip
-CPU_TRAINING = Training(pairs_a_step=4, micro_batch=4, learning_rate=1e-3, lora_layers="upper")
-CPU_KNOBS: dict[str, list[dict[str, Any]]] = {
-    "qadapter": [{"beta": 10.0}, {"beta": 1.0}],
-    "dpo": [{"beta": 0.3}, {"beta": 0.1}],
-    "authors": [{"beta": 0.1}],
-    "sft": [{}],
-    "sft-kl": [{"weight": 1.0}],
-    "replay": [{"weight": 1.0}],
-    "ipo": [{"beta": 0.3}],
-    "simpo": [{"beta": 2.0, "margin": 1.0}],
-    "kto": [{"beta": 0.1}],
-    "ppo": [{"kl_coefficient": 0.1}],
-}
-
-
-def cpu_settings() -> dict[str, Setting]:
-    """Settings small enough for a CPU: short pairs, few of them."""
-    small: dict[str, Any] = {"max_length": 112, "train_pairs": 96, "eval_pairs": 40}
-    domains = {
-        f"dsp-{domain}": dsp(domain, **small, training=CPU_TRAINING, measuring=CPU_MEASURING) for domain in DOMAINS
-    }
-    polite = Setting("polite", "polite", **small, training=CPU_TRAINING, measuring=CPU_MEASURING)
-    retaining = replace(CPU_MEASURING, retained_pairs=40)
-    helpful = hh(**(small | {"max_length": 128}), training=CPU_TRAINING, measuring=retaining)
-    hard: dict[str, Any] = small | {
-        "training": replace(CPU_TRAINING, epochs=2.0, lora_r=32),
-        "measuring": replace(CPU_MEASURING, texts=("prose", "gsm8k"), max_text_tokens=128),
-    }
-    settings = (*domains.values(), polite, helpful, terse(**hard), capitals(**hard))
-    return {setting.name: setting for setting in settings}
 
 
 def full_settings() -> dict[str, Setting]:

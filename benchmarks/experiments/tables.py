@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.ablations import ABLATIONS
 from benchmarks.experiments.contests import against_rival, gains_at, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, Measure, curve, drift_for, gain_at, interval
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
-from benchmarks.experiments.suites import ABLATIONS
 from benchmarks.experiments.summary import (
     FORMS,
     RIVAL,

@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +175,7 @@ def stream_text(
     strength: float | None = None,
     on_end: Callable[[torch.Tensor, int], None] | None = None,
     **settings: Any,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Pieces of the answer as they are generated; closing the iterator stops the generation.
 
     Args:

@@ -11,11 +11,12 @@ import torch
 from models import padded, tiny_policy, token_ids
 
 from benchmarks.experiments.__main__ import main
+from benchmarks.experiments.ablations import ABLATIONS
 from benchmarks.experiments.cells import Cell, Store, read_results
 from benchmarks.experiments.measure import scaled
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
-from benchmarks.experiments.suites import ABLATIONS, SUITES, make_suite, narrowed
+from benchmarks.experiments.suites import SUITES, make_suite, narrowed
 from qadapter.errors import ConfigError, DataError
 
 NOWHERE = Path("no-such-folder")

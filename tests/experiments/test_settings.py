@@ -8,12 +8,14 @@ import pytest
 
 from benchmarks.experiments import own_pairs
 from benchmarks.experiments.__main__ import main
+from benchmarks.experiments.ablations import KL_PENALTY
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.judges import RightAnswerJudge, StyleJudge, equal_length_wins, held_out_accuracy, repetition
+from benchmarks.experiments.named_settings import capitals, hh, terse
 from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
-from benchmarks.experiments.suites import KL_PENALTY, capitals, fast_dtype, hh, make_suite, terse
+from benchmarks.experiments.suites import fast_dtype, make_suite
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter.config import PRESETS
 from qadapter.errors import ConfigError, DataError

@@ -133,14 +133,20 @@ def test_a_large_body_is_413(running, declared):
     assert server.post("/v1/completions", json.dumps(SHORT)).status_code == 200
 
 
-def test_a_body_that_does_not_arrive_is_408(running, monkeypatch):
-    monkeypatch.setattr("qadapter.serving.body.BODY_SECONDS", 0.1)
-    server = running()
+def begin_body(server):
+    """A connection over which the first ten of the 100 bytes of a request have been sent."""
     connection = server.open_connection()
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", "100")
     connection.endheaders(b'{"model": ')
+    return connection
+
+
+def test_a_body_that_does_not_arrive_is_408(running, monkeypatch):
+    monkeypatch.setattr("qadapter.serving.body.BODY_SECONDS", 0.1)
+    server = running()
+    connection = begin_body(server)
     response = connection.getresponse()
     assert response.status == 408
     assert json.loads(response.read())["error"]["code"] == "body_timeout"
@@ -149,11 +155,7 @@ def test_a_body_that_does_not_arrive_is_408(running, monkeypatch):
 
 def test_a_client_that_leaves_before_its_body_is_there_is_no_failure_of_the_server(running, caplog):
     server = running()
-    connection = server.open_connection()
-    connection.putrequest("POST", "/v1/completions")
-    connection.putheader("Content-Type", "application/json")
-    connection.putheader("Content-Length", "100")
-    connection.endheaders(b'{"model": ')
+    connection = begin_body(server)
     connection.close()
     eventually(lambda: server.metric('qadapter_requests_total{route="/v1/completions",status="499"}') == 1)
     assert "Traceback" not in caplog.text

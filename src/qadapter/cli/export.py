@@ -1,7 +1,9 @@
 """`qadapter export`: a policy for tools that know nothing of streams."""
 
 import shlex
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,6 +13,7 @@ from qadapter.cli.policies import add_policy_options, load_policy, quiet_librari
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
 from qadapter.export import distil, export_gguf_ready, export_lora, export_merged, export_vllm
+from qadapter.modeling import QAdapterForCausalLM
 from qadapter.new_folders import into_new_folder, require_new_folder
 
 FORMATS = ("merged", "lora", "distilled", "gguf", "vllm")
@@ -61,7 +64,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _distilled(model, tokenizer, prompts, options) -> None:  # type: ignore[no-untyped-def]
+def _distilled(model: QAdapterForCausalLM, tokenizer: Any, prompts: list[str], options: Namespace) -> None:
     with progress_bar(Console()) as progress:
         task = progress.add_task("Distilling", total=None)
         result = distil(

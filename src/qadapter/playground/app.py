@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
@@ -113,7 +113,9 @@ def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> No
         )
 
 
-def answer_events(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> Iterator[dict[str, Any]]:
+def answer_events(
+    model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest
+) -> Generator[dict[str, Any], None, None]:
     """{"text": piece} as they come, then {"tokens": views}."""
     finished: list[tuple[torch.Tensor, int]] = []
     sampling = Sampling(body.max_new_tokens, body.temperature, seed=body.seed)
@@ -125,12 +127,14 @@ def answer_events(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerReques
         for piece in pieces:
             yield {"text": piece}
     finally:
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
     ids, start = finished[0]
     yield {"tokens": [asdict(view) for view in inspect_tokens(model, tokenizer, ids, start, settings)]}
 
 
-async def until_gone(events: Iterator[dict[str, Any]], request: Request, busy: asyncio.Lock) -> AsyncIterator[str]:
+async def until_gone(
+    events: Generator[dict[str, Any], None, None], request: Request, busy: asyncio.Lock
+) -> AsyncIterator[str]:
     """The events as lines of JSON, while `busy` is held; closes their source when the reader has gone."""
     end = object()
     following: Callable[[], Any] = lambda: next(events, end)  # noqa: E731
@@ -145,4 +149,4 @@ async def until_gone(events: Iterator[dict[str, Any]], request: Request, busy: a
             yield json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n"
         finally:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(events.close)  # type: ignore[attr-defined]
+                await anyio.to_thread.run_sync(events.close)
