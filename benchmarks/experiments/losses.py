@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qadapter import functional
 from qadapter.config import QAdapterConfig
+from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
 from qadapter.objective import implied
 
@@ -82,6 +83,8 @@ def qadapter(
         normalised: "pair" divides both answers' returns by the mean of their lengths, which leaves a token of the
             shorter answer, its end above all, no heavier than one of the longer; None is what the settings say.
     """
+    if normalised not in (None, "pair"):
+        raise ConfigError(f"normalised = {normalised!r}: choose pair, or leave it out.")
     q, values, rewards, _ = implied(statistics, mask, config)
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask

@@ -135,6 +135,18 @@ def test_no_new_base_is_written_where_none_is_needed(with_embeddings, base, tmp_
     assert not (tmp_path / "new").exists()
 
 
+def test_an_empty_folder_that_no_new_base_is_written_to_is_not_said_to_hold_one(with_embeddings, tmp_path):
+    (tmp_path / "new").mkdir()
+    options = ("--output-dir", tmp_path / "wrapped", "--new-base", tmp_path / "new")
+    assert "not needed: nothing written" in succeeded(qadapter("wrap", with_embeddings, *options))
+
+
+def test_a_new_base_and_its_adapter_cannot_share_a_folder(with_embeddings, tmp_path):
+    options = ("--output-dir", tmp_path / "both", "--new-base", tmp_path / "." / "both")
+    assert_refused(qadapter("wrap", with_embeddings, *options), "a base and an adapter need one each")
+    assert not (tmp_path / "both").exists()
+
+
 def test_a_new_base_is_refused_where_the_weights_do_not_fit(base, tmp_path):
     write_resized(tmp_path / "foreign", base, 98, trained=False)
     weights = tmp_path / "foreign/adapter_model.safetensors"

@@ -13,6 +13,7 @@ from benchmarks.experiments import losses, objectives
 from benchmarks.experiments.authors import authors_loss
 from qadapter import QAdapterConfig
 from qadapter.data import PreferenceCollator
+from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics, token_statistics
 from qadapter.objective import pair_losses
 
@@ -222,3 +223,9 @@ def test_returns_over_the_pair_s_mean_length_weigh_the_tokens_of_both_answers_al
     assert not torch.equal(*lengths)
     expected = -F.logsigmoid((chosen - rejected) / ((lengths[0] + lengths[1]) / 2))
     torch.testing.assert_close(losses.qadapter(statistics, mask, config, normalised="pair"), expected)
+
+
+def test_an_unknown_way_to_normalise_is_refused(policy, batch):
+    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    with pytest.raises(ConfigError, match="normalised = 'pairs': choose pair"):
+        losses.qadapter(statistics, mask, QAdapterConfig(), normalised="pairs")

@@ -1,10 +1,12 @@
 """`qadapter wrap`: any PEFT LoRA as an adapter folder, without training."""
 
+import os
 import shlex
 from pathlib import Path
 
 from qadapter.cli import command_parser
 from qadapter.cli.policies import DTYPES, pick_dtype, quiet_libraries
+from qadapter.errors import ConfigError
 from qadapter.modeling.wrapping import wrap
 from qadapter.new_folders import require_new_folder
 
@@ -27,12 +29,15 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for folder in filter(None, (options.output_dir, options.new_base)):
         require_new_folder(folder)
+    if options.new_base is not None and options.new_base.resolve() == options.output_dir.resolve():
+        raise ConfigError(f"--new-base {options.new_base} is --output-dir too: a base and an adapter need one each.")
     with quiet_libraries():
         dtype = pick_dtype(options.dtype)
         model, tokenizer = wrap(options.lora, options.base_model, new_base=options.new_base, dtype=dtype)
         model.save_pretrained(options.output_dir, tokenizer=tokenizer)
     if options.new_base is not None:
-        written = "a base model with the LoRA's own embeddings" if options.new_base.exists() else "not needed: nothing"
+        new = model.base_source.path == os.path.abspath(options.new_base)
+        written = "a base model with the LoRA's own embeddings" if new else "not needed: nothing"
         print(f"{written} written to {options.new_base}")
     folder = shlex.quote(str(options.output_dir))
     print(f"adapter written to {options.output_dir}; try: qadapter chat {folder} --strength 0.5")
