@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 from benchmarks.experiments.ablations import ABLATIONS
+from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.suites import SUITES, Suite, make_suite, narrowed
-from qadapter.errors import QAdapterError
+from qadapter.errors import ConfigError, QAdapterError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
@@ -28,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--ablations", nargs="+", default=[], choices=ABLATIONS, help="these ablations")
         command.add_argument("--base", default=None, help="another base model: id, folder, builtin or tiny")
         command.add_argument("--dtype", default=None, choices=("float32", "bfloat16"), help="default: the fast one")
+        command.add_argument(
+            "--cells", nargs="+", default=[], metavar="PATTERN", help="cells of such names, in this order"
+        )
         command.add_argument("--shard", default="0/1", help="I/N: only every Nth cell, from the Ith on")
         _folders(command)
     commands.choices["run"].add_argument("--keep-adapters", action="store_true", help="keep each adapter in --work")
@@ -62,6 +67,21 @@ def chosen_suite(arguments: argparse.Namespace) -> Suite:
     )  # fmt: skip
 
 
+def named_cells(cells: list[Cell], patterns: list[str]) -> list[Cell]:
+    """The cells whose names match a shell pattern, the first pattern's first; all of them where none is given.
+
+    Raises:
+        ConfigError: a pattern that no cell matches.
+    """
+    if not patterns:
+        return cells
+    matching = [[cell for cell in cells if fnmatchcase(cell.name, pattern)] for pattern in patterns]
+    for pattern, found in zip(patterns, matching, strict=True):
+        if not found:
+            raise ConfigError(f"--cells {pattern!r} matches no cell of the suite: `list` names them.")
+    return list({cell.key: cell for found in matching for cell in found}.values())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     arguments = parser().parse_args(argv)
@@ -76,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             judge_samples(arguments.judge, arguments.results / arguments.suite, arguments.work)
         else:
             index, count = map(int, arguments.shard.split("/"))
-            cells = list(chosen_suite(arguments).cells())[index::count]
+            cells = named_cells(list(chosen_suite(arguments).cells()), arguments.cells)[index::count]
             if arguments.command == "list":
                 print("\n".join(cell.name for cell in cells))
             else:

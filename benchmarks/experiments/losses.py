@@ -21,13 +21,16 @@ def dpo(
     beta: float,
     label_smoothing: float = 0.0,
     length_normalised: bool = False,
+    sft_weight: float = 0.0,
 ) -> Tensor:
     """Direct preference optimisation (arXiv 2305.18290), with conservative label smoothing.
 
-    `length_normalised` takes log-ratios a token (LN-DPO, arXiv 2411.15124).
+    `length_normalised` takes log-ratios a token (LN-DPO, arXiv 2411.15124); `sft_weight` adds the NLL of the chosen
+    answers (RPO, arXiv 2404.19733).
     """
     margins = beta * log_ratio_margins(statistics, mask, length_normalised)
-    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    return losses + sft_weight * chosen_nll(statistics, mask)
 
 
 def ipo(statistics: TokenStatistics, mask: Tensor, beta: float) -> Tensor:
@@ -57,6 +60,11 @@ def token_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
     return -(statistics.logps * mask).sum(-1) * len(mask) / mask.sum()
 
 
+def chosen_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
+    """Mean NLL a token of each pair's chosen answer, (P,)."""
+    return -((statistics.logps * mask).sum(-1) / mask.sum(-1)).chunk(2)[0]
+
+
 def replay(statistics: TokenStatistics, mask: Tensor, weight: float) -> Tensor:
     """Supervised loss of the chosen answers, plus `weight` times that of the base's own, which are the last rows."""
     parts = (TokenStatistics(*part) for part in zip(*(column.chunk(2) for column in statistics), strict=True))
@@ -72,8 +80,9 @@ def qadapter(
     penalty: str | None = None,
     margin: float = 0.0,
     normalised: str | None = None,
+    sft_weight: float = 0.0,
 ) -> Tensor:
-    """The package's objective (the defaults of the last four arguments), and the variants that ablations ask for.
+    """The package's objective (the defaults of the last five arguments), and the variants that ablations ask for.
 
     Args:
         value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does.
@@ -82,6 +91,7 @@ def qadapter(
         margin: subtracted from the difference of returns.
         normalised: "pair" divides both answers' returns by the mean of their lengths, which leaves a token of the
             shorter answer, its end above all, no heavier than one of the longer; None is what the settings say.
+        sft_weight: of the chosen answers' NLL, which takes them for demonstrations of the policy, too.
     """
     if normalised not in (None, "pair"):
         raise ConfigError(f"normalised = {normalised!r}: choose pair, or leave it out.")
@@ -98,9 +108,10 @@ def qadapter(
         "residual": q.square(),
         "advantage": ((q - values) * mask).square(),
     }[penalty or config.penalty]
-    return functional.preference_loss(
+    loss = functional.preference_loss(
         returns, functional.pair_means(penalised, mask), config.beta, config.label_smoothing
     )
+    return loss + sft_weight * chosen_nll(statistics, mask)
 
 
 def authors(statistics: TokenStatistics, scored: Tensor, config: QAdapterConfig) -> Tensor:

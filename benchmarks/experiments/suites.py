@@ -181,12 +181,15 @@ def epochs_small() -> Suite:
             {**KL_PENALTY, "alpha": 1.0, "beta": 1.0},
             {"penalty": "kl", "alpha": 1.0, "beta": 0.3, "normalised": "pair"},
             {"beta": 10.0},
+            {"beta": 10.0, "sft_weight": 1.0},  # samples follow demonstrations more than margins
+            {"beta": 10.0, "sft_weight": 3.0},
         ],
         "dpo": [
             {"beta": 0.1},
             {"beta": 3.0, "length_normalised": True},
             {"beta": 0.1, "training.epochs": 1.0},  # nothing limits its drift: what more epochs cost it
             {"beta": 0.3},
+            {"beta": 0.1, "sft_weight": 1.0},
         ],
         "ipo": [{"beta": 0.3}],
         "sft-kl": [{"weight": 1.0}],

@@ -166,6 +166,24 @@ def test_a_suite_can_be_narrowed_and_a_wrong_name_is_refused():
             narrowed(make_suite("full"), **part)
 
 
+def test_cells_are_chosen_by_name_in_the_order_of_the_patterns(capsys):
+    def listed(*patterns):
+        code = main(["list", "--suite", "epochs-small", "--dtype", "float32", *patterns])
+        return code, capsys.readouterr()
+
+    _, everything = listed()
+    code, some = listed("--cells", "polite__dpo__beta-0.1__s1__*", "polite__*__s1__*")
+    names = some.out.split()
+    assert code == 0
+    assert names[:2] == [name for name in everything.out.split() if name.startswith("polite__dpo__beta-0.1__s1__")]
+    assert sorted(names) == sorted(
+        name for name in everything.out.split() if name.startswith("polite") and "__s1__" in name
+    )
+    code, none = listed("--cells", "polite*", "no-such*")
+    assert (code, none.out) == (1, "")
+    assert "--cells 'no-such*' matches no cell of the suite" in none.err
+
+
 def test_results_of_another_version_are_left_out(finished, cells, tmp_path):
     result = json.loads(finished.path(cells[0]).read_text())
     result["cell"]["version"] = -1

@@ -229,3 +229,18 @@ def test_an_unknown_way_to_normalise_is_refused(policy, batch):
     statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
     with pytest.raises(ConfigError, match="normalised = 'pairs': choose pair"):
         losses.qadapter(statistics, mask, QAdapterConfig(), normalised="pairs")
+
+
+def test_the_chosen_answers_nll_is_added_a_token(base, policy, batch):
+    statistics, mask = TokenStatistics(*policy(**batch)), objectives.response_mask(batch)
+    with torch.no_grad():
+        rows = len(batch["input_ids"]) // 2
+        logits = policy(input_ids=batch["input_ids"][:rows], attention_mask=batch["attention_mask"][:rows]).logits
+    labels = batch["input_ids"][:rows].masked_fill(~batch["completion_mask"][:rows].bool(), -100)
+    expected = torch.stack([
+        F.cross_entropy(row[:-1], wanted[1:]) for row, wanted in zip(logits, labels, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(losses.chosen_nll(statistics, mask), expected)
+    for loss, options in ((losses.dpo, {"beta": 0.1}), (losses.qadapter, {"config": policy.configs["default"]})):
+        added = loss(statistics, mask, **options, sft_weight=3.0) - loss(statistics, mask, **options)
+        torch.testing.assert_close(added, 3.0 * expected)
