@@ -22,13 +22,15 @@ def dpo(
     label_smoothing: float = 0.0,
     length_normalised: bool = False,
     sft_weight: float = 0.0,
+    discount: float = 1.0,
 ) -> Tensor:
     """Direct preference optimisation (arXiv 2305.18290), with conservative label smoothing.
 
     `length_normalised` takes log-ratios a token (LN-DPO, arXiv 2411.15124); `sft_weight` adds the NLL of the chosen
-    answers (RPO, arXiv 2404.19733).
+    answers (RPO, arXiv 2404.19733); `discount` weighs the log-ratio of the answer's t-th token by discountᵗ (D²PO,
+    arXiv 2502.14340).
     """
-    margins = beta * log_ratio_margins(statistics, mask, length_normalised)
+    margins = beta * log_ratio_margins(statistics, mask * discounts(mask, discount), length_normalised)
     losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
     return losses + sft_weight * chosen_nll(statistics, mask)
 
@@ -60,6 +62,11 @@ def token_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
     return -(statistics.logps * mask).sum(-1) * len(mask) / mask.sum()
 
 
+def discounts(mask: Tensor, discount: float) -> Tensor:
+    """discountᵗ (B, T), t = 0 at the first token of the response that `mask` marks."""
+    return discount ** (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def chosen_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
     """Mean NLL a token of each pair's chosen answer, (P,)."""
     return -((statistics.logps * mask).sum(-1) / mask.sum(-1)).chunk(2)[0]
@@ -81,8 +88,9 @@ def qadapter(
     margin: float = 0.0,
     normalised: str | None = None,
     sft_weight: float = 0.0,
+    discount: float | None = None,
 ) -> Tensor:
-    """The package's objective (the defaults of the last five arguments), and the variants that ablations ask for.
+    """The package's objective (the defaults of the last six arguments), and the variants that ablations ask for.
 
     Args:
         value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does.
@@ -92,6 +100,8 @@ def qadapter(
         normalised: "pair" divides both answers' returns by the mean of their lengths, which leaves a token of the
             shorter answer, its end above all, no heavier than one of the longer; None is what the settings say.
         sft_weight: of the chosen answers' NLL, which takes them for demonstrations of the policy, too.
+        discount: take the return Σ_t discountᵗ (Q − V)(s_t, a_t), which is that of a token MDP with this discount
+            (Σ_t discountᵗ r_t − V(s_0) with r_t = Q − discount · V(s_{t+1})); the penalised rewards keep γ.
     """
     if normalised not in (None, "pair"):
         raise ConfigError(f"normalised = {normalised!r}: choose pair, or leave it out.")
@@ -99,6 +109,8 @@ def qadapter(
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask
     returns = functional.response_returns(rewards, values, mask, config.length_normalised)
+    if discount is not None:
+        returns = ((q - values) * mask * discounts(mask, discount)).sum(-1)
     if normalised == "pair":
         returns = returns / mask.sum(-1).view(2, -1).to(returns.dtype).mean(0).repeat(2)
     returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)
@@ -133,7 +145,11 @@ def shifted(completion_mask: Tensor) -> Tensor:
 
 
 def log_ratio_margins(statistics: TokenStatistics, mask: Tensor, per_token: bool = False) -> Tensor:
-    """Log-ratio of the chosen minus that of the rejected answer, (P,); `per_token`, each over its own length."""
+    """Log-ratio of the chosen minus that of the rejected answer, (P,); `per_token`, each over its own length.
+
+    Args:
+        mask: (B, T) which tokens count, or with what weight.
+    """
     ratios = functional.log_ratios(statistics.logps, statistics.base_logps, mask)
     chosen, rejected = (ratios / mask.sum(-1) if per_token else ratios).chunk(2)
     return chosen - rejected

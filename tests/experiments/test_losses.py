@@ -15,7 +15,7 @@ from qadapter import QAdapterConfig
 from qadapter.data import PreferenceCollator
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics, token_statistics
-from qadapter.objective import pair_losses
+from qadapter.objective import implied, pair_losses
 
 PAIRS = [
     {"prompt": "What is the capital of France?", "chosen": " Paris.", "rejected": " I do not know it."},
@@ -244,3 +244,19 @@ def test_the_chosen_answers_nll_is_added_a_token(base, policy, batch):
     for loss, options in ((losses.dpo, {"beta": 0.1}), (losses.qadapter, {"config": policy.configs["default"]})):
         added = loss(statistics, mask, **options, sft_weight=3.0) - loss(statistics, mask, **options)
         torch.testing.assert_close(added, 3.0 * expected)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 2.0])
+def test_discounted_returns_are_those_of_the_token_mdp(policy, batch, alpha):
+    config = QAdapterConfig(alpha_tilde=alpha, alpha_0=alpha, gamma=0.9, beta=0.0)
+    statistics, mask = TokenStatistics(*policy(**batch)), objectives.response_mask(batch)
+    _, values, rewards, _ = implied(statistics, mask, config)
+    returns = []
+    for row, value, kept in zip(rewards, values, mask, strict=True):
+        steps, (first, *_) = row[kept], value[kept]
+        returns.append(sum(0.9**t * reward for t, reward in enumerate(steps)) - first)
+    chosen, rejected = torch.stack(returns).chunk(2)
+    expected = -F.logsigmoid(chosen - rejected)
+    torch.testing.assert_close(losses.qadapter(statistics, mask, config, discount=0.9), expected)
+    torch.testing.assert_close(losses.dpo(statistics, mask, alpha, discount=0.9), expected)
+    torch.testing.assert_close(losses.dpo(statistics, mask, alpha, discount=1.0), losses.dpo(statistics, mask, alpha))
