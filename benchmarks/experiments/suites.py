@@ -202,6 +202,40 @@ def epochs_small() -> Suite:
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
 
 
+def discount_small() -> Suite:
+    """Discounted returns: the answer's first tokens count most, and the base continues what they have settled.
+
+    More sampled prompts and strengths than in `epochs_small`: between few of them the judged curves are noise.
+    """
+    measuring = replace(
+        CPU_MEASURING, strengths=(0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0),
+        sampled_strengths=(0.125, 0.25, 0.5, 0.75, 1.0, 2.0), sampled_prompts=72, max_new_tokens=48,
+    )  # fmt: skip
+    settings = tuple(replace(setting, measuring=measuring) for setting in epochs_small().settings)
+    once = {"training.epochs": 1.0}  # more do DPO no good (epochs-small)
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [
+            {"beta": 10.0, "discount": 0.9},
+            {"beta": 10.0},
+            {"beta": 10.0, "discount": 0.9, "gamma": 0.9},
+            {"beta": 10.0, "discount": 0.95},
+            {"beta": 10.0, "discount": 0.8},
+            {"beta": 30.0, "discount": 0.9},
+        ],
+        "dpo": [
+            {"beta": 0.1, **once},
+            {"beta": 0.1, "discount": 0.9, **once},
+            {"beta": 0.3, **once},
+            {"beta": 0.1, "discount": 0.9},
+        ],
+        "sft-kl": [{"weight": 1.0}],
+        "sft": [once],
+        "ipo": [{"beta": 0.3, **once}],
+    }
+    purpose = "Discounted returns, with which the first tokens of an answer count most, beside the default and DPO."
+    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
+
+
 def full() -> Suite:
     """The paper's experiments: every setting, method and knob, three seeds."""
     knobs = {method: options for method, options in MAIN_KNOBS.items() if method != "dpo-trl"}
@@ -238,6 +272,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "ablations-small": ablations_small,
     "kl-small": kl_small,
     "epochs-small": epochs_small,
+    "discount-small": discount_small,
     "medium": medium,
     "medium-ablations": medium_ablations,
     "full": full,
