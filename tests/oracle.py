@@ -38,10 +38,18 @@ def rewards(z_theta, z_base, actions, parametrisation, alpha_tilde, alpha_0, gam
     return result
 
 
-def pair_loss(chosen, rejected, beta, length_normalised=False, label_smoothing=0.0):
+def discounted_return(rewards, start, gamma):
+    """Σ_t γᵗ r_t above the value V(s_0) of the state it starts in."""
+    total = 0.0
+    for reward in reversed(rewards):
+        total = reward + gamma * total
+    return total - start
+
+
+def pair_loss(chosen, rejected, gamma, beta, length_normalised=False, label_smoothing=0.0):
     """Loss of one pair from two sides (rewards, V(s_0))."""
-    (chosen, chosen_start), (rejected, rejected_start) = chosen, rejected
-    total_chosen, total_rejected = sum(chosen) - chosen_start, sum(rejected) - rejected_start
+    total_chosen, total_rejected = discounted_return(*chosen, gamma), discounted_return(*rejected, gamma)
+    (chosen, _), (rejected, _) = chosen, rejected
     if length_normalised:
         total_chosen, total_rejected = total_chosen / len(chosen), total_rejected / len(rejected)
     margin = total_chosen - total_rejected

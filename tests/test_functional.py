@@ -48,7 +48,7 @@ def rewards_of(z_theta, z_base, actions, mask, parametrisation, alpha_tilde, alp
 def loss_of(batch, setting, gamma=1.0, beta=0.0, length_normalised=False, label_smoothing=0.0):
     rewards, _, values, _, _ = rewards_of(*batch, *setting, gamma)
     mask = batch[-1]
-    returns = functional.response_returns(rewards, values, mask, length_normalised)
+    returns = functional.response_returns(rewards, values, mask, gamma, length_normalised)
     penalty = functional.reward_penalty(rewards, mask)
     return functional.preference_loss(returns, penalty, beta, label_smoothing)
 
@@ -69,7 +69,7 @@ def test_loss_equals_the_plain_python_oracle(setting, gamma, beta, length_normal
             steps = (z_theta[row, :n].tolist(), z_base[row, :n].tolist(), actions[row, :n].tolist())
             start = oracle.value(z_theta[row, 0].tolist(), z_base[row, 0].tolist(), *setting)
             sides.append((oracle.rewards(*steps, *setting, gamma), start))
-        expected.append(oracle.pair_loss(*sides, beta, length_normalised, label_smoothing))
+        expected.append(oracle.pair_loss(*sides, gamma, beta, length_normalised, label_smoothing))
     actual = loss_of(batch, setting, gamma, beta, length_normalised, label_smoothing)
     assert actual.tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -114,13 +114,29 @@ def test_identity_2_rewards_telescope_to_the_first_value(setting):
     torch.testing.assert_close(rewards.sum(-1), advantages + values[:, 0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_discounted_rewards_telescope_token_by_token(setting):
+    _, alpha_tilde, alpha_0 = setting
+    batch = random_batch()
+    mask = batch[-1]
+    rewards, _, values, policy_logps, base_logps = rewards_of(*batch, *setting, gamma=0.8)
+    weights = 0.8 ** torch.arange(mask.shape[1], dtype=torch.float64)
+    expected = ((alpha_tilde * policy_logps - alpha_0 * base_logps) * weights * mask).sum(-1)
+    returns = functional.response_returns(rewards, values, mask, gamma=0.8)
+    torch.testing.assert_close(returns, expected, rtol=1e-11, atol=1e-11)
+    # Where the response begins in its row does not matter.
+    later = [torch.nn.functional.pad(tensor, (3, 2)) for tensor in (rewards, values, mask)]
+    torch.testing.assert_close(functional.response_returns(*later, gamma=0.8), returns)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
 @pytest.mark.parametrize("length_normalised", [False, True])
-def test_a_shift_of_all_logits_of_a_state_changes_no_return(length_normalised):
+def test_a_shift_of_all_logits_of_a_state_changes_no_return(length_normalised, gamma):
     """No policy knows of it: in the mean too the answers' lengths must not turn it into a preference."""
     z_theta, z_base, actions, mask = random_batch()
     shifts = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     losses = [
-        loss_of((z, z_base, actions, mask), ("residual", 0.7, 0.7), length_normalised=length_normalised)
+        loss_of((z, z_base, actions, mask), ("residual", 0.7, 0.7), gamma, length_normalised=length_normalised)
         for z in (z_theta, z_theta + shifts.unsqueeze(-1))
     ]
     torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-11)

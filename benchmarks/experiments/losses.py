@@ -64,7 +64,7 @@ def token_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
 
 def discounts(mask: Tensor, discount: float) -> Tensor:
     """discountᵗ (B, T), t = 0 at the first token of the response that `mask` marks."""
-    return discount ** (mask.cumsum(-1) - 1).clamp(min=0)
+    return discount ** (mask.cumsum(-1) - 1).clamp(min=0).double()
 
 
 def chosen_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def qadapter(
     q, values, rewards, _ = implied(statistics, mask, config)
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask
-    returns = functional.response_returns(rewards, values, mask, config.length_normalised)
+    returns = functional.response_returns(rewards, values, mask, config.gamma, config.length_normalised)
     if discount is not None:
         returns = ((q - values) * mask * discounts(mask, discount)).sum(-1)
     if normalised == "pair":

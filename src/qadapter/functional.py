@@ -8,7 +8,7 @@ optimum of both. With z_b the base model's logits and z_θ the logits with the a
     policy    π̃(a|s) ∝ exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃]
     value     V(s)    = α̃ log Σ_a exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃],  and 0 after the last token
     reward    r_t     = Q(s_t,a_t) − γ V(s_{t+1})
-    return    R = Σ_t r_t − V(s_0), or its mean over the response's tokens (`length_normalised`)
+    return    R = Σ_t γᵗ r_t − V(s_0), or that over the response's length (`length_normalised`)
     loss      −log σ(R(chosen) − R(rejected)) + β · mean over the pair's response tokens of r_t²,
               or of KL(π̃(·|s_t) ‖ π_b(·|s_t)) instead (`penalty: kl`; not in the paper)
 
@@ -88,18 +88,22 @@ def implied_rewards(q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0)
     return (q - gamma * next_values) * mask
 
 
-def response_returns(rewards: Tensor, values: Tensor, mask: Tensor, length_normalised: bool = False) -> Tensor:
-    """Σ_t r_t − V(s_0) of each row (B,), which with γ = 1 is Σ_t (α̃ log π̃ − α₀ log π_b).
+def response_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, length_normalised: bool = False
+) -> Tensor:
+    """Σ_t γᵗ r_t − V(s_0) of each row (B,), which is Σ_t γᵗ (α̃ log π̃ − α₀ log π_b), t = 0 at the first token.
 
-    Both answers of a pair share s_0, so that between sums V(s_0) cancels. Between means it would not: a shift of all
-    logits of s_0, which no policy knows of, would then prefer the shorter or the longer answer.
+    So a shift of all logits of a state, which no policy knows of, changes no return: without the weights γᵗ every
+    value V(s_t), t > 0, would leave (1 − γ) V(s_t) behind, and between answers of different lengths V(s_0) would
+    prefer the shorter or the longer one where the returns are means.
 
     Args:
-        values: as for `implied_rewards`.
+        values, gamma: as for `implied_rewards`, whose rewards these are.
         length_normalised: divide by the response's own length, never by a padded one.
     """
     first = mask & ~F.pad(mask, (1, 0))[:, :-1]
-    returns = (rewards * mask).sum(-1) - (values * first).sum(-1)
+    steps = (mask.cumsum(-1) - 1).clamp(min=0).to(rewards.dtype)
+    returns = (gamma**steps * rewards * mask).sum(-1) - (values * first).sum(-1)
     return returns / mask.sum(-1).clamp(min=1) if length_normalised else returns
 
 

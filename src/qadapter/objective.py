@@ -16,7 +16,7 @@ class ImpliedRewards(NamedTuple):
     q: Tensor  # Q(s_t, a_t)
     values: Tensor  # V(s_t), of the state before the token
     rewards: Tensor  # Q(s_t, a_t) − γ V(s_{t+1}), zero outside the mask
-    returns: Tensor  # Σ_t rewards − V(s_0), divided by the response's own length if the settings say so
+    returns: Tensor  # Σ_t γᵗ rewards − V(s_0), divided by the response's own length if the settings say so
 
 
 def implied(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -> ImpliedRewards:
@@ -24,7 +24,7 @@ def implied(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -
     q = functional.q_values(statistics.logits, statistics.base_logits, config.alpha_tilde, config.alpha_0)
     values = functional.soft_values(statistics.lse, statistics.base_lse, config.alpha_tilde, config.alpha_0)
     rewards = functional.implied_rewards(q, values, mask, config.gamma)
-    returns = functional.response_returns(rewards, values, mask, config.length_normalised)
+    returns = functional.response_returns(rewards, values, mask, config.gamma, config.length_normalised)
     return ImpliedRewards(q * mask, values * mask, rewards, returns)
 
 

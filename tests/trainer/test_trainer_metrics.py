@@ -44,10 +44,12 @@ def expected_metrics(plain, pairs, config=CONFIG):
                 )
             results.append(((rewards, oracle.value(z_theta[0], z_base[0], *settings)), sum(logps)))
     chosen, rejected = sides["chosen"], sides["rejected"]
-    returns = [[sum(rewards) - start for (rewards, start), _ in results] for results in (chosen, rejected)]
+    returns = [[oracle.discounted_return(*side, config.gamma) for side, _ in results] for results in (chosen, rejected)]
     margins = [c - r for c, r in zip(*returns, strict=True)]
     return {
-        "loss": mean(oracle.pair_loss(c, r, config.beta) for (c, _), (r, _) in zip(chosen, rejected, strict=True)),
+        "loss": mean(
+            oracle.pair_loss(c, r, config.gamma, config.beta) for (c, _), (r, _) in zip(chosen, rejected, strict=True)
+        ),
         "rewards/chosen": mean(returns[0]),
         "rewards/rejected": mean(returns[1]),
         "rewards/accuracies": mean(float(margin > 0) for margin in margins),
