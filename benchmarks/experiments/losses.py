@@ -88,9 +88,8 @@ def qadapter(
     margin: float = 0.0,
     normalised: str | None = None,
     sft_weight: float = 0.0,
-    discount: float | None = None,
 ) -> Tensor:
-    """The package's objective (the defaults of the last six arguments), and the variants that ablations ask for.
+    """The package's objective (the defaults of the last five arguments), and the variants that ablations ask for.
 
     Args:
         value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does.
@@ -100,8 +99,6 @@ def qadapter(
         normalised: "pair" divides both answers' returns by the mean of their lengths, which leaves a token of the
             shorter answer, its end above all, no heavier than one of the longer; None is what the settings say.
         sft_weight: of the chosen answers' NLL, which takes them for demonstrations of the policy, too.
-        discount: take the return Σ_t discountᵗ (Q − V)(s_t, a_t), which is that of a token MDP with this discount
-            (Σ_t discountᵗ r_t − V(s_0) with r_t = Q − discount · V(s_{t+1})); the penalised rewards keep γ.
     """
     if normalised not in (None, "pair"):
         raise ConfigError(f"normalised = {normalised!r}: choose pair, or leave it out.")
@@ -109,8 +106,6 @@ def qadapter(
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask
     returns = functional.response_returns(rewards, values, mask, config.gamma, config.length_normalised)
-    if discount is not None:
-        returns = ((q - values) * mask * discounts(mask, discount)).sum(-1)
     if normalised == "pair":
         returns = returns / mask.sum(-1).view(2, -1).to(returns.dtype).mean(0).repeat(2)
     returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)

@@ -183,8 +183,6 @@ def epochs_small() -> Suite:
             {"beta": 10.0},
             {"beta": 10.0, "sft_weight": 1.0},  # samples follow demonstrations more than margins
             {"beta": 10.0, "sft_weight": 3.0},
-            {"beta": 10.0, "discount": 0.95},  # what the first tokens settle, the base continues by itself
-            {"beta": 10.0, "discount": 0.9},
         ],
         "dpo": [
             {"beta": 0.1},
@@ -192,7 +190,6 @@ def epochs_small() -> Suite:
             {"beta": 0.1, "training.epochs": 1.0},  # nothing limits its drift: what more epochs cost it
             {"beta": 0.3},
             {"beta": 0.1, "sft_weight": 1.0},
-            {"beta": 0.1, "discount": 0.95},
         ],
         "ipo": [{"beta": 0.3}],
         "sft-kl": [{"weight": 1.0}],
@@ -215,12 +212,11 @@ def discount_small() -> Suite:
     once = {"training.epochs": 1.0}  # more do DPO no good (epochs-small)
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [
-            {"beta": 10.0, "discount": 0.9},
+            {"beta": 10.0, "gamma": 0.9},
             {"beta": 10.0},
-            {"beta": 10.0, "discount": 0.9, "gamma": 0.9},
-            {"beta": 10.0, "discount": 0.95},
-            {"beta": 10.0, "discount": 0.8},
-            {"beta": 30.0, "discount": 0.9},
+            {"beta": 10.0, "gamma": 0.95},
+            {"beta": 10.0, "gamma": 0.8},
+            {"beta": 30.0, "gamma": 0.9},
         ],
         "dpo": [
             {"beta": 0.1, **once},
