@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from qadapter.errors import ConfigError
 from qadapter.functional import mix_coefficients
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.mixing import checked_number, checked_weights
+from qadapter.modeling.mixing import checked_decay, checked_number, checked_weights
 
 BASE = "base"
 MAX_STRENGTHS = 1000
@@ -31,6 +31,7 @@ class Column:
         strength: λ; 0 is the base.
         adapter_weights: of a composition; None takes the model's own.
         max_kl: cap on KL(policy ‖ base) at each token, in nats; None for none.
+        decay: factor ρ of the strength from one token of an answer to the next, 0 < ρ ≤ 1: λ ρᵗ at the t-th.
         alpha_0: α₀ instead of the trained one, with Q as trained; None for the trained one.
 
     Raises:
@@ -41,10 +42,12 @@ class Column:
     strength: float = 1.0
     adapter_weights: Mapping[str, float] | None = None
     max_kl: float | None = None
+    decay: float = 1.0
     alpha_0: float | None = None
 
     def __post_init__(self) -> None:
         checked_number(self.strength, "strength")
+        checked_decay(self.decay)
         for name, value in (("max_kl", self.max_kl), ("alpha_0", self.alpha_0)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} = {value!r}: must be a finite number, 0 or above.")
@@ -58,6 +61,8 @@ class Column:
             result["adapter_weights"] = dict(self.adapter_weights)
         if self.max_kl is not None:
             result["max_kl"] = self.max_kl
+        if self.decay != 1.0:
+            result["decay"] = self.decay
         return result
 
     def direction(self, model: QAdapterForCausalLM) -> Direction:
@@ -81,16 +86,17 @@ class Column:
     @contextmanager
     def applied(self, model: QAdapterForCausalLM) -> Iterator[None]:
         """Within the context these are the settings that the model takes where a call gives none."""
-        before = (model.strength, model.adapter_weights, model.max_kl)
+        before = (model.strength, model.adapter_weights, model.max_kl, model.decay)
         settings = self.settings()
         model.strength = settings["strength"]
         model.max_kl = settings.get("max_kl")
+        model.decay = self.decay
         if "adapter_weights" in settings:
             model.adapter_weights = {**dict.fromkeys(model.adapters, 0.0), **settings["adapter_weights"]}
         try:
             yield
         finally:
-            model.strength, model.adapter_weights, model.max_kl = before
+            model.strength, model.adapter_weights, model.max_kl, model.decay = before
 
 
 def parse_strengths(text: str) -> list[float]:

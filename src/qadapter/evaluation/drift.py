@@ -80,17 +80,20 @@ class Passage:
         ids: what the model reads, (T,).
         places: indices into `ids`, in any order, repeated at will, (N,).
         targets: the token that is scored after each place, (N,).
+        steps: which token of its answer each target is, from 0, (N,): a decaying strength depends on it.
     """
 
     ids: Sequence[int]
     places: Sequence[int]
     targets: Sequence[int]
+    steps: Sequence[int]
 
     @classmethod
     def of(cls, text: Text) -> "Passage":
         """Each token of a text's answer; the last one is scored but need not be read."""
         ids = [*text.context, *text.answer]
-        return cls(ids[:-1], range(len(text.context) - 1, len(ids) - 1), text.answer)
+        places = range(len(text.context) - 1, len(ids) - 1)
+        return cls(ids[:-1], places, text.answer, range(len(text.answer)))
 
 
 def measure_texts(
@@ -128,9 +131,12 @@ def measure_passages(
     for batch in batches([passage.ids for passage in passages], batch_tokens):
         rows = [passages[index] for index in batch]
         hidden = _hidden_states(model, *(_packed if packs else _padded)(model, rows), [None, *streams])
-        targets = torch.tensor([target for passage in rows for target in passage.targets], device=model.device)
+        targets, steps = (
+            torch.tensor([value for passage in rows for value in getattr(passage, name)], device=model.device)
+            for name in ("targets", "steps")
+        )
         lengths = [len(passage.targets) for passage in rows]
-        base, drifts = token_drift(model, hidden, targets, columns, directions)
+        base, drifts = token_drift(model, hidden, targets, steps, columns, directions)
         _require_finite(base, drifts)
         base_parts = zip(*(column.split(lengths) for column in base), strict=True)
         parts = {
@@ -206,19 +212,25 @@ def token_drift(
     model: QAdapterForCausalLM,
     hidden: Mapping[Stream, Tensor],
     targets: Tensor,
+    steps: Tensor,
     columns: Sequence[Column],
     directions: Mapping[str, Direction],
 ) -> tuple[BaseTokens, dict[str, TokenDrift]]:
-    """The drift of N tokens from the hidden states (N, H) before them, on the CPU."""
+    """The drift of N tokens from the hidden states (N, H) before them, on the CPU.
+
+    Args:
+        steps: which token of its answer each is (N,), from 0.
+    """
     chunk = default_chunk_size(model.head.linear.weight.shape[0], model.device)
     chunk *= CHUNK_FACTOR if model.device.type == "cpu" else 1
     parts: list[tuple[BaseTokens, dict[str, TokenDrift]]] = []
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
-        base, steps = _chunk_logits(model, {stream: states[rows] for stream, states in hidden.items()})
+        base, differences = _chunk_logits(model, {stream: states[rows] for stream, states in hidden.items()})
         for block in _blocks(base):
-            steps_of_block = {name: step[block] for name, step in steps.items()}
-            parts.append(_block_drift(base[block], steps_of_block, targets[rows][block], columns, directions))
+            own = {name: difference[block] for name, difference in differences.items()}
+            places = targets[rows][block], steps[rows][block]
+            parts.append(_block_drift(base[block], own, *places, columns, directions))
     bases = BaseTokens(*(torch.cat(field).cpu() for field in zip(*(base for base, _ in parts), strict=True)))
     drifts = {
         column.name: TokenDrift(
@@ -258,8 +270,9 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 def _block_drift(
     base_logits: Tensor,
-    steps: Mapping[str, Tensor],
+    differences: Mapping[str, Tensor],
     targets: Tensor,
+    steps: Tensor,
     columns: Sequence[Column],
     directions: Mapping[str, Direction],
 ) -> tuple[BaseTokens, dict[str, TokenDrift]]:
@@ -274,16 +287,18 @@ def _block_drift(
     for column in columns:
         direction = directions[column.name]
         if direction not in lines:
-            lines[direction] = _line(direction, steps, base, probabilities)
+            lines[direction] = _line(direction, differences, base, probabilities)
         d = lines[direction]
-        if column.max_kl is None:
-            strength: float | Tensor = column.strength
+        strength: float | Tensor = column.strength
+        if column.decay == 1.0:
             z = torch.add(base, d, alpha=column.strength)  # (n, V)
         else:
+            strength = column.strength * column.decay ** steps.to(base.dtype)  # (n,)
+            z = torch.addcmul(base, d, strength.unsqueeze(-1))
+        if column.max_kl is not None:
             cap = torch.tensor(column.max_kl, device=base.device)
-            capped = capped_logits(torch.add(base, d, alpha=column.strength), base, cap)  # in float32
-            z, share = (value.to(base.dtype) for value in capped)
-            strength = column.strength * share
+            z, share = (value.to(base.dtype) for value in capped_logits(z, base, cap))  # in float32
+            strength = strength * share
         peak, target = z.amax(-1), z.gather(-1, index).squeeze(-1)
         policy, lse = _distribution(z, peak)
         shift = lse - base_lse
@@ -298,11 +313,11 @@ def _block_drift(
     return BaseTokens(base_target - base_lse, base_entropy, (base_target >= 0).to(base.dtype)), drifts
 
 
-def _line(direction: Direction, steps: Mapping[str, Tensor], base: Tensor, probabilities: Tensor) -> Tensor:
+def _line(direction: Direction, differences: Mapping[str, Tensor], base: Tensor, probabilities: Tensor) -> Tensor:
     """d (n, V), shifted so that its mean under the base is 0: KL and LSE are then differences of small numbers."""
     d = direction.base * base if direction.base else torch.zeros_like(base)
     for name, coefficient in direction.adapters:
-        d.add_(steps[name], alpha=coefficient)
+        d.add_(differences[name], alpha=coefficient)
     return d.sub_(torch.linalg.vecdot(probabilities, d).unsqueeze(-1))
 
 

@@ -65,4 +65,5 @@ class SharedLikelihoods:
 
 def _passage(ids: Ids, continuations: Sequence[Ids]) -> Passage:
     places = [place for tokens in continuations for place in range(len(ids) - len(tokens), len(ids))]
-    return Passage(ids, places, [token for tokens in continuations for token in tokens])
+    steps = [step for tokens in continuations for step in range(len(tokens))]
+    return Passage(ids, places, [token for tokens in continuations for token in tokens], steps)

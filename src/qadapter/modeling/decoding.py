@@ -14,6 +14,7 @@ from qadapter.modeling.mixing import (
     StepState,
     Strength,
     checked_cap,
+    checked_decay,
     checked_number,
     checked_weights,
     evaluated,
@@ -33,6 +34,7 @@ class PolicyGenerationMixin(GenerationMixin):
         strength: Strength | None = None,
         adapter_weights: AdapterWeights | None = None,
         max_kl: float | Tensor | None = None,
+        decay: float | None = None,
         output_strengths: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -40,13 +42,16 @@ class PolicyGenerationMixin(GenerationMixin):
 
         Args:
             strength, adapter_weights, max_kl: as of `QAdapterForCausalLM.forward`, a row of the given inputs.
+            decay: factor ρ of the strength from one token of the answer to the next, 0 < ρ ≤ 1: λ ρᵗ at the t-th. The
+                first tokens settle what the base then continues by itself (docs/dial.md); None takes the model's own
+                `decay`, which is 1.
             output_strengths: return a dictionary (as `return_dict_in_generate=True` does) with `strengths`
                 (B, new tokens), the strength used at each token.
 
         Raises:
-            ConfigError: a setting that is not finite or has the wrong shape; a callable strength or
+            ConfigError: a setting that is not finite or has the wrong shape; a callable strength, a decay or
                 `output_strengths` where a step is not one token of one row (assisted decoding, beams); a callable
-                strength or weights a row with `guidance_scale`; `assistant_early_exit`.
+                strength, a decay or weights a row with `guidance_scale`; `assistant_early_exit`.
         """
         strength = self.strength if strength is None else strength
         if isinstance(strength, Tensor):
@@ -59,15 +64,19 @@ class PolicyGenerationMixin(GenerationMixin):
         else:
             adapter_weights = stacked_weights(checked_weights(adapter_weights, self.adapter_weights), self.device)
         cap = checked_cap(self.max_kl if max_kl is None else max_kl, self.device)
+        decay = checked_decay(self.decay if decay is None else decay)
+        if isinstance(strength, float) and strength == 0.0:
+            decay = 1.0  # the base alone, for which one stream is enough
+        changing = "a callable strength" if callable(strength) else "a decay" if decay < 1 else ""
         config = args[0] if args else kwargs.get("generation_config")
         config = config or self.generation_config
-        refuse_unsupported(callable(strength), output_strengths, kwargs, config)
+        refuse_unsupported(changing, output_strengths, kwargs, config)
         guided = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1)
-        if guided and (callable(strength) or isinstance(adapter_weights, Tensor)):
-            what = "a callable strength" if callable(strength) else "weights a row"
+        if guided and (changing or isinstance(adapter_weights, Tensor)):
+            what = changing or "weights a row"
             raise ConfigError(f"{what} cannot be used with guidance_scale: its second pass is not told of them.")
         # Neither stream's cache may come or go in the middle of a text: the set of streams is fixed here.
-        needed = self.stream_coefficients(torch.ones(1) if callable(strength) else strength, adapter_weights)
+        needed = self.stream_coefficients(torch.ones(1) if changing else strength, adapter_weights)
         self._streams_in_cache = len(needed) + (cap is not None and None not in needed)
         record: list[Tensor] | None = [] if output_strengths else None
         prompt = kwargs.get("input_ids", inputs)
@@ -79,6 +88,7 @@ class PolicyGenerationMixin(GenerationMixin):
             "max_kl": cap,
             "strength_record": record,
             "prompt_length": 0 if prompt is None else prompt.shape[1],
+            "decay": decay if decay < 1 else None,
         }
         # Only what differs from the defaults goes into the loop: fewer arguments to guard when compiled.
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -124,11 +134,15 @@ class PolicyGenerationMixin(GenerationMixin):
         inputs_embeds: Tensor | None = None,
         strength: Strength | None = None,
         prompt_length: int = 0,
+        decay: float | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As GenerationMixin's, with a strength callable asked for this step's value."""
+        """As GenerationMixin's, with a strength callable asked for this step's value, and the strength decayed."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        inputs["strength"] = None if strength is None else evaluated(strength, StepState(input_ids, prompt_length))
+        value = None if strength is None else evaluated(strength, StepState(input_ids, prompt_length))
+        if decay is not None:
+            value = decayed(value, decay ** (input_ids.shape[1] - prompt_length), input_ids)
+        inputs["strength"] = value
         return inputs
 
     def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:
@@ -141,6 +155,13 @@ class PolicyGenerationMixin(GenerationMixin):
         return cache
 
 
+def decayed(strength: float | Tensor, factor: float, input_ids: Tensor) -> Tensor:
+    """The strength times the factor, always as a tensor, so that the set of streams is the same at every token."""
+    if isinstance(strength, Tensor):
+        return strength * factor
+    return torch.full((input_ids.shape[0],), strength * factor, device=input_ids.device)
+
+
 def stacked_weights(weights: Mapping[str, float | Tensor], device: torch.device) -> AdapterWeights:
     """Weights as one tensor (B, K) if any is a tensor, so that generate expands its rows with the batch's."""
     tensors = [finite(weight, name) for name, weight in weights.items() if isinstance(weight, Tensor)]
@@ -151,8 +172,12 @@ def stacked_weights(weights: Mapping[str, float | Tensor], device: torch.device)
     return torch.stack(columns, dim=-1)
 
 
-def refuse_unsupported(conditional: bool, recorded: bool, kwargs: Mapping[str, Any], config: Any) -> None:
-    """Raise ConfigError where one step of generation is not one token of one row."""
+def refuse_unsupported(changing: str, recorded: bool, kwargs: Mapping[str, Any], config: Any) -> None:
+    """Raise ConfigError where one step of generation is not one token of one row.
+
+    Args:
+        changing: what makes the strength another one at each step; "" for nothing.
+    """
 
     def setting(name: str) -> Any:
         return kwargs.get(name, getattr(config, name, None))
@@ -164,8 +189,8 @@ def refuse_unsupported(conditional: bool, recorded: bool, kwargs: Mapping[str, A
         )
     assisted = [name for name in ASSISTED if setting(name) is not None]
     beams = (setting("num_beams") or 1) > 1
-    if (conditional or recorded) and assisted:
-        what = "a callable strength" if conditional else "output_strengths"
+    if (changing or recorded) and assisted:
+        what = changing or "output_strengths"
         raise ConfigError(f"{what} cannot be used with {assisted[0]}: one pass there covers several tokens.")
     if recorded and beams:
         raise ConfigError("output_strengths cannot be used with num_beams > 1: beams change rows at every token.")

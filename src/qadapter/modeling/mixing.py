@@ -48,6 +48,17 @@ def checked_number(value: Any, name: str) -> float:
     return number
 
 
+def checked_decay(value: Any) -> float:
+    """The factor of the strength from one token of the answer to the next as a float.
+
+    Raises:
+        ConfigError: it does not lie in (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise ConfigError(f"decay = {value!r}: must lie in (0, 1] (1 keeps the strength over the answer).")
+    return float(value)
+
+
 def check_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> None:
     """Refuse a tensor of several numbers that has none of the shapes, of which the first is one number a row.
 

@@ -93,6 +93,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         # The settings of calls that give none.
         self.strength: Any = 1.0
         self.max_kl: Any = None
+        self.decay: float = 1.0  # of `generate` alone: forward does not know where an answer begins
         self.adapter_weights: dict[str, float] = dict.fromkeys(names, 1.0)
         # Provenance, filled in by whoever knows it and written into the adapter folder.
         self.base_source = BaseSource(base.name_or_path, base.name_or_path, None)
