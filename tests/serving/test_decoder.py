@@ -23,6 +23,8 @@ DIALS = [
     ("concise", {"max_kl": 0.05}),
     ("formal", {"strength": 2.0, "max_kl": 0.2}),
     ("formal", {"strength": 0.0}),
+    ("concise", {"strength": 1.5, "decay": 0.7}),
+    ("formal", {"max_kl": 0.05, "decay": 0.5}),
 ]
 # Rows of float64 models; transformers takes some constants (rotary frequencies, attention scales) in float32.
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -35,15 +37,16 @@ def dials_of(model):
     return [catalogue.dial(name, QAdapterOptions(**options)) for name, options in DIALS]
 
 
-def defined_logits(model, ids, name, options):
-    """The slow twin: the model's own forward on the whole row, alone and without a cache."""
+def defined_logits(model, ids, name, options, step):
+    """The slow twin: the model's own forward on the whole row, alone, without a cache, `step` tokens into the answer."""
     weights = {"base": {}, "formal": {"first": 1.0}, "concise": {"second": 1.0}}[name]
     if "weights" in options:
         weights = {"first": options["weights"]["formal"], "second": options["weights"]["concise"]}
+    strength = options.get("strength", 1.0) * options.get("decay", 1.0) ** step
     with torch.no_grad():
         output = model(
             torch.tensor([ids]),
-            strength=torch.tensor([options.get("strength", 1.0)], dtype=torch.float64),
+            strength=torch.tensor([strength], dtype=torch.float64),
             adapter_weights=weights,
             max_kl=options.get("max_kl"),
             use_cache=False,
@@ -51,10 +54,10 @@ def defined_logits(model, ids, name, options):
     return output.logits[0, -1]
 
 
-def assert_rows_are_defined(model, logits, rows, dials=DIALS):
+def assert_rows_are_defined(model, logits, rows, dials=DIALS, step=0):
     tolerance = EXACT if model.dtype == torch.float64 else FLOAT32
     for actual, ids, (name, options) in zip(logits, rows, dials, strict=True):
-        expected = defined_logits(model, ids, name, options)
+        expected = defined_logits(model, ids, name, options, step)
         torch.testing.assert_close(actual.log_softmax(-1), expected.log_softmax(-1).to(actual), **tolerance)
 
 
@@ -66,36 +69,37 @@ def test_a_mixed_batch_equals_single_rows_while_rows_join_and_leave(architecture
     peft = {"target_modules": ["c_attn", "c_fc", "c_proj"]} if architecture == "gpt2" else {}
     model = two_adapters(tiny_base(architecture, torch.float32 if eager else torch.float64), **peft)
     decoder, dials = Decoder(model), dials_of(model)
-    rows = token_ids(*range(3, 13))
+    rows = token_ids(*range(3, 15))
 
     early = decoder.empty(dials[:4])
     assert_rows_are_defined(model, decoder.feed(early, rows[:4]), rows[:4], DIALS[:4])
     late = decoder.empty(dials[4:])
     assert_rows_are_defined(model, decoder.feed(late, rows[4:]), rows[4:], DIALS[4:])
 
-    batch = joined([(early, range(4)), (late, range(6))])
-    for step in range(3):
-        rows = [[*row, 5 + step + number] for number, row in enumerate(rows)]
-        assert_rows_are_defined(model, decoder.feed(batch, [row[-1:] for row in rows]), rows)
+    batch = joined([(early, range(4)), (late, range(8))])
+    for step in range(1, 4):
+        rows = [[*row, 4 + step + number] for number, row in enumerate(rows)]
+        assert_rows_are_defined(model, decoder.feed(batch, [row[-1:] for row in rows]), rows, step=step)
 
-    kept = [7, 0, 3, 6]
+    kept = [7, 0, 10, 6]
     batch, rows = joined([(batch, kept)]), [rows[row] for row in kept]
     assert batch.width == max(map(len, rows))
     rows = [[*row, 9] for row in rows]
     logits = decoder.feed(batch, [[9]] * 4)
-    assert_rows_are_defined(model, logits, rows, [DIALS[row] for row in kept])
+    assert_rows_are_defined(model, logits, rows, [DIALS[row] for row in kept], step=4)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 def test_prompts_fed_in_chunks_equal_prompts_fed_at_once(chunk):
     model = two_adapters(tiny_base(dtype=torch.float64))
     decoder, dials = Decoder(model), dials_of(model)
-    rows = token_ids(11, 2, 7, 11, 1, 3, 4, 5, 6, 9)
+    rows = token_ids(11, 2, 7, 11, 1, 3, 4, 5, 6, 9, 8, 10)
     whole = decoder.feed(decoder.empty(dials), rows)
     batch = decoder.empty(dials)
     for start in range(0, 11, chunk):
         parts = [([None] * (11 - len(row)) + row)[start : start + chunk] for row in rows]
-        logits = decoder.feed(batch, [[token for token in part if token is not None] for part in parts])
+        ids = [[token for token in part if token is not None] for part in parts]
+        logits = decoder.feed(batch, ids, read=start + chunk >= 11)
     torch.testing.assert_close(logits, whole, **EXACT)
 
 
@@ -114,7 +118,7 @@ def test_a_row_taken_twice_becomes_two_independent_rows():
 def test_a_lora_on_the_head_is_mixed_by_logits():
     peft = {"target_modules": ["q_proj", "lm_head"]}
     model = two_adapters(tiny_base(dtype=torch.float64), **peft)
-    rows = token_ids(*range(3, 13))
+    rows = token_ids(*range(3, 15))
     decoder = Decoder(model)
     assert not model.head.shared
     assert_rows_are_defined(model, decoder.feed(decoder.empty(dials_of(model)), rows), rows)
@@ -124,7 +128,7 @@ def test_a_row_brings_only_the_lanes_it_needs():
     model = two_adapters()
     batch = Decoder(model).empty(dials_of(model))
     lanes = [sum(row == own for own, _ in batch.lanes) for row in range(len(DIALS))]
-    assert lanes == [1, 1, 2, 2, 2, 2, 3, 2, 2, 1]
+    assert lanes == [1, 1, 2, 2, 2, 2, 3, 2, 2, 1, 2, 2]
 
 
 def test_base_rows_equal_the_bare_base_model_bit_for_bit_in_bfloat16():

@@ -30,10 +30,8 @@ def run(arguments: list[str]) -> int:
     add_workload_options(parser)
     parser.add_argument("--output-dir", type=Path, default=None, help="also write compare.json and compare.html there")
     options = parser.parse_args(arguments)
-    strengths, settings = (
-        parse_strengths(options.strengths),
-        {"adapter_weights": weights_of(options), "max_kl": options.cap},
-    )
+    strengths = parse_strengths(options.strengths)
+    settings = {"adapter_weights": weights_of(options), "max_kl": options.cap, "decay": options.decay}
     columns = [strength_columns(name, strengths, **settings) for name in unique_names(options.adapters)]
     with measuring() as track:
         comparison = run_comparison(

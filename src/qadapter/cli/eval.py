@@ -11,7 +11,14 @@ from rich.console import Console
 
 from qadapter.cli import command_parser
 from qadapter.cli.data import parse_columns
-from qadapter.cli.policies import DTYPES, default_device, pick_dtype, quiet_datasets, quiet_libraries
+from qadapter.cli.policies import (
+    DTYPES,
+    add_decay_option,
+    default_device,
+    pick_dtype,
+    quiet_datasets,
+    quiet_libraries,
+)
 from qadapter.errors import ConfigError
 from qadapter.evaluation.audit import POLICY
 from qadapter.evaluation.columns import BASE, Column
@@ -69,6 +76,7 @@ def add_dial_options(parser: argparse.ArgumentParser) -> None:
     """Settings of the dial besides the strength."""
     parser.add_argument("--adapter-weights", nargs="+", default=None, help="of a composition: NAME=WEIGHT ...")
     parser.add_argument("--cap", type=float, default=None, help="cap on KL(policy || base) at each token, in nats")
+    add_decay_option(parser)
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +129,7 @@ def store_of(options: argparse.Namespace) -> PartStore:
 
 def column_of(options: argparse.Namespace) -> Column:
     """The column among a command's options."""
-    return Column(POLICY, options.strength, weights_of(options), options.cap)
+    return Column(POLICY, options.strength, weights_of(options), options.cap, options.decay)
 
 
 def weights_of(options: argparse.Namespace) -> dict[str, float] | None:

@@ -16,7 +16,7 @@ from qadapter.errors import ConfigError
 from qadapter.generation import Sampling
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.loading import tokenizer_of
-from qadapter.modeling.mixing import checked_number
+from qadapter.modeling.mixing import checked_decay, checked_number
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -75,12 +75,18 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="load although base, template or adapter differ")
 
 
+def add_decay_option(parser: argparse.ArgumentParser) -> None:
+    """How the strength changes along an answer."""
+    parser.add_argument("--decay", type=float, default=1.0, help="factor of the strength from token to token")
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that generates."""
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    add_decay_option(parser)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
@@ -91,12 +97,14 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
     """Policy and tokenizer of an adapter folder, on the machine's accelerator."""
     checked_number(options.strength, "strength")  # before minutes of loading
+    decay = checked_decay(getattr(options, "decay", 1.0))  # of the commands that generate
     model = QAdapterForCausalLM.from_pretrained(
         options.adapter,
         base_model=options.base_model,
         verify=not options.no_verify,
         dtype=pick_dtype(options.dtype),
     )
+    model.decay = decay
     return model.to(default_device()), tokenizer_of(options.adapter, model.base_source)
 
 

@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
 def columns_of(options: argparse.Namespace) -> list[Column]:
     """A column for each strength, and again for each alpha_0."""
     strengths = parse_strengths(options.strengths)
-    settings = {"adapter_weights": weights_of(options), "max_kl": options.cap}
+    settings = {"adapter_weights": weights_of(options), "max_kl": options.cap, "decay": options.decay}
     columns = [Column(f"{strength:g}", strength, **settings) for strength in strengths if strength != 0.0]
     for alpha_0 in dict.fromkeys(options.alpha_0):
         columns += [

@@ -140,7 +140,7 @@ class PolicyGenerationMixin(GenerationMixin):
         """As GenerationMixin's, with a strength callable asked for this step's value, and the strength decayed."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         value = None if strength is None else evaluated(strength, StepState(input_ids, prompt_length))
-        if decay is not None:
+        if decay is not None and value is not None:
             value = decayed(value, decay ** (input_ids.shape[1] - prompt_length), input_ids)
         inputs["strength"] = value
         return inputs

@@ -54,9 +54,10 @@ def checked_decay(value: Any) -> float:
     Raises:
         ConfigError: it does not lie in (0, 1].
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 < number <= 1:
         raise ConfigError(f"decay = {value!r}: must lie in (0, 1] (1 keeps the strength over the answer).")
-    return float(value)
+    return number
 
 
 def check_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> None:

@@ -20,10 +20,17 @@ class Dial:
     Args:
         coefficients: c_k of every stream that is needed; None names the base.
         max_kl: cap in nats per token.
+        decay: factor ρ of the way from the base from one token of the answer to the next.
     """
 
     coefficients: Mapping[Stream, float]
     max_kl: float | None = None
+    decay: float = 1.0
+
+    def at(self, stream: Stream, step: int) -> float:
+        """c_k of a stream at the answer's `step`-th token: the base's is 1 and the others' 0 once nothing is left."""
+        share, coefficient = self.decay**step, self.coefficients[stream]
+        return share * coefficient + (1 - share if stream is None else 0.0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,9 @@ class Catalogue:
         weights = {adapter: strength * weight for adapter, weight in self._adapter_weights(served).items()}
         if any(abs(weight) > MAX_REQUEST_DIAL for weight in weights.values()):
             raise bad_request(f"strength times weight exceeds {MAX_REQUEST_DIAL:g}.", "qadapter.weights")
-        return Dial(self._coefficients(weights, capped=options.max_kl is not None), options.max_kl)
+        base_needed = options.max_kl is not None or options.decay < 1
+        coefficients = self._coefficients(weights, base_needed)
+        return Dial(coefficients, options.max_kl, options.decay if len(coefficients) > 1 else 1.0)
 
     def _adapter_weights(self, served: Mapping[str, float]) -> dict[str, float]:
         """The weight of each adapter, from weights of served names; adapters served twice add up."""
@@ -87,11 +96,11 @@ class Catalogue:
                 weights[adapter] += weight * share
         return weights
 
-    def _coefficients(self, weights: Mapping[str, float], capped: bool) -> dict[Stream, float]:
+    def _coefficients(self, weights: Mapping[str, float], base_needed: bool) -> dict[Stream, float]:
         adapters, base = composed_coefficients(self.trained, weights)
         needed: dict[Stream, float] = {name: float(c) for name, c in adapters.items() if c != 0.0}
         if not needed:
             return {None: 1.0}
-        if base != 0.0 or capped:
+        if base != 0.0 or base_needed:
             needed[None] = float(base)
         return needed

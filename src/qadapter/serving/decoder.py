@@ -26,18 +26,22 @@ class RowBatch:
     """Rows with their dials, the number of tokens each has seen, and the lanes that hold their keys and values.
 
     Args:
+        steps: how many logits were read of each row: which token of its answer comes next.
         like: a tensor of the model's device and of the dtype to mix in.
     """
 
-    def __init__(self, dials: Sequence[Dial], lengths: Sequence[int], cache: LaneCache, like: Tensor) -> None:
+    def __init__(
+        self, dials: Sequence[Dial], lengths: Sequence[int], steps: Sequence[int], cache: LaneCache, like: Tensor
+    ) -> None:
         self.like = like
-        self.dials, self.lengths, self.cache = list(dials), list(lengths), cache
+        self.dials, self.lengths, self.steps, self.cache = list(dials), list(lengths), list(steps), cache
         pairs = [(row, stream) for row, dial in enumerate(dials) for stream in dial.coefficients]
         # Adapters by name, then the base.
         self.lanes: list[tuple[int, Stream]] = sorted(pairs, key=lambda lane: (lane[1] is None, lane[1] or "", lane[0]))
         self.lane_rows = self.tensor([row for row, _ in self.lanes])
+        self.decaying = any(dial.decay < 1 for dial in dials)
         coefficients = [dials[row].coefficients[stream] for row, stream in self.lanes]
-        self.coefficients = self.tensor(coefficients, like.dtype).unsqueeze(-1)  # (L, 1)
+        self._constant = self.tensor(coefficients, like.dtype).unsqueeze(-1)  # (L, 1)
         # Each row's one lane is its policy as it stands: nothing to mix.
         self.plain = len(self.lanes) == len(dials) and all(c == 1.0 for c in coefficients)
 
@@ -52,6 +56,13 @@ class RowBatch:
     def width(self) -> int:
         """Columns of the cache."""
         return self.cache.get_seq_length()
+
+    def coefficients(self) -> Tensor:
+        """The weight of each lane in its row's next logits (L, 1)."""
+        if not self.decaying:
+            return self._constant
+        values = [self.dials[row].at(stream, self.steps[row]) for row, stream in self.lanes]
+        return self.tensor(values, self.like.dtype).unsqueeze(-1)
 
     def lanes_of(self, stream: Stream) -> list[int]:
         """The places of a stream's lanes."""
@@ -84,7 +95,7 @@ class Decoder:
 
     def empty(self, dials: Sequence[Dial]) -> RowBatch:
         """A batch of rows that have seen nothing."""
-        return RowBatch(dials, [0] * len(dials), LaneCache(self.layers), self.like)
+        return RowBatch(dials, [0] * len(dials), [0] * len(dials), LaneCache(self.layers), self.like)
 
     @torch.inference_mode()
     def feed(self, batch: RowBatch, ids: Sequence[Sequence[int]], read: bool = True) -> Tensor | None:
@@ -110,7 +121,11 @@ class Decoder:
                 past_key_values=batch.cache,
                 use_cache=True,
             )
-        return self._logits(batch, output.last_hidden_state[:, -1]) if read else None
+        if not read:
+            return None
+        logits = self._logits(batch, output.last_hidden_state[:, -1])
+        batch.steps = [step + 1 for step in batch.steps]
+        return logits
 
     def _logits(self, batch: RowBatch, hidden: Tensor) -> Tensor:
         """Each row's mix of its lanes' hidden states (L, H), as logits (R, V)."""
@@ -119,7 +134,7 @@ class Decoder:
             logits = head.logits(torch.empty_like(hidden).index_copy_(0, batch.lane_rows, hidden))
         elif head.shared:
             mixed = self.like.new_zeros(len(batch), hidden.shape[-1])
-            logits = head.logits(mixed.index_add_(0, batch.lane_rows, batch.coefficients * hidden.to(mixed)))
+            logits = head.logits(mixed.index_add_(0, batch.lane_rows, batch.coefficients() * hidden.to(mixed)))
         else:
             logits = self._separate_logits(batch, hidden)
         return self._capped(batch, hidden, logits.to(self.like))
@@ -127,9 +142,10 @@ class Decoder:
     def _separate_logits(self, batch: RowBatch, hidden: Tensor) -> Tensor:
         """The mix of logits, for heads that do not let hidden states be mixed (`Head.shared`)."""
         mixed: Tensor | None = None
+        coefficients = batch.coefficients()
         for stream in dict.fromkeys(stream for _, stream in batch.lanes):
             lanes = batch.tensor(batch.lanes_of(stream))
-            part = batch.coefficients[lanes] * self._stream_logits(hidden[lanes], stream)
+            part = coefficients[lanes] * self._stream_logits(hidden[lanes], stream)
             mixed = part.new_zeros(len(batch), part.shape[-1]) if mixed is None else mixed
             mixed.index_add_(0, batch.lane_rows[lanes], part)
         assert mixed is not None
@@ -160,6 +176,7 @@ def joined(parts: Sequence[tuple[RowBatch, Sequence[int]]]) -> RowBatch:
     result = RowBatch(
         [batch.dials[row] for _, batch, row in taken],
         [batch.lengths[row] for _, batch, row in taken],
+        [batch.steps[row] for _, batch, row in taken],
         LaneCache(0),
         parts[0][0].like,
     )
