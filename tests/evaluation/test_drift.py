@@ -149,10 +149,10 @@ def test_neither_batches_nor_blocks_change_a_number(monkeypatch):
 
 def test_places_may_repeat_and_share_what_was_read():
     """Several last tokens after the same words: one row of the batch, as many scored tokens."""
-    model, columns = tiny_policy(config=APART).double(), strength_columns("policy", [0.5, 1.0])
+    model, columns = tiny_policy(config=APART).double(), strength_columns("policy", [0.5, 1.0], decay=0.7)
     texts = [Text([5, 9], [7, last]) for last in (3, 4, 11)]
     apart = measure_texts(model, texts, columns)
-    passage = Passage([5, 9, 7], [1, 2, 2, 2], [7, 3, 4, 11])
+    passage = Passage([5, 9, 7], [1, 2, 2, 2], [7, 3, 4, 11], [0, 1, 1, 1])
     (together,) = measure_passages(model, [passage], columns)
     for number, text in enumerate(apart):
         for name, own in [("base", text.base), *text.columns.items()]:

@@ -120,10 +120,11 @@ def dial(**options):
 
 def greedy_text(model, prompt_ids, tokens, **options):
     """The slow twin of a greedy answer: the model's own forward on the whole row for every token."""
-    ids = list(prompt_ids)
+    ids, decay = list(prompt_ids), options.pop("decay", 1.0)
     with torch.no_grad():
-        for _ in range(tokens):
-            logits = model(torch.tensor([ids]), use_cache=False, **options).logits[0, -1]
+        for step in range(tokens):
+            now = options | ({"strength": options["strength"] * decay**step} if decay < 1 else {})
+            logits = model(torch.tensor([ids]), use_cache=False, **now).logits[0, -1]
             ids.append(int(logits.argmax()))
             if ids[-1] == 1:
                 break

@@ -38,7 +38,7 @@ def dials_of(model):
 
 
 def defined_logits(model, ids, name, options, step):
-    """The slow twin: the model's own forward on the whole row, alone, without a cache, `step` tokens into the answer."""
+    """The slow twin: the model's own forward on the whole row, alone and without a cache, `step` tokens on."""
     weights = {"base": {}, "formal": {"first": 1.0}, "concise": {"second": 1.0}}[name]
     if "weights" in options:
         weights = {"first": options["weights"]["formal"], "second": options["weights"]["concise"]}

@@ -25,6 +25,11 @@ POLICIES = {
         {"strength": 0.9, "adapter_weights": {"first": 0.4, "second": 0.8}},
     ),
     "capped": ("formal", {"max_kl": 0.1}, {"adapter_weights": FIRST, "max_kl": 0.1}),
+    "decaying": (
+        "formal",
+        {"strength": 2.0, "decay": 0.7},
+        {"strength": 2.0, "decay": 0.7, "adapter_weights": FIRST},
+    ),
     "capped at 0": ("concise", {"max_kl": 0.0}, {"strength": 0.0}),
 }
 
@@ -182,7 +187,7 @@ def test_completions_report_the_logprob_of_the_answers_own_token_too(client, alt
     "changes",
     [
         {"stream": True, "stream_options": {"include_usage": None}},
-        {"qadapter": {"strength": None, "weights": None, "max_kl": None}},
+        {"qadapter": {"strength": None, "weights": None, "max_kl": None, "decay": None}},
         {"messages": [{"role": "assistant", "content": "a", "refusal": None, "tool_calls": [], "annotations": []}]},
     ],
 )

@@ -209,8 +209,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             kwargs: of the decoder; for training statistics `base_states` and `trunk_states` (`qadapter.base_states`).
 
         Raises:
-            ConfigError: a setting of the dial that is not finite or has another number of rows; `output_hidden_states`
-                or `output_attentions`.
+            ConfigError: a setting of the dial that is not finite or has another number of rows; `decay`, which is
+                `generate`'s; `output_hidden_states` or `output_attentions`.
         """
         if gather_indices is not None:
             packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
@@ -222,6 +222,10 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
                 raise ConfigError(
                     f"{option}: the policy has no states of its own, but those of several streams. Ask model.base."
                 )
+        if kwargs.pop("decay", None) is not None:
+            raise ConfigError(
+                "decay is of generate: forward does not know where an answer begins. Give strength (B, T)."
+            )
         return_dict = kwargs.pop("return_dict", None)
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip

@@ -81,9 +81,9 @@ class Catalogue:
         weights = {adapter: strength * weight for adapter, weight in self._adapter_weights(served).items()}
         if any(abs(weight) > MAX_REQUEST_DIAL for weight in weights.values()):
             raise bad_request(f"strength times weight exceeds {MAX_REQUEST_DIAL:g}.", "qadapter.weights")
-        base_needed = options.max_kl is not None or options.decay < 1
-        coefficients = self._coefficients(weights, base_needed)
-        return Dial(coefficients, options.max_kl, options.decay if len(coefficients) > 1 else 1.0)
+        decay = 1.0 if options.decay is None else options.decay
+        coefficients = self._coefficients(weights, base_needed=options.max_kl is not None or decay < 1)
+        return Dial(coefficients, options.max_kl, decay if len(coefficients) > 1 else 1.0)
 
     def _adapter_weights(self, served: Mapping[str, float]) -> dict[str, float]:
         """The weight of each adapter, from weights of served names; adapters served twice add up."""

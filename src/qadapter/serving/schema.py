@@ -72,7 +72,7 @@ class QAdapterOptions(Strict):
     strength: Weight | None = None
     weights: dict[Name, Weight] | None = None
     max_kl: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = None
-    decay: Annotated[float, Field(allow_inf_nan=False, gt=0, le=1)] = 1.0
+    decay: Annotated[float, Field(allow_inf_nan=False, gt=0, le=1)] | None = None
 
 
 class StreamOptions(Strict):
