@@ -1,6 +1,6 @@
 """How far the policy moved each token of a text, and what both models would have said instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class TokenView:
         text: the token's own text.
         logp, base_logp: its log-probability under policy and base, in nats.
         kl: KL(policy ‖ base) of the distribution it was drawn from.
-        strength: the strength used there (lower than asked for where a cap binds).
+        strength: the strength used there (lower than asked for where it has decayed or a cap binds).
         top, base_top: the likeliest tokens as (text, probability), under policy and base.
     """
 
@@ -38,15 +38,20 @@ class TokenView:
 def inspect_tokens(
     model: QAdapterForCausalLM, tokenizer: Any, ids: Tensor, prompt_length: int, settings: Mapping[str, Any]
 ) -> list[TokenView]:
-    """A view of each token of `ids` (1, T) after the prompt, under the policy at `settings` (as of `forward`)."""
+    """A view of each token of `ids` (1, T) after the prompt, under the policy at `settings` (as of `generate`)."""
     kept = ids.shape[1] - prompt_length + 1
     if kept < 2:
         return []
+    settings = dict(settings)
+    asked = settings.get("strength", 1.0) * settings.pop("decay", 1.0) ** torch.arange(kept - 1)  # (answer tokens,)
+    if not torch.equal(asked, asked[:1].expand_as(asked)):
+        settings["strength"] = torch.zeros(ids.shape)
+        settings["strength"][0, prompt_length - 1 : -1] = asked
     used = model(ids, use_cache=False, logits_to_keep=kept, **settings)
     policy = used.logits[0, :-1].float().log_softmax(-1)  # (answer tokens, V)
     base = model(ids, use_cache=False, logits_to_keep=kept, strength=0.0).logits[0, :-1].float().log_softmax(-1)
     kl = kl_divergence(policy, base)
-    strengths = _strengths(policy, base, model, ids, settings)
+    strengths = (asked * _share(policy, base, model, ids, settings)).tolist()
     views = []
     for index, token in enumerate(ids[0, prompt_length:].tolist()):
         views.append(
@@ -63,19 +68,17 @@ def inspect_tokens(
     return views
 
 
-def _strengths(
+def _share(
     policy: Tensor, base: Tensor, model: QAdapterForCausalLM, ids: Tensor, settings: Mapping[str, Any]
-) -> Sequence[float]:
-    """The strength used at each answer token: as asked, or the share of it that a cap let through."""
-    asked = float(settings.get("strength", 1.0))
+) -> Tensor:
+    """The share of the strength that a cap let through at each answer token, on the CPU."""
     if settings.get("max_kl") is None:
-        return [asked] * len(policy)
+        return torch.ones(len(policy))
     free = {name: value for name, value in settings.items() if name != "max_kl"}
     whole = model(ids, use_cache=False, logits_to_keep=len(policy) + 1, **free).logits[0, :-1].float().log_softmax(-1)
     # On the path from the base, centred logits move in proportion to the strength.
     moved, full = ((x - base) - (x - base).mean(-1, keepdim=True) for x in (policy, whole))
-    share = (moved * full).sum(-1) / full.square().sum(-1).clamp(min=1e-12)
-    return [asked * min(1.0, max(0.0, value)) for value in share.tolist()]
+    return ((moved * full).sum(-1) / full.square().sum(-1).clamp(min=1e-12)).clamp(0.0, 1.0).cpu()
 
 
 def _likeliest(tokenizer: Any, logps: Tensor) -> list[tuple[str, float]]:

@@ -91,6 +91,25 @@ def test_a_cap_bounds_the_kl_of_every_token_and_lowers_the_strength(address):
     assert min(view["strength"] for view in views) < 1.5
 
 
+@pytest.mark.parametrize("max_kl", [None, 0.02])
+def test_a_decaying_strength_is_shown_at_every_token(address, policy, max_kl):
+    tokenizer = models.tiny_tokenizer()
+    views = ask(address, strength=1.5, decay=0.7, max_kl=max_kl)[-1]["tokens"]
+    from qadapter.generation import encode
+
+    ids = encode(tokenizer, ["hello"])["input_ids"]
+    for step, view in enumerate(views):
+        assert view["strength"] <= 1.5 * 0.7**step + 1e-6
+        if max_kl is None:
+            assert view["strength"] == pytest.approx(1.5 * 0.7**step)
+        with torch.no_grad():
+            logps = policy(ids, strength=torch.tensor([1.5 * 0.7**step]), max_kl=max_kl).logits[0, -1].log_softmax(-1)
+        token = int(logps.argmax())
+        assert view["text"] == tokenizer.decode([token])
+        assert view["logp"] == pytest.approx(float(logps[token]), abs=1e-4)
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
 def test_weights_select_the_adapters(address):
     none = ask(address, weights={"concise": 0.0, "polite": 0.0})[-1]["tokens"]
     assert all(view["kl"] == pytest.approx(0, abs=1e-6) for view in none)
@@ -103,6 +122,7 @@ def test_weights_select_the_adapters(address):
         ({"prompt": ""}, 422),
         ({"strength": 99}, 422),
         ({"max_kl": -1}, 422),
+        ({"decay": 0}, 422),
         ({"surprise": 1}, 422),
         ({"weights": {"loud": 1.0}}, 400),
         ({"prompt": "x" * 300}, 400),
@@ -267,6 +287,12 @@ def test_the_cap_and_the_weights_can_be_tried(address, browser):
     assert page.text("policy-answer") == base
     page.find("cap").send_keys(RIGHT * 50)
     page.wait(lambda: page.text("policy-answer") == free)
+    page.find("decay").send_keys(HOME)
+    assert page.find("decay-value").text == "0.70"
+    page.wait(lambda: page.text("policy-answer") not in ("", free))
+    page.find("decay").send_keys(RIGHT * 40)
+    assert page.find("decay-value").text == "off"
+    page.wait(lambda: page.text("policy-answer") == free)
     page.find("weight-concise").send_keys(LEFT * 20)  # both are at 0 now
     page.wait(lambda: page.text("policy-answer") == base)
     page.find("weight-polite").send_keys(RIGHT * 20)
@@ -287,7 +313,7 @@ def test_everything_is_done_without_a_mouse(address, browser):
     assert [tab().get_attribute("id") for _ in range(2)] == ["prompt", "send"]  # `stop` is off
     press(ENTER)
     page.wait()
-    sliders = ["strength", "weight-concise", "weight-polite", "cap"]
+    sliders = ["strength", "weight-concise", "weight-polite", "cap", "decay"]
     assert [tab().get_attribute("id") for _ in sliders] == sliders
     assert tab().tag_name == "summary"
     press(ENTER)

@@ -45,13 +45,19 @@ class AnswerRequest(BaseModel):
     strength: Dial = 1.0
     weights: dict[str, Dial] | None = None
     max_kl: float | None = Field(default=None, ge=0)
+    decay: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=128, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=5)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def settings(self) -> dict[str, Any]:
-        """The policy's settings, as of `forward`."""
-        return {"strength": self.strength, "adapter_weights": self.weights, "max_kl": self.max_kl}
+        """The policy's settings, as of `generate`."""
+        return {
+            "strength": self.strength,
+            "adapter_weights": self.weights,
+            "max_kl": self.max_kl,
+            "decay": self.decay,
+        }
 
 
 def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength: float = 1.0) -> FastAPI:

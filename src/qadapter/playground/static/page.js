@@ -21,6 +21,7 @@ function request(strength) {
     strength,
     weights: Object.keys(weights).length ? weights : null,
     max_kl: strength === 0 ? null : capValue(),
+    decay: Number(element("decay").value),
     max_new_tokens: Number(element("length").value),
     temperature: Number(element("temperature").value),
     seed: Number(element("seed").value),
@@ -156,6 +157,8 @@ function dialMoved() {
   element("strength-value").textContent = Number(element("strength").value).toFixed(2);
   const cap = capValue();
   element("cap-value").textContent = cap === null ? "off" : cap.toPrecision(2);
+  const decay = Number(element("decay").value);
+  element("decay-value").textContent = decay === 1 ? "off" : decay.toFixed(2);
   for (const slider of document.querySelectorAll("[data-adapter]"))
     slider.parentElement.querySelector("output").textContent = Number(slider.value).toFixed(2);
   clearTimeout(waiting);
@@ -188,7 +191,7 @@ element("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); answer(); }
 });
 element("stop").addEventListener("click", () => { if (running) running.abort(); });
-for (const id of ["strength", "cap"]) element(id).addEventListener("input", dialMoved);
+for (const id of ["strength", "cap", "decay"]) element(id).addEventListener("input", dialMoved);
 element("measure").addEventListener("change", paint);
 for (const type of ["mouseover", "focusin"])
   element("policy-answer").addEventListener(type, (event) => { if (event.target.dataset.index) showTip(event.target); });
