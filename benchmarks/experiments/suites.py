@@ -215,6 +215,7 @@ def discount_small() -> Suite:
             {"beta": 10.0, "gamma": 0.9},
             {"beta": 10.0},
             {"beta": 10.0, "gamma": 0.95},
+            {"beta": 10.0, "gamma": 0.98},
             {"beta": 10.0, "gamma": 0.8},
             {"beta": 30.0, "gamma": 0.9},
         ],
