@@ -42,6 +42,8 @@ def test_margins_of_a_pair():
     assert pair.token_margin("policy") == pytest.approx(-1.0 + 1.5)
     assert pair.log_ratio_margin("policy") == pytest.approx((-2.0 + 3.0) - (-1.5 + 1.0))
     assert pair.reward_margin("policy", TEMPERATURES) == pytest.approx(0.5 * -0.5 - 0.2 * -2.0)
+    chosen, rejected = (0.5 * -1.0 + 0.2 * 1.0) + 0.5 * (0.5 * -1.0 + 0.2 * 2.0), 0.5 * -1.5 + 0.2 * 1.0
+    assert pair.reward_margin("policy", Temperatures(0.5, 0.2, gamma=0.5)) == pytest.approx(chosen - rejected)
     assert pair.length_difference == 1
 
 

@@ -22,10 +22,11 @@ NEWTON_STEPS = 50
 
 @dataclass(frozen=True)
 class Temperatures:
-    """α̃ and α₀, which turn log-probabilities into the reward that the adapter was trained to give."""
+    """α̃, α₀ and γ, which turn log-probabilities into the return that the adapter was trained to give."""
 
     alpha_tilde: float
     alpha_0: float
+    gamma: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,14 @@ class PairDrift:
         return (chosen - base_chosen) - (rejected - base_rejected)
 
     def reward_margin(self, column: str, temperatures: Temperatures) -> float:
-        """Implied reward of the chosen minus that of the rejected answer: α̃ Δlog p − α₀ Δlog π_b (γ = 1)."""
-        return temperatures.alpha_tilde * self.margin(column) - temperatures.alpha_0 * self.margin(BASE)
+        """Return of the chosen minus that of the rejected answer, each Σ_t γᵗ (α̃ log p − α₀ log π_b)."""
+
+        def discounted(side: TextDrift) -> float:
+            policy = (side.base if column == BASE else side.columns[column]).logps.double()
+            advantages = temperatures.alpha_tilde * policy - temperatures.alpha_0 * side.base.logps.double()
+            return (temperatures.gamma ** torch.arange(side.tokens).double() @ advantages).item()
+
+        return discounted(self.chosen) - discounted(self.rejected)
 
     @property
     def length_difference(self) -> int:
@@ -93,7 +100,7 @@ def preference_figures(
     accuracy_at_equal_length: the same, as a logistic regression on the length difference says it of pairs of one
     length; prefers_chosen, prefers_chosen_summed: share whose chosen answer has the higher log-probability per token,
     and in sum; log_ratio_margin, token_margin, token_margin_gain: see `PairDrift`, the last is policy's minus base's;
-    reward_accuracy: share whose implied reward ranks the chosen answer first.
+    reward_accuracy: share whose return ranks the chosen answer first.
     """
     names = [BASE, *(pairs[0].chosen.columns if pairs else ())]
     lengths = [pair.length_difference for pair in pairs]

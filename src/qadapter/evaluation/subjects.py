@@ -28,9 +28,9 @@ class Subject:
 
     @property
     def temperatures(self) -> Temperatures:
-        """α̃ and α₀ of the (first) adapter."""
+        """α̃, α₀ and γ of the (first) adapter."""
         config = self.model.configs[self.model.adapters[0]]
-        return Temperatures(config.alpha_tilde, config.alpha_0)
+        return Temperatures(config.alpha_tilde, config.alpha_0, config.gamma)
 
     def base_identity(self) -> dict[str, Any]:
         """What the base's numbers depend on."""
