@@ -129,3 +129,22 @@ def test_accuracy_by_category():
     assert list(figures) == ["a"]
     assert figures["a"]["accuracy"].value == 0.75
     assert figures["a"]["accuracy"].n == 2
+
+
+def test_repeating_every_pair_of_a_prompt_does_not_narrow_intervals():
+    wins, differences, copies = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0], [3, -2, 5, -1, 2, -4, -3], 11
+    groups = [index for index in range(7) for _ in range(copies)]
+    once = accuracy_at_equal_length(wins, differences)
+    often = accuracy_at_equal_length(
+        [wins[index] for index in groups], [differences[index] for index in groups], groups
+    )
+    # The prior weighs less among more pairs, hence not exactly as wide.
+    assert often.high - often.low > 0.95 * (once.high - once.low)
+
+    pairs = [PAIRS[0]] * 8 + [PAIRS[1]] * 8
+    groups = [0] * 8 + [1] * 8
+    in_category = by_category(pairs, ["a"] * 16, "policy", groups)["a"]["accuracy"]
+    assert in_category.high - in_category.low > 0.5
+    (row,) = calibration([0.3] * 8, [0] * 8)["bins"]
+    (single,) = calibration([0.3])["bins"]
+    assert (row["low"], row["high"]) == (single["low"], single["high"])

@@ -92,3 +92,11 @@ def test_too_few_observations_have_no_bounds():
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042)])
 def test_quantiles_of_the_t_distribution(freedom, quantile):
     assert t_quantile(freedom) == pytest.approx(quantile, abs=2e-3)  # tables have three digits
+
+
+def test_pairs_of_a_single_prompt_count_as_one():
+    outcomes = [1.0] * 15 + [0.0] * 5
+    assert rate_interval(outcomes, [0] * 20)[1:3] == wilson(0.75, 1)[1:3]
+    # Two prompts that disagree entirely say next to nothing, whatever the number of pairs.
+    assert rate_interval([1.0] * 50 + [0.0] * 50, [0] * 50 + [1] * 50)[1:3] == pytest.approx(wilson(1, 2)[1:3], abs=0.1)
+    assert rate_interval(outcomes, range(20)) == pytest.approx(rate_interval(outcomes))

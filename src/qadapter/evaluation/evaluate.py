@@ -108,7 +108,9 @@ class Evaluation:
             "rows": held_out.summary,
             "columns": preference_figures(pairs, temperatures, held_out.groups, seed),
             "calibration": {
-                column.name: calibration([pair.reward_margin(column.name, temperatures) for pair in pairs])
+                column.name: calibration(
+                    [pair.reward_margin(column.name, temperatures) for pair in pairs], held_out.groups
+                )
                 for column in self.columns
             },
             "chosen": {
@@ -116,7 +118,7 @@ class Evaluation:
                 "breakdown": self._breakdowns(chosen, texts),
             },
             "categories": {
-                column.name: by_category(pairs, categories, column.name)
+                column.name: by_category(pairs, categories, column.name, held_out.groups)
                 for column in self.detailed
                 if any(category is not None for category in categories)
             },

@@ -11,7 +11,7 @@ from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.drift import TextDrift
 from qadapter.evaluation.drift_figures import Figures
 from qadapter.evaluation.intervals import Z95, Interval
-from qadapter.evaluation.resampling import mean_intervals, rate_interval
+from qadapter.evaluation.resampling import design_effect, mean_intervals, rate_interval
 
 CALIBRATION_BINS = 10
 # Standard deviation of the weak normal prior on both coefficients of the length control: without it, pairs that all
@@ -117,7 +117,7 @@ def preference_figures(
         wins = [win(pair.log_ratio_margin(name)) for pair in pairs]
         result[name] = {
             "accuracy": rate_interval(wins, groups),
-            "accuracy_at_equal_length": accuracy_at_equal_length(wins, lengths),
+            "accuracy_at_equal_length": accuracy_at_equal_length(wins, lengths, groups),
             "prefers_chosen": rate_interval([win(pair.token_margin(name)) for pair in pairs], groups),
             "prefers_chosen_summed": rate_interval([win(pair.margin(name)) for pair in pairs], groups),
             "reward_accuracy": rate_interval([win(pair.reward_margin(name, temperatures)) for pair in pairs], groups),
@@ -131,11 +131,14 @@ def win(margin: float) -> float:
     return 0.5 if margin == 0 else float(margin > 0)
 
 
-def accuracy_at_equal_length(wins: Sequence[float], length_differences: Sequence[float]) -> Interval:
+def accuracy_at_equal_length(
+    wins: Sequence[float], length_differences: Sequence[float], groups: Sequence[Hashable] | None = None
+) -> Interval:
     """The accuracy of pairs whose answers are equally long, σ(a) of P(win) = σ(a + b x), with a Laplace interval.
 
     x = tanh(Δ / root mean square of Δ), as in length-controlled AlpacaEval (arXiv 2404.04475). Where nearly all
-    differences have one sign, equal length is an extrapolation, and the interval says so.
+    differences have one sign, equal length is an extrapolation, and the interval says so. Grouped pairs widen it by
+    the design effect of the wins.
     """
     n = len(wins)
     if n == 0:
@@ -152,7 +155,7 @@ def accuracy_at_equal_length(wins: Sequence[float], length_differences: Sequence
         if size == 1.0 and abs(step_a) + abs(step_b) < 1e-12:
             break
     _, (h_aa, h_ab, h_bb) = _derivatives(a, b, wins, xs)
-    error = math.sqrt(h_bb / (h_aa * h_bb - h_ab * h_ab))
+    error = math.sqrt(design_effect(wins, groups) * h_bb / (h_aa * h_bb - h_ab * h_ab))
     return Interval(_sigmoid(a), _sigmoid(a - Z95 * error), _sigmoid(a + Z95 * error), n)
 
 
@@ -174,22 +177,24 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def calibration(margins: Sequence[float]) -> dict[str, Any]:
+def calibration(margins: Sequence[float], groups: Sequence[Hashable] | None = None) -> dict[str, Any]:
     """How well σ(reward margin) tells the chance that the chosen answer is ranked first.
 
     Every pair is turned so that the model's confidence is max(σ, 1 − σ) ≥ ½; `ece` is the mean gap between confidence
     and accuracy over bins of confidence, weighted by their size, and `bins` the reliability diagram.
     """
     bins: list[list[tuple[float, float]]] = [[] for _ in range(CALIBRATION_BINS)]
-    for margin in margins:
+    members: list[list[Hashable]] = [[] for _ in range(CALIBRATION_BINS)]
+    for margin, group in zip(margins, range(len(margins)) if groups is None else groups, strict=True):
         confidence = _sigmoid(abs(margin))
         index = min(int((confidence - 0.5) * 2 * CALIBRATION_BINS), CALIBRATION_BINS - 1)
         bins[index].append((confidence, win(margin)))
+        members[index].append(group)
     rows = []
     for index, entries in enumerate(bins):
         if not entries:
             continue
-        interval = rate_interval([correct for _, correct in entries])
+        interval = rate_interval([correct for _, correct in entries], members[index])
         rows.append(
             {
                 "from": 0.5 + index / (2 * CALIBRATION_BINS),
@@ -207,14 +212,19 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
 
 
 def by_category(
-    pairs: Sequence[PairDrift], categories: Sequence[str | None], column: str
+    pairs: Sequence[PairDrift],
+    categories: Sequence[str | None],
+    column: str,
+    groups: Sequence[Hashable] | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """{category: {"accuracy", "prefers_chosen"}} of the pairs that have one."""
     result = {}
     for category in sorted({category for category in categories if category is not None}):
-        members = [pair for pair, own in zip(pairs, categories, strict=True) if own == category]
+        places = [index for index, own in enumerate(categories) if own == category]
+        members = [pairs[index] for index in places]
+        own_groups = None if groups is None else [groups[index] for index in places]
         result[category] = {
-            "accuracy": rate_interval([win(pair.log_ratio_margin(column)) for pair in members]),
-            "prefers_chosen": rate_interval([win(pair.token_margin(column)) for pair in members]),
+            "accuracy": rate_interval([win(pair.log_ratio_margin(column)) for pair in members], own_groups),
+            "prefers_chosen": rate_interval([win(pair.token_margin(column)) for pair in members], own_groups),
         }
     return result
