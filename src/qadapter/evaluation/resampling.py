@@ -100,8 +100,8 @@ def paired_difference(
 def design_effect(values: Sequence[float], groups: Sequence[Hashable] | None) -> float:
     """By how much grouped observations count less than independent ones, at least 1.
 
-    It is the variance of the mean over groups relative to that of independent observations, both without the bias of
-    few; where all values are alike, or of one group, nothing but the number of groups is known.
+    It is the variance of the mean over groups relative to that of independent observations; where all values are
+    alike, or of one group, nothing but the number of groups is known.
     """
     if groups is None:
         return 1.0
@@ -113,8 +113,7 @@ def design_effect(values: Sequence[float], groups: Sequence[Hashable] | None) ->
     clusters = len(deviations)
     if independent <= 1e-12 or clusters == 1:
         return n / clusters
-    unbiased = clusters / (clusters - 1) * (n - 1) / n
-    return max(1.0, unbiased * math.fsum(d * d for d in deviations.values()) / independent)
+    return max(1.0, math.fsum(d * d for d in deviations.values()) / independent)
 
 
 def _spread(values: Sequence[float], mean: float) -> float:
