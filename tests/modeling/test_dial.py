@@ -473,13 +473,27 @@ def test_the_models_own_callable_strength_is_asked_where_a_call_gives_none(polic
         ({"max_kl": torch.ones(2)}, r"max_kl has the shape \(2,\): give one number, or one a row, \(3,\)"),
         ({"adapter_weights": {"default": torch.ones(2)}}, r"adapter_weights\['default'\] has the shape \(2,\)"),
         ({"adapter_weights": torch.ones(2, 1)}, r"adapter_weights has the shape \(2, 1\)"),
-        ({"output_hidden_states": True}, "output_hidden_states: .* Ask model.base"),
+        (
+            {"output_hidden_states": True},
+            r"output_hidden_states: .* within `model.plan.running\(None\)`",
+        ),
         ({"output_attentions": True}, "output_attentions: .* Ask model.base"),
     ],
 )
 def test_what_forward_cannot_give_is_refused(policy, settings, named):
     with pytest.raises(ConfigError, match=named):
         policy(input_ids=IDS, **settings)
+
+
+def test_the_states_that_forward_refuses_are_had_as_it_says(policy, base):
+    states = {}
+    with torch.no_grad():
+        for stream in (None, "default"):
+            with policy.plan.running(stream):
+                states[stream] = policy.base(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+        expected = base(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(states[None], expected)
+    assert not torch.equal(states["default"], expected)
 
 
 def test_a_tuple_is_given_where_no_dict_is_wanted(policy):
