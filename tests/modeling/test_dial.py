@@ -115,6 +115,40 @@ def test_weights_a_row_generate_what_single_runs_generate(composed):
         assert torch.equal(batch[row : row + 1], both.generate(IDS[row : row + 1], adapter_weights=single, **options))
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize("given", [{"concise": torch.tensor(0.8), "polite": 0.4}, torch.tensor([[0.8, 0.4]])])
+def test_one_number_as_a_tensor_serves_all_rows_however_many_texts_they_get(composed, options, given):
+    both, _ = composed
+    texts = []
+    for weights, cap in ((given, torch.tensor([0.3])), ({"concise": 0.8, "polite": 0.4}, 0.3)):
+        torch.manual_seed(5)
+        texts.append(both.generate(IDS, max_new_tokens=4, adapter_weights=weights, max_kl=cap, **options))
+    assert torch.equal(*texts)
+
+
+def test_the_models_own_weights_may_name_some_adapters_only(composed):
+    both, alone = composed
+    before, both.adapter_weights = both.adapter_weights, {"polite": 1.0}
+    try:
+        torch.testing.assert_close(logits(both), logits(alone["polite"]), rtol=1e-4, atol=1e-4)
+        assert both.generate(IDS, max_new_tokens=2).shape == (3, IDS.shape[1] + 2)
+        both.adapter_weights = {"polit": 1.0}
+        with pytest.raises(ConfigError, match=r"adapter_weights names \['polit'\]; the adapters are"):
+            both.generate(IDS, max_new_tokens=2)
+    finally:
+        both.adapter_weights = before
+
+
+def test_weights_of_another_number_of_rows_are_refused_by_name(composed):
+    with pytest.raises(ConfigError, match=r"adapter_weights\['concise'\] has the shape \(2,\): .* one a row, \(3,\)"):
+        composed[0].generate(IDS, max_new_tokens=2, adapter_weights={"concise": torch.ones(2), "polite": torch.ones(3)})
+
+
+def test_a_cap_needs_no_prompt(policy):
+    text = policy.generate(bos_token_id=3, max_new_tokens=4, do_sample=False, max_kl=0.1)
+    assert torch.equal(text, policy.generate(torch.tensor([[3]]), max_new_tokens=4, do_sample=False, max_kl=0.1))
+
+
 def test_unknown_adapter_in_the_weights_is_refused(composed):
     with pytest.raises(ConfigError, match=r"names \['loud'\]; the adapters are \['concise', 'polite'\]"):
         composed[0](IDS, adapter_weights={"loud": 1.0})
@@ -440,13 +474,27 @@ def test_the_models_own_callable_strength_is_asked_where_a_call_gives_none(polic
         ({"max_kl": torch.ones(2)}, r"max_kl has the shape \(2,\): give one number, or one a row, \(3,\)"),
         ({"adapter_weights": {"default": torch.ones(2)}}, r"adapter_weights\['default'\] has the shape \(2,\)"),
         ({"adapter_weights": torch.ones(2, 1)}, r"adapter_weights has the shape \(2, 1\)"),
-        ({"output_hidden_states": True}, "output_hidden_states: .* Ask model.base"),
+        (
+            {"output_hidden_states": True},
+            r"output_hidden_states: .* within `model.plan.running\(None\)`",
+        ),
         ({"output_attentions": True}, "output_attentions: .* Ask model.base"),
     ],
 )
 def test_what_forward_cannot_give_is_refused(policy, settings, named):
     with pytest.raises(ConfigError, match=named):
         policy(input_ids=IDS, **settings)
+
+
+def test_the_states_that_forward_refuses_are_had_as_it_says(policy, base):
+    states = {}
+    with torch.no_grad():
+        for stream in (None, "default"):
+            with policy.plan.running(stream):
+                states[stream] = policy.base(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+        expected = base(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(states[None], expected)
+    assert not torch.equal(states["default"], expected)
 
 
 def test_a_tuple_is_given_where_no_dict_is_wanted(policy):

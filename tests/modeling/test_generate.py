@@ -1,5 +1,6 @@
 """`generate` samples from the policy: token for token as by recomputing two whole passes at every step."""
 
+import sys
 import threading
 from functools import cache
 
@@ -141,6 +142,28 @@ def test_strength_a_row_equals_single_runs(policy):
     prompts = token_ids(5, 2, 7, 1, 3)
     expected = [generated(policy, [p], strength=s)[0] for p, s in zip(prompts, STRENGTHS, strict=True)]
     assert generated(policy, prompts, strength=torch.tensor(STRENGTHS)) == expected
+
+
+def test_threads_that_share_a_policy_get_their_own_strengths():
+    policy, strengths, texts = tiny_policy(config=QAdapterConfig()), (0.0, 0.5, 1.0), {}
+    prompt = torch.tensor([[5, 7, 11]])
+
+    def write(strength, into):
+        into[strength] = policy.generate(prompt, max_new_tokens=30, do_sample=False, strength=strength)
+
+    for strength in strengths:
+        write(strength, expected := texts.setdefault("alone", {}))
+    threads = [threading.Thread(target=write, args=(s, texts.setdefault("together", {}))) for s in strengths]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(texts["together"][strength], expected[strength]) for strength in strengths)
 
 
 def test_strength_as_a_tensor_without_dimensions_is_one_number(policy):

@@ -231,6 +231,22 @@ def test_copies_of_an_adapter_in_the_bases_dtype_follow_its_changes(tmp_path):
     assert not torch.equal(changed, expected)
 
 
+def test_a_copy_of_a_policy_follows_its_own_changes():
+    policy = tiny_policy(tiny_base(dtype=torch.bfloat16)).eval()
+    ids = torch.tensor(token_ids(7, 7))
+    with torch.no_grad():
+        narrow_adapters(policy.base)
+        twin = copy.deepcopy(policy)
+        (version,) = {parameter._version for parameter in policy.adapter_parameters().values()}
+        for _ in range(version):  # the copy counts its changes from 0: up to where the original's count stands
+            for parameter in twin.adapter_parameters().values():
+                parameter.mul_(2)
+        changed = twin(ids, strength=0.7).logits
+        narrow_adapters(twin.base)
+        assert torch.equal(twin(ids, strength=0.7).logits, changed)
+        assert not torch.equal(policy(ids, strength=0.7).logits, changed)
+
+
 @pytest.mark.parametrize("streams", [1, 2])
 def test_products_written_as_sums_are_the_products(streams, monkeypatch):
     policy, ids = tiny_policy(tiny_base(dtype=torch.float64)).eval(), torch.tensor(token_ids(7, 7))

@@ -26,6 +26,19 @@ def test_merged_policy_is_the_policy_and_the_base_comes_back_bit_by_bit(architec
     assert (expected - base).abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's, of just that
+def test_a_merged_head_leaves_the_embeddings_that_it_is_tied_to_alone():
+    base = tiny_base(dtype=torch.float64, tie_word_embeddings=True)
+    policy = tiny_policy(base, QAdapterConfig(), lora(target_modules=["q_proj", "lm_head"]))
+    embeddings, head = policy.get_input_embeddings(), policy.head.linear
+    assert head.weight is embeddings.weight
+    with torch.no_grad():
+        expected = policy(**INPUTS).logits
+        with policy.merged():
+            torch.testing.assert_close(policy(**INPUTS).logits, expected, rtol=1e-9, atol=1e-9)
+    assert head.weight is embeddings.weight
+
+
 def test_merged_layers_run_the_base_layer_alone():
     policy, calls = tiny_policy(config=QAdapterConfig()), []
     for module in policy.base.modules():

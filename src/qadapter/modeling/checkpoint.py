@@ -99,7 +99,7 @@ def write_adapter(
 def _manifest(model: QAdapterForCausalLM, digests: dict[str, str]) -> Manifest:
     return Manifest(
         configs={name: config.to_dict() for name, config in model.configs.items()},
-        weights=dict(model.adapter_weights),
+        weights=dict.fromkeys(model.adapters, 0.0) | model.adapter_weights,
         digests=digests,
         base={
             "name": model.base_source.name,

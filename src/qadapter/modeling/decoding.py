@@ -1,6 +1,6 @@
 """generate() for a policy with a dial: settings a request, conditions on the text so far, strengths on record."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from qadapter.modeling.mixing import (
     AdapterWeights,
     StepState,
     Strength,
+    check_shape,
     checked_cap,
     checked_decay,
     checked_number,
@@ -59,11 +60,14 @@ class PolicyGenerationMixin(GenerationMixin):
             strength = strength.item() if strength.numel() == 1 else strength
         elif not callable(strength):
             strength = checked_number(strength, "strength")
-        if isinstance(adapter_weights, Tensor):
-            adapter_weights = finite(adapter_weights, "adapter_weights")
-        else:
-            adapter_weights = stacked_weights(checked_weights(adapter_weights, self.adapter_weights), self.device)
+        prompt = kwargs.get("input_ids", inputs)
+        given = kwargs.get("inputs_embeds") if prompt is None else prompt
+        rows = 1 if given is None else len(given)
+        adapter_weights = self.adapter_weights if adapter_weights is None else adapter_weights
+        adapter_weights = stacked_weights(adapter_weights, self.adapters, rows, self.device)
         cap = checked_cap(self.max_kl if max_kl is None else max_kl, self.device)
+        if cap is not None and cap.numel() == 1:  # generate repeats tensors row by row
+            cap = cap.reshape(()).expand(rows)
         decay = checked_decay(self.decay if decay is None else decay)
         if isinstance(strength, float) and strength == 0.0:
             decay = 1.0  # the base alone, for which one stream is enough
@@ -79,9 +83,6 @@ class PolicyGenerationMixin(GenerationMixin):
         needed = self.stream_coefficients(torch.ones(1) if changing else strength, adapter_weights)
         self._streams_in_cache = len(needed) + (cap is not None and None not in needed)
         record: list[Tensor] | None = [] if output_strengths else None
-        prompt = kwargs.get("input_ids", inputs)
-        if cap is not None and cap.dim() == 0:  # generate repeats tensors row by row
-            cap = cap.expand(len(prompt if prompt is not None else kwargs["inputs_embeds"]))
         settings = {
             "strength": strength,
             "adapter_weights": adapter_weights,
@@ -162,14 +163,24 @@ def decayed(strength: float | Tensor, factor: float, input_ids: Tensor) -> Tenso
     return torch.full((input_ids.shape[0],), strength * factor, device=input_ids.device)
 
 
-def stacked_weights(weights: Mapping[str, float | Tensor], device: torch.device) -> AdapterWeights:
-    """Weights as one tensor (B, K) if any is a tensor, so that generate expands its rows with the batch's."""
-    tensors = [finite(weight, name) for name, weight in weights.items() if isinstance(weight, Tensor)]
-    if not tensors:
+def stacked_weights(
+    weights: AdapterWeights, adapters: Sequence[str], rows: int, device: torch.device
+) -> dict[str, float | Tensor] | Tensor:
+    """A weight for each adapter; as one tensor (B, K) if any is a tensor: generate expands its rows with the batch's.
+
+    Raises:
+        ConfigError: a weight that is not finite, of another number of rows, or of an unknown adapter.
+    """
+    if isinstance(weights, Tensor):
+        check_shape("adapter_weights", weights, (rows, len(adapters)), (1, len(adapters)))
+        return finite(weights, "adapter_weights").to(device).expand(rows, len(adapters))
+    weights = checked_weights(weights, dict.fromkeys(adapters, 0.0))
+    for name, weight in weights.items():
+        check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
+    if not any(isinstance(weight, Tensor) for weight in weights.values()):
         return weights
-    rows = max(tensor.numel() for tensor in tensors)
     columns = [torch.as_tensor(weight, dtype=torch.float32, device=device).expand(rows) for weight in weights.values()]
-    return torch.stack(columns, dim=-1)
+    return finite(torch.stack(columns, dim=-1), "adapter_weights")
 
 
 def refuse_unsupported(changing: str, recorded: bool, kwargs: Mapping[str, Any], config: Any) -> None:

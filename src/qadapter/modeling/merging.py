@@ -15,8 +15,8 @@ from qadapter.modeling.streams import StreamLinear
 def folded(base: PreTrainedModel, adapter: str) -> Iterator[None]:
     """Within the context, the adapter's layers hold W + ΔW; afterwards the very weights that they had.
 
-    The weights it changes are kept beside it, so memory grows by their size. Layers raise ConfigError for any other
-    stream than the adapter's.
+    The sums are new weights, so memory grows by their size, and what else a weight is tied to (a head to the
+    embeddings) keeps its own. Layers raise ConfigError for any other stream than the adapter's.
 
     Raises:
         ConfigError: an adapted layer is quantised, so that ΔW cannot be added to its weights.
@@ -26,14 +26,16 @@ def folded(base: PreTrainedModel, adapter: str) -> Iterator[None]:
         if type(layer.base_layer) not in (nn.Linear, Conv1D):
             kind = type(layer.base_layer).__name__
             raise ConfigError(f"{name} is a {kind}: an adapter cannot be folded into quantised weights. Run it beside.")
-    originals = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
+    originals = {name: layer.base_layer.weight for name, layer in layers.items()}
     try:
         for layer in layers.values():
+            weight = layer.base_layer.weight
+            layer.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
             layer.merge(adapter_names=[adapter])
         yield
     finally:
         for name, layer in layers.items():
-            layer.base_layer.weight.data.copy_(originals[name])
+            layer.base_layer.weight = originals[name]
             layer.merged_adapters.clear()
 
 

@@ -220,7 +220,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         for option in ("output_hidden_states", "output_attentions"):
             if kwargs.pop(option, None):
                 raise ConfigError(
-                    f"{option}: the policy has no states of its own, but those of several streams. Ask model.base."
+                    f"{option}: the policy has no states of its own, but those of several streams. Ask model.base, "
+                    "within `model.plan.running(None)` for the base's, or with an adapter's name for that adapter's."
                 )
         if kwargs.pop("decay", None) is not None:
             raise ConfigError(

@@ -46,7 +46,8 @@ class StackedPasses:
         strength = strength.to(self.device) if isinstance(strength, Tensor) else checked_number(strength, "strength")
         if isinstance(adapter_weights, Tensor):
             adapter_weights = dict(zip(self.adapters, adapter_weights.unbind(-1), strict=True))
-        weights = checked_weights(adapter_weights, self.adapter_weights)
+        given = self.adapter_weights if adapter_weights is None else adapter_weights
+        weights = checked_weights(given, dict.fromkeys(self.adapters, 0.0))
         scaled = {name: times(strength, weight) for name, weight in weights.items()}
         adapters, base = composed_coefficients(self.trained_coefficients(), scaled)
         coefficients: dict[Stream, float | Tensor] = dict(adapters.items())

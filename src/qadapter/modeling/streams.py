@@ -9,7 +9,8 @@ Python lists in every layer and is limited to eval mode; ours uses slices.
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -50,27 +51,37 @@ class StreamPlan:
         self.sizes: tuple[int, ...] | None = None
         self.layer_pass: Any = None  # a `trunk.LayerPass`, or None: every layer runs as it is
         self.sums_products = True  # compiled decoding writes small products of adapters as sums; False: as matmuls
+        self.turn = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: all but the lock, of which it has its own."""
+        return {name: value for name, value in vars(self).items() if name != "turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, turn=RLock())
 
     @contextmanager
     def running(self, *blocks: Stream, sizes: tuple[int, ...] | None = None, layer_pass: Any = None) -> Iterator[None]:
         """Within the context, the batch is made of `blocks`, of `sizes` rows each, or all of the same number.
 
-        `layer_pass` decides what happens at each decoder layer (see `qadapter.modeling.trunk`).
+        `layer_pass` decides what happens at each decoder layer (see `qadapter.modeling.trunk`). Threads take turns;
+        compiled passes have their plan in the graph.
         """
-        resting = self.blocks, self.sizes, self.layer_pass
-        self.blocks, self.sizes, self.layer_pass = blocks, sizes, layer_pass
-        try:
-            yield
-        finally:
-            self.blocks, self.sizes, self.layer_pass = resting
+        with nullcontext() if torch.compiler.is_compiling() else self.turn:
+            resting = self.blocks, self.sizes, self.layer_pass
+            self.blocks, self.sizes, self.layer_pass = blocks, sizes, layer_pass
+            try:
+                yield
+            finally:
+                self.blocks, self.sizes, self.layer_pass = resting
 
 
 class StreamLinear(LoraLinear):
     """PEFT's LoRA linear layer whose forward follows a `StreamPlan` instead of the set of active adapters."""
 
     plan: StreamPlan | None = None
-    # Of the weights that `narrow_adapters` copied, by stream: of A and of B.
-    narrowed_versions: Mapping[str, tuple[int, int]] = {}
+    # Of the weights that `narrow_adapters` copied, by stream: see `_version`.
+    narrowed_versions: Mapping[str, tuple[int, ...]] = {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, plus each adapter's update on that adapter's rows."""
@@ -127,7 +138,7 @@ class StreamLinear(LoraLinear):
         narrow_a, narrow_b = (getattr(self, f"narrow_{side}_{stream}", None) for side in "AB")
         if narrow_a is None or narrow_b is None:
             return lora_a.to(dtype), lora_b.to(dtype)
-        if not torch.compiler.is_compiling() and self.narrowed_versions[stream] != (lora_a._version, lora_b._version):
+        if not torch.compiler.is_compiling() and self.narrowed_versions[stream] != _version(lora_a, lora_b):
             return lora_a.to(dtype), lora_b.to(dtype)
         return narrow_a, narrow_b
 
@@ -139,7 +150,7 @@ class StreamLinear(LoraLinear):
             lora_a, lora_b = self.lora_A[stream].weight, self.lora_B[stream].weight
             if lora_a.is_inference() or lora_b.is_inference():  # has no version to tell changes by
                 continue
-            versions[stream] = lora_a._version, lora_b._version
+            versions[stream] = _version(lora_a, lora_b)
             self.register_buffer(f"narrow_A_{stream}", lora_a.detach().to(dtype), persistent=False)
             self.register_buffer(f"narrow_B_{stream}", lora_b.detach().to(dtype), persistent=False)
         self.narrowed_versions = versions
@@ -159,6 +170,11 @@ class StreamLinear(LoraLinear):
         else:
             update = lora_b(lora_a(self._cast_input_dtype(x, lora_a.weight.dtype)))
         return (result + update * self.scaling[stream]).to(result.dtype)
+
+
+def _version(*weights: Tensor) -> tuple[int, ...]:
+    """Which tensors these are, and in which state: a copy of a model counts its changes from 0 again."""
+    return tuple(number for weight in weights for number in (id(weight), weight._version))
 
 
 class StreamConv1D(StreamLinear):
