@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.cells import read_results
+from benchmarks.experiments.contests import OWN
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
 from benchmarks.experiments.summary import (
-    OWN,
     RIVAL,
     Variant,
     by_setting,

@@ -10,11 +10,10 @@ import numpy as np
 
 from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve
 from benchmarks.experiments.measure import SCALE, STRENGTH
-from qadapter import QAdapterConfig
 
 Result = dict[str, Any]
 FORMS = {"dial": "with the strength dial", "scaled": "with scaled weights (WiSE-FT)", "knob": "by its own knob alone"}
-OWN, RIVAL = "qadapter", "dpo"
+RIVAL = "dpo"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +36,8 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Options as text: beta = 10; with γ, which no option need name, where it is not the package's default."""
-        options, gamma = self.named_options, self.results[0]["policy"]["gamma"]
-        if self.method.startswith(OWN) and gamma != QAdapterConfig().gamma:
-            options = options | {"gamma": gamma}
-        return ", ".join(f"{name} = {_short(value)}" for name, value in options.items()) or "defaults"
+        """Options as text: beta = 10."""
+        return ", ".join(f"{name} = {_short(value)}" for name, value in self.named_options.items()) or "defaults"
 
 
 @dataclass(frozen=True)

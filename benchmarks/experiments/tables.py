@@ -12,7 +12,6 @@ from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.summary import (
     FORMS,
-    OWN,
     RIVAL,
     MethodArea,
     Variant,
@@ -20,7 +19,7 @@ from benchmarks.experiments.summary import (
     point_figures,
     variant_areas,
 )
-from benchmarks.experiments.verdict import bracketed, measured_gains
+from benchmarks.experiments.verdict import bracketed, default_of, measured_gains
 
 LEVELS = (0.04, 0.12, 0.25, 1.0)  # shares of the drift limit
 
@@ -99,12 +98,8 @@ def equal_lines(found: Sequence[Variant], gain: str, draws: Draws) -> Iterator[s
 def ablation_table(
     names: Sequence[str], found: Sequence[Variant], usual: Mapping[str, Any], draws: Draws
 ) -> Iterator[str]:
-    """The variants of each ablation, and how their areas differ from the reference's on the seeds that both have.
-
-    The reference is Q-Adapter without any option, which is the package's default but for γ = 1.
-    """
-    reference = next((v for v in found if (v.method, v.named_options) == (OWN, {})), None)
-    gains = measured_gains(found)
+    """The variants of each ablation, and how their areas differ from the default's on the seeds that both have."""
+    default, gains = default_of(found), measured_gains(found)
     lines = []
     for name in names:
         for method, options in ABLATIONS[name]:
@@ -117,13 +112,13 @@ def ablation_table(
             for gain in gains:
                 measures = GAINS[gain], DRIFTS["kl"]
                 cells.append(bracketed(interval(variant_areas(variant, "dial", *measures, draws)[0])))
-                same = reference is None or variant is reference
-                value = None if same else variant_difference(variant, reference, *measures)
+                same = default is None or variant is default
+                value = None if same else variant_difference(variant, default, *measures)
                 cells.append("–" if value is None else bracketed(value))
             lines.append("| " + " | ".join(cells) + " |")
     if lines:
-        yield "Ablations: areas against KL along the dial, and less that of Q-Adapter without options (γ = 1).\n"
-        columns = "".join(f" area: {gain} | − the reference's |" for gain in gains)
+        yield "Ablations: areas against KL along the dial, and their difference from the default's.\n"
+        columns = "".join(f" area: {gain} | − default's |" for gain in gains)
         yield f"| ablation | method | variant | seeds |{columns}"
         yield "|---" * (4 + 2 * len(gains)) + "|"
         yield from lines

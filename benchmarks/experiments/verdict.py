@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.contests import Contest, Interval, contests, variant_difference
+from benchmarks.experiments.contests import OWN, Contest, Interval, contests, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, interval
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
-from benchmarks.experiments.summary import FORMS, OWN, RIVAL, Variant, point_figures, variant_areas
+from benchmarks.experiments.summary import FORMS, RIVAL, Variant, point_figures, variant_areas
 from qadapter import QAdapterConfig
 from qadapter.evaluation.intervals import wilson
 
