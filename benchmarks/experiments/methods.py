@@ -96,8 +96,7 @@ def qadapter(
         rejected: "own" puts the base's own sampled answers in place of the rejected ones.
         options: settings of the method, or options of `losses.qadapter`.
     """
-    # γ is 1 unless an option says otherwise, whatever the package's default is: a results file's options tell all.
-    settings = {"gamma": 1.0} | {name: options.pop(name) for name in METHOD_SETTINGS if name in options}
+    settings = {name: options.pop(name) for name in METHOD_SETTINGS if name in options}
     if options.get("penalty") == "kl":
         settings["penalty"] = options.pop("penalty")
     if alpha is not None:

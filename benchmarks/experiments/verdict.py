@@ -138,9 +138,11 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
 
 def default_of(variants: Sequence[Variant]) -> Variant | None:
     """The variant that the package's defaults give, or None."""
+    own = [variant for variant in variants if variant.method == OWN]
+    plain = next((variant for variant in own if variant.options == "{}"), None)
     usual = QAdapterConfig().to_dict()
-    own = (variant for variant in variants if variant.method == OWN and variant.results[0]["policy"] == usual)
-    return next((variant for variant in own if set(variant.named_options) <= set(usual)), None)
+    named = (v for v in own if v.results[0]["policy"] == usual and set(v.named_options) <= set(usual))
+    return plain or next(named, None)
 
 
 def default_lines(settings: Settings) -> Iterator[str]:

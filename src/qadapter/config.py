@@ -11,14 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The package's defaults: the residual form, started exactly at the base.
     "default": {},
     # Returns a token and the KL from the base as the penalty (docs/results.md, suite kl-small).
-    "kl": {
-        "alpha_tilde": 3.0,
-        "alpha_0": 3.0,
-        "gamma": 1.0,
-        "beta": 1.0,
-        "penalty": "kl",
-        "length_normalised": True,
-    },
+    "kl": {"alpha_tilde": 3.0, "alpha_0": 3.0, "beta": 1.0, "penalty": "kl", "length_normalised": True},
     # The numbers of the paper and its released scripts, in their parametrisation. The released loss itself differs
     # further (method.md lists how); it lives in the tests and benchmarks as a named baseline.
     "authors": {
@@ -43,7 +36,7 @@ class QAdapterConfig:
         alpha_tilde: α̃ > 0, temperature of the customised policy.
         alpha_0: α₀ ≥ 0, weight of the base policy. Equal to alpha_tilde in the residual form, the untrained policy
             is the base and the trained one needs a single stream.
-        gamma: discount γ, 0 < γ ≤ 1: below 1 an answer's first tokens, which settle the rest, count most.
+        gamma: discount γ, 0 < γ ≤ 1.
         beta: weight β ≥ 0 of the penalty, which limits the drift from the base.
         penalty: what β weighs: "reward" (mean of r², the paper's) or "kl" (mean KL from the base a response token).
         length_normalised: divide a response's sum of rewards by its own length.
@@ -56,7 +49,7 @@ class QAdapterConfig:
     parametrisation: str = "residual"
     alpha_tilde: float = 0.1
     alpha_0: float = 0.1
-    gamma: float = 0.95
+    gamma: float = 1.0
     beta: float = 10.0
     penalty: str = "reward"
     length_normalised: bool = False

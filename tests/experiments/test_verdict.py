@@ -115,7 +115,6 @@ def test_without_a_rival_there_is_no_verdict():
 
 def test_an_ablation_is_compared_with_the_default():
     rows = [result("qadapter", 0, 1.0), result("qadapter", 0, 1.5, {"gamma": 0.9}), result("authors", 0, 0.5)]
-    rows[1]["policy"] = QAdapterConfig(gamma=0.9).to_dict()
     lines = list(ablation_table(["gamma", "parametrisation"], variants(rows, TRAINING), TRAINING, Draws(1)))
     (gamma,) = [line for line in lines if "gamma = 0.9" in line]
     assert gamma.split(" | ")[-1].startswith(f"{AREA * 0.5:.3f}")

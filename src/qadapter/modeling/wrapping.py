@@ -55,8 +55,7 @@ def wrap(
         source = write_base(source, base_weights, tokenizer, new_base)
         base = load_base(source, **model_kwargs)
     _require_frozen(base, base_weights, folder)
-    config = QAdapterConfig(gamma=1.0)  # other trainers discount nothing
-    model = QAdapterForCausalLM(base, {DEFAULT_ADAPTER: config}, {DEFAULT_ADAPTER: peft_config})
+    model = QAdapterForCausalLM(base, {DEFAULT_ADAPTER: QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
     load_tensors(model, DEFAULT_ADAPTER, tensors, folder)
     model.base_source = source
     return model.eval(), tokenizer
