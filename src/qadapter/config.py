@@ -10,6 +10,8 @@ from qadapter.errors import ConfigError
 PRESETS: dict[str, dict[str, Any]] = {
     # The package's defaults: the residual form, started exactly at the base.
     "default": {},
+    # An answer's first tokens, which settle the rest, count most (docs/results.md, suite discount-small).
+    "early": {"gamma": 0.95},
     # Returns a token and the KL from the base as the penalty (docs/results.md, suite kl-small).
     "kl": {"alpha_tilde": 3.0, "alpha_0": 3.0, "beta": 1.0, "penalty": "kl", "length_normalised": True},
     # The numbers of the paper and its released scripts, in their parametrisation. The released loss itself differs
@@ -36,7 +38,7 @@ class QAdapterConfig:
         alpha_tilde: α̃ > 0, temperature of the customised policy.
         alpha_0: α₀ ≥ 0, weight of the base policy. Equal to alpha_tilde in the residual form, the untrained policy
             is the base and the trained one needs a single stream.
-        gamma: discount γ, 0 < γ ≤ 1.
+        gamma: discount γ, 0 < γ ≤ 1: below 1 an answer's first tokens, which settle the rest, count most.
         beta: weight β ≥ 0 of the penalty, which limits the drift from the base.
         penalty: what β weighs: "reward" (mean of r², the paper's) or "kl" (mean KL from the base a response token).
         length_normalised: divide a response's sum of rewards by its own length.
@@ -85,7 +87,7 @@ class QAdapterConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "QAdapterConfig":
-        """The settings of a named preset ("default", "kl", "authors"), with `overrides` on top."""
+        """The settings of a named preset ("default", "early", "kl", "authors"), with `overrides` on top."""
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})

@@ -94,7 +94,7 @@ class AdapterArguments:
 class RunArguments:
     """Presets and the output folder."""
 
-    preset: str = field(default="default", metadata={"help": "Settings of the method: default, kl or authors."})
+    preset: str = field(default="default", metadata={"help": "Settings of the method: default, early, kl or authors."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that the output folder holds."})
 
 
