@@ -98,7 +98,7 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--per-device-train-batch-size", "0"), "per_device_train_batch_size = 0: must be at least 1"),
         (("--gradient-accumulation-steps", "0"), "gradient_accumulation_steps.*0"),
         (("--max-steps", "-1", "--num-train-epochs", "0"), "num_train_epochs = 0.0: must be above 0"),
-        (("--preset", "author"), "preset 'author' is unknown: choose one of default, kl, authors"),
+        (("--preset", "author"), "preset 'author' is unknown: choose one of default, early, kl, authors"),
         (("--columns", "prompt"), "--columns 'prompt': write NAME=YOUR_COLUMN"),
         (("--max-rows", "0"), "max_rows is 0; it has to be at least 1"),
         (("--dataset-split", "test"), "a file has only the split 'train', not 'test'"),

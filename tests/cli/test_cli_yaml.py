@@ -144,7 +144,7 @@ def test_null_takes_a_limit_away(train_yaml, write_pairs):
         ("lora_target_modules: [q_proj, [v_proj]]\n", "lora_target_modules = .* has the wrong type"),
         ("length_normalised: maybe\n", "length_normalised = 'maybe' has the wrong type"),
         ("eval_strategy: sometimes\n", "eval_strategy = 'sometimes': choose one of no, steps, epoch"),
-        ("preset: author\n", "preset 'author' is unknown: choose one of default, kl, authors"),
+        ("preset: author\n", "preset 'author' is unknown: choose one of default, early, kl, authors"),
         ("beta: [1\n", "run.yaml is not valid YAML"),
     ],
 )
