@@ -18,7 +18,7 @@ from models import (
     token_ids,
     two_passes,
 )
-from transformers import GenerationConfig, StopStringCriteria, TextIteratorStreamer, set_seed
+from transformers import DynamicCache, GenerationConfig, StopStringCriteria, TextIteratorStreamer, set_seed
 from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
@@ -193,6 +193,20 @@ def test_cache_of_a_finished_call_can_be_continued(policy):
     options = {"max_new_tokens": 4, "do_sample": False, "strength": 0.5}
     continued = policy.generate(longer, past_key_values=first.past_key_values, **options)
     assert torch.equal(continued, policy.generate(longer, **options))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.0, 1.0), (1.0, 0.5), (0.5, 0.0)])
+def test_a_cache_of_other_streams_is_refused(first, second):
+    policy = tiny_policy(config=QAdapterConfig())  # at strength 1 its own stream is enough
+    prompt = torch.tensor(PROMPTS[:1])
+    options = {"max_new_tokens": 3, "do_sample": False}
+    before = policy.generate(prompt, return_dict_in_generate=True, strength=first, **options)
+    with pytest.raises(ConfigError, match=r"past_key_values holds the streams \['.*'\], and this call runs \["):
+        policy.generate(before.sequences, past_key_values=before.past_key_values, strength=second, **options)
+    own = DynamicCache()
+    policy.generate(prompt, past_key_values=own, strength=first, **options)
+    with pytest.raises(ConfigError, match="past_key_values holds the streams"):
+        policy.generate(before.sequences, past_key_values=own, strength=second, **options)
 
 
 def test_embeddings_instead_of_ids_give_the_same_text(policy):

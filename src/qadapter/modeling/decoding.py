@@ -21,6 +21,7 @@ from qadapter.modeling.mixing import (
     evaluated,
     finite,
 )
+from qadapter.modeling.streams import Stream
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
@@ -52,7 +53,8 @@ class PolicyGenerationMixin(GenerationMixin):
         Raises:
             ConfigError: a setting that is not finite or has the wrong shape; a callable strength, a decay or
                 `output_strengths` where a step is not one token of one row (assisted decoding, beams); a callable
-                strength, a decay or weights a row with `guidance_scale`; `assistant_early_exit`.
+                strength, a decay or weights a row with `guidance_scale`; `assistant_early_exit`; a cache that another
+                call has filled with other streams.
         """
         strength = self.strength if strength is None else strength
         if isinstance(strength, Tensor):
@@ -81,7 +83,10 @@ class PolicyGenerationMixin(GenerationMixin):
             raise ConfigError(f"{what} cannot be used with guidance_scale: its second pass is not told of them.")
         # Neither stream's cache may come or go in the middle of a text: the set of streams is fixed here.
         needed = self.stream_coefficients(torch.ones(1) if changing else strength, adapter_weights)
-        self._streams_in_cache = len(needed) + (cap is not None and None not in needed)
+        streams = tuple(dict.fromkeys([*needed, None] if cap is not None else needed))
+        self._streams_in_cache = len(streams)
+        given_cache = kwargs.get("past_key_values")
+        require_streams(given_cache, streams)
         record: list[Tensor] | None = [] if output_strengths else None
         settings = {
             "strength": strength,
@@ -101,6 +106,9 @@ class PolicyGenerationMixin(GenerationMixin):
         # The pass without the prompt that guidance makes is not handed the loop's arguments.
         with self.defaults(strength, adapter_weights, cap) if guided else nullcontext():
             output = super().generate(inputs, *args, **kwargs, **settings)
+        for used in (given_cache, getattr(output, "past_key_values", None)):
+            if used is not None:
+                used.qadapter_streams = streams
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
         return output
@@ -181,6 +189,17 @@ def stacked_weights(
         return weights
     columns = [torch.as_tensor(weight, dtype=torch.float32, device=device).expand(rows) for weight in weights.values()]
     return finite(torch.stack(columns, dim=-1), "adapter_weights")
+
+
+def require_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
+    """Raise ConfigError if a call of `generate` has filled the cache with keys and values of other streams."""
+    filled = getattr(cache, "qadapter_streams", streams)
+    if filled != streams and cache.get_seq_length() > 0:
+        names = [[stream or "base" for stream in own] for own in (filled, streams)]
+        raise ConfigError(
+            f"past_key_values holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "
+            "cap such that the same ones run (a tensor as the strength runs all), or start without the cache."
+        )
 
 
 def refuse_unsupported(changing: str, recorded: bool, kwargs: Mapping[str, Any], config: Any) -> None:
