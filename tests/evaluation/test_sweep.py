@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from evaluated import open_policy
 from models import tiny_tokenizer
+from rich.console import Console
 
 from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import Column, strength_columns
@@ -23,6 +24,7 @@ from qadapter.evaluation.sweep_report import (
     benchmark_changes,
     narrow_rows,
     page,
+    print_sweep,
     recommendation,
     rows_of,
     write_sweep,
@@ -150,6 +152,17 @@ def test_alpha_settings_are_lines_of_their_own(swept):
     assert [point["alpha_0"] for point in sweep["points"]] == [None, None, None, 0.2, 0.2]
     assert sweep["recommended"]["name"] == "1"
     assert "alpha_0 = 0.2" in page(sweep)
+
+
+def test_what_all_points_share_is_said(swept, capsys):
+    sweep = swept([Column(f"{strength:g}", strength, max_kl=0.5, decay=0.8) for strength in (0.5, 1.0)], max_kl=100.0)
+    assert sweep["dial"] == {"decay": 0.8, "cap": 0.5}
+    assert "Recommended strength: 1, decay 0.8, KL cap 0.5, the largest" in page(sweep)
+    print_sweep(sweep, Console(width=120))
+    assert "along the dial, decay 0.8, KL cap 0.5" in capsys.readouterr().out
+    even = swept([Column("1", 1.0)], max_kl=100.0)
+    decayed, whole = (run["points"][1]["kl_chosen"]["value"] for run in (swept([Column("1", 1.0, decay=0.8)]), even))
+    assert 0 < decayed < whole
 
 
 def test_files_of_a_sweep(swept, tmp_path):

@@ -78,6 +78,7 @@ def run_sweep(
                 }
                 for task, figures in results["tasks"].items()
             },
+            "dial": {"decay": columns[0].decay, "cap": columns[0].max_kl},
             "budget": {"max_kl": limits.max_kl, "max_drop": dict(limits.max_drop)},
             "points": points,
             "recommended": recommend(results, columns, limits),

@@ -18,6 +18,7 @@ JSON_NAME, SVG_NAME, PNG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.png
 
 BENCHMARKS_SVG_NAME = "sweep_benchmarks.svg"
 
+SETTINGS = ("dial", "budget", "workload", "adapter", "base", "environment")
 # (key, title, how it is written)
 GAINS = (
     ("margin_gain", "margin gained, nats a token", "change"),
@@ -62,8 +63,14 @@ def write_sweep(sweep: Mapping[str, Any], folder: Path) -> list[Path]:
 def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
     """The points and the recommendation in the terminal."""
     header, rows = narrow_rows(sweep)
-    print_table(console, "Gain and drift along the dial (± 95%)", header, rows)
+    print_table(console, f"Gain and drift along the dial{fixed(sweep)} (± 95%)", header, rows)
     console.print(plain(recommendation(sweep)), highlight=False)
+
+
+def fixed(sweep: Mapping[str, Any]) -> str:
+    """The settings that all points share, as words to follow others; "" where they are the usual ones."""
+    decay, cap = sweep["dial"]["decay"], sweep["dial"]["cap"]
+    return ("" if decay == 1 else f", decay {decay:g}") + ("" if cap is None else f", KL cap {cap:g}")
 
 
 def rows_of(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -108,7 +115,7 @@ def recommendation(sweep: Mapping[str, Any]) -> str:
     within = ", ".join(limits)
     if not found["fits"]:
         return f"None of the measured strengths fits ({within}): measure smaller ones, or raise the budget."
-    return f"Recommended strength: {found['strength']:g}, the largest measured one that fits ({within})."
+    return f"Recommended strength: {found['strength']:g}{fixed(sweep)}, the largest measured one that fits ({within})."
 
 
 def trade_off(sweep: Mapping[str, Any]) -> Chart:
@@ -166,8 +173,8 @@ def page(sweep: Mapping[str, Any]) -> str:
     body = f"""<p>{escape(recommendation(sweep))}</p>
 <p><label>gain <select id="gain"></select></label> <label>cost <select id="cost"></select></label></p>
 <div id="plot">{svg(trade_off(sweep))}</div><pre id="values">Point at a dot to see its values.</pre>
-<h2>Points</h2>{table(header, rows)}
-{folded("Settings", json_block({key: sweep[key] for key in ("budget", "workload", "adapter", "base", "environment")}))}
+<h2>Points{fixed(sweep)}</h2>{table(header, rows)}
+{folded("Settings", json_block({key: sweep[key] for key in SETTINGS}))}
 <script type="application/json" id="data">{script_data(data)}</script>
 <script>{SCRIPT}</script>"""
     return document(f"Sweep of {Path(sweep['adapter']['path']).name}", body)
