@@ -53,10 +53,14 @@ def verdict_lines(settings: Settings) -> Iterator[str]:
 
 
 def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
-    """Whether any point of the variants has both the gain and the drift."""
+    """Whether each of the variants has a point with both the gain and the drift: some are younger than some results."""
     measures = GAINS[yardstick[0]], DRIFTS[yardstick[1]]
-    points = (point for variant in variants for result in variant.results for point in result["points"])
-    return any(all(measure.read(point) for measure in measures) for point in points)
+    return all(
+        any(
+            all(measure.read(point) for measure in measures) for result in variant.results for point in result["points"]
+        )
+        for variant in variants
+    )
 
 
 def measured_gains(variants: Sequence[Variant]) -> list[str]:
