@@ -105,28 +105,20 @@ def test_identity_1_advantage_is_the_scaled_log_ratio(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_identity_2_rewards_telescope_to_the_first_value(setting):
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_identity_2_rewards_telescope_to_the_first_value(setting, gamma):
     _, alpha_tilde, alpha_0 = setting
     batch = random_batch()
     mask = batch[-1]
-    rewards, _, values, policy_logps, base_logps = rewards_of(*batch, *setting, gamma=1.0)
-    advantages = ((alpha_tilde * policy_logps - alpha_0 * base_logps) * mask).sum(-1)
-    torch.testing.assert_close(rewards.sum(-1), advantages + values[:, 0], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_discounted_rewards_telescope_token_by_token(setting):
-    _, alpha_tilde, alpha_0 = setting
-    batch = random_batch()
-    mask = batch[-1]
-    rewards, _, values, policy_logps, base_logps = rewards_of(*batch, *setting, gamma=0.8)
-    weights = 0.8 ** torch.arange(mask.shape[1], dtype=torch.float64)
-    expected = ((alpha_tilde * policy_logps - alpha_0 * base_logps) * weights * mask).sum(-1)
-    returns = functional.response_returns(rewards, values, mask, gamma=0.8)
-    torch.testing.assert_close(returns, expected, rtol=1e-11, atol=1e-11)
+    rewards, _, values, policy_logps, base_logps = rewards_of(*batch, *setting, gamma=gamma)
+    weights = gamma ** torch.arange(mask.shape[1], dtype=torch.float64)
+    advantages = ((alpha_tilde * policy_logps - alpha_0 * base_logps) * weights * mask).sum(-1)
+    torch.testing.assert_close((rewards * weights).sum(-1), advantages + values[:, 0], rtol=1e-11, atol=1e-12)
+    returns = functional.response_returns(rewards, values, mask, gamma)
+    torch.testing.assert_close(returns, advantages, rtol=1e-11, atol=1e-11)
     # Where the response begins in its row does not matter.
     later = [torch.nn.functional.pad(tensor, (3, 2)) for tensor in (rewards, values, mask)]
-    torch.testing.assert_close(functional.response_returns(*later, gamma=0.8), returns)
+    torch.testing.assert_close(functional.response_returns(*later, gamma), returns)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])

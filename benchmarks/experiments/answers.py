@@ -47,7 +47,6 @@ def sample_answers(
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
-    decay: float = 1.0,
 ) -> list[list[Answer]]:
     """For each strength one answer a prompt; the same seed draws the same answers on the same machine.
 
@@ -57,7 +56,6 @@ def sample_answers(
     Args:
         temperature: 0 takes the likeliest token each time.
         batch_size: prompts a batch.
-        decay: of each strength from token to token.
     """
     order = sorted(range(len(prompts)), key=lambda index: (len(json.dumps(prompts[index])), index))
     ends = end_tokens(policy, tokenizer)
@@ -71,7 +69,7 @@ def sample_answers(
         output = policy.generate(
             **{name: tensor.repeat(len(strengths), 1).to(policy.device) for name, tensor in batch.items()},
             strength=dial.repeat_interleave(len(rows)) if len(strengths) > 1 else dial,
-            decay=decay, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+            max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
             logits_processor=[CommonNoise(temperature, len(strengths), seed + start)] if temperature else [],
             eos_token_id=ends, pad_token_id=pad,
         )  # fmt: skip

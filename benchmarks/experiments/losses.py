@@ -30,7 +30,8 @@ def dpo(
     answers (RPO, arXiv 2404.19733); `discount` weighs the log-ratio of the answer's t-th token by discountᵗ (D²PO,
     arXiv 2502.14340).
     """
-    margins = beta * log_ratio_margins(statistics, mask * discounts(mask, discount), length_normalised)
+    weights = mask * functional.discounts(mask, discount, statistics.logps.dtype)
+    margins = beta * log_ratio_margins(statistics, weights, length_normalised)
     losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
     return losses + sft_weight * chosen_nll(statistics, mask)
 
@@ -60,11 +61,6 @@ def kto(statistics: TokenStatistics, mask: Tensor, beta: float, mismatched: Tens
 def token_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:
     """Supervised fine-tuning: contributions (B,) of the rows, whose mean is the mean NLL over the batch's tokens."""
     return -(statistics.logps * mask).sum(-1) * len(mask) / mask.sum()
-
-
-def discounts(mask: Tensor, discount: float) -> Tensor:
-    """discountᵗ (B, T), t = 0 at the first token of the response that `mask` marks."""
-    return discount ** (mask.cumsum(-1) - 1).clamp(min=0).double()
 
 
 def chosen_nll(statistics: TokenStatistics, mask: Tensor) -> Tensor:

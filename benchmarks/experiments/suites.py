@@ -181,7 +181,7 @@ def epochs_small() -> Suite:
             {**KL_PENALTY, "alpha": 1.0, "beta": 1.0},
             {"penalty": "kl", "alpha": 1.0, "beta": 0.3, "normalised": "pair"},
             {"beta": 10.0},
-            {"beta": 10.0, "sft_weight": 1.0},  # samples follow demonstrations more than margins
+            {"beta": 10.0, "sft_weight": 1.0},  # chosen answers as demonstrations, too
             {"beta": 10.0, "sft_weight": 3.0},
         ],
         "dpo": [

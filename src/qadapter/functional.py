@@ -88,6 +88,11 @@ def implied_rewards(q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0)
     return (q - gamma * next_values) * mask
 
 
+def discounts(mask: Tensor, gamma: float, dtype: torch.dtype) -> Tensor:
+    """γᵗ (B, T), t = 0 at the first token of the response that `mask` marks."""
+    return gamma ** (mask.cumsum(-1) - 1).clamp(min=0).to(dtype)
+
+
 def response_returns(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, length_normalised: bool = False
 ) -> Tensor:
@@ -102,8 +107,7 @@ def response_returns(
         length_normalised: divide by the response's own length, never by a padded one.
     """
     first = mask & ~F.pad(mask, (1, 0))[:, :-1]
-    steps = (mask.cumsum(-1) - 1).clamp(min=0).to(rewards.dtype)
-    returns = (gamma**steps * rewards * mask).sum(-1) - (values * first).sum(-1)
+    returns = (discounts(mask, gamma, rewards.dtype) * rewards * mask).sum(-1) - (values * first).sum(-1)
     return returns / mask.sum(-1).clamp(min=1) if length_normalised else returns
 
 
