@@ -53,19 +53,49 @@ class Contest:
 def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str = OWN) -> list[Contest]:
     """`own`, its knob tuned and with the strength dial, against every other method and form of it.
 
-    Both are taken on the seeds that all of their variants have; a method that shares none is left out. The method's own
-    other forms are among the others.
+    Both are taken on `shared_seeds`; a method that shares none is left out. The method's own other forms are among the
+    others.
     """
     result = []
     for method in dict.fromkeys(variant.method for variant in found):
         pair = [variant for variant in found if variant.method in (own, method)]
-        seeds = frozenset.intersection(*(variant.seeds for variant in pair))
+        seeds = shared_seeds(pair)
         if not seeds or not any(variant.method == own for variant in pair):
             continue
-        rows = method_areas([on_seeds(variant, seeds) for variant in pair], gain, drift, Draws(len(seeds)))
+        pair = [on_seeds(variant, seeds) for variant in pair if variant.seeds >= seeds]
+        rows = method_areas(pair, gain, drift, Draws(len(seeds)))
         first = next(row for row in rows if row.method == own and row.form == "dial")
         result += [Contest(first, row, len(seeds)) for row in rows if row is not first and row.method == method]
     return result
+
+
+def shared_seeds(pair: Sequence[Variant]) -> frozenset[int]:
+    """The seeds that two methods are compared on: those of all the rival's variants, and of Q-Adapter's best covered.
+
+    Variants of Q-Adapter that lack one of them are not among those it chooses from, whereas a rival always keeps all
+    values of its knob: more seeds of one of our variants may narrow our own choice, never the rival's.
+    """
+    rivals = [variant.seeds for variant in pair if variant.method != OWN]
+    own = [variant.seeds for variant in pair if variant.method == OWN]
+    if not rivals or not own:
+        return frozenset.intersection(*rivals, *own)
+    theirs = frozenset.intersection(*rivals)
+    return max((seeds & theirs for seeds in own), key=len)
+
+
+def pooled(found: Sequence[Contest]) -> Contest:
+    """The mean over settings of one pair of methods: their prompts differ, so each setting is resampled by itself."""
+    orders = [np.random.default_rng(place).permutation(len(one.own.whole) - 1) + 1 for place, one in enumerate(found)]
+
+    def mean(side: str) -> MethodArea:
+        areas: list[MethodArea] = [getattr(one, side) for one in found]
+        whole, lower = (
+            np.mean([np.append(row[0], row[order]) for row, order in zip(rows, orders, strict=True)], 0)
+            for rows in ([area.whole for area in areas], [area.lower for area in areas])
+        )
+        return MethodArea(areas[0].method, areas[0].form, whole, lower, ())
+
+    return Contest(mean("own"), mean("other"), min(one.seeds for one in found))
 
 
 def on_seeds(variant: Variant, seeds: frozenset[int]) -> Variant:

@@ -1,6 +1,6 @@
 """docs/results.md and its plots, from results files alone: nothing on the page is typed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,9 @@ PLACES = ("--data", "--work", "--results", "--threads")  # of files on the machi
 HEAD = """# Results
 
 Made by `python -m benchmarks.experiments report` from the files in `{results}`: every figure and plot comes from them.
+Each suite has a page with its tables and curves; the verdict over all of them comes first.
 """
+BACK = "[The verdict, and how to read the tables](../{page})\n"
 DEFINITIONS = """## How to read it
 
 A trade-off curve holds (drift, gain) points along the strength dial, the base being (0, 0). The area is the mean height
@@ -66,7 +68,7 @@ seed they are over prompts alone. Two or three seeds hardly show their spread: t
 
 
 def write_report(results: Path, output: Path) -> None:
-    """Write the page, the plots beside it in a folder of its name, and the figures as JSON.
+    """Write the page; in a folder of its name a page for each suite, the plots, and the figures as JSON.
 
     Raises:
         DataError: there is no results file.
@@ -83,15 +85,35 @@ def write_report(results: Path, output: Path) -> None:
         for name, (found, _) in suites.items()
         for setting, own in by_setting(found).items()
     }
-    lines = [HEAD.format(results="/".join(results.parts[-3:])), *verdict_lines(settings), DEFINITIONS]
+    index = suite_table({name: found for name, (found, _) in suites.items()}, plots.name)
+    write_page(
+        output, [HEAD.format(results="/".join(results.parts[-3:])), *index, *verdict_lines(settings), DEFINITIONS]
+    )
     figures: dict[str, Any] = {}
     for name, (found, folder) in suites.items():
-        lines += suite_lines(name, found, folder)
+        lines = [f"# Results: {name}\n", BACK.format(page=output.name), *suite_lines(name, found, folder)]
         for (suite, setting), own in settings.items():
             if suite == name:
                 lines += setting_lines(name, setting, own, plots, figures.setdefault(name, {}).setdefault(setting, {}))
-    output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        write_page(plots / f"{name}.md", lines)
     write_ordered_json(plots / "figures.json", jsonable(figures))
+
+
+def write_page(path: Path, lines: Sequence[str]) -> None:
+    """Write the lines as a page."""
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def suite_table(suites: Mapping[str, Sequence[dict[str, Any]]], folder: str) -> Iterator[str]:
+    """Every suite with its page: what it asks, and how much of it there is."""
+    yield "| suite | what | settings | cells | seeds | hours |"
+    yield "|---" * 6 + "|"
+    for name, found in suites.items():
+        purpose = make_suite(name).purpose if name in SUITES else ""
+        hours = sum(sum(result["seconds"].values()) for result in found) / 3600
+        numbers = [str(len(by_setting(found))), str(len(found)), str(number_of_seeds(found)), f"{hours:.1f}"]
+        yield f"| [{name}]({folder}/{name}.md) | {purpose} | " + " | ".join(numbers) + " |"
+    yield ""
 
 
 def usual_training(suite: str, setting: str) -> dict[str, Any] | None:
@@ -102,7 +124,6 @@ def usual_training(suite: str, setting: str) -> dict[str, Any] | None:
 
 def suite_lines(name: str, results: Sequence[dict[str, Any]], folder: Path) -> Iterator[str]:
     """The head of a suite's section: what was run, on what, for how long."""
-    yield f"## {name}\n"
     if name in SUITES:
         yield make_suite(name).purpose + "\n"
     notes = folder / "notes.md"
@@ -141,7 +162,7 @@ def setting_lines(
     suite: str, setting: str, found: Sequence[Variant], plots: Path, figures: dict[str, Any]
 ) -> Iterator[str]:
     """The section of a setting: methods by area, variants at full strength, plots."""
-    yield f"### {setting} ({suite})\n"
+    yield f"## {setting}\n"
     yield described(found)
     draws = Draws(number_of_seeds([result for variant in found for result in variant.results]))
     ablations = make_suite(suite).ablations if suite in SUITES else ()
@@ -216,7 +237,7 @@ def plot_lines(
         name = f"{suite}-{setting}-{gain}-{drift}{'' if number == 1 else f'-{number}'}.svg"
         text = line_chart(series, f"{setting}: gain against drift", DRIFTS[drift].name, GAINS[gain].name)
         (plots / name).write_text(text, encoding="utf-8")
-        yield f"![{setting}: {gain} against {drift}]({plots.name}/{name})\n"
+        yield f"![{setting}: {gain} against {drift}]({name})\n"
 
 
 def up_to(drifts: Sequence[float], gains: Sequence[float], limit: float) -> list[tuple[float, float]]:

@@ -29,20 +29,26 @@ def area_table(
 ) -> Iterator[str]:
     """The methods by area, the largest first; differences from DPO on the seeds that both have."""
     compared = against_rival(found, GAINS[gain], DRIFTS[drift])
-    seeds = {variant.method: len(variant.seeds) for variant in found}
+    seeds = {method: seed_range([v for v in found if v.method == method]) for method in {v.method for v in found}}
     yield f"Gain: {GAINS[gain].name}. Drift: {DRIFTS[drift].name}.\n"
     yield "| method | form | seeds | area | lower half | area − DPO's | lower half − DPO's | chosen knob |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: -row.whole[0]):
         whole, lower = interval(row.whole), interval(row.lower)
         one = compared.get((row.method, row.form))
-        cells = [TITLES.get(row.method, row.method), FORMS[row.form], str(seeds[row.method])]
+        cells = [TITLES.get(row.method, row.method), FORMS[row.form], seeds[row.method]]
         cells += [bracketed(whole), bracketed(lower)]
         against = None if one is None else {"whole": negated(one.whole), "lower": negated(one.lower)}
         cells += ["–", "–"] if against is None else [bracketed(against["whole"]), bracketed(against["lower"])]
         yield "| " + " | ".join([*cells, "; ".join(row.chosen) or "–"]) + " |"
         figures[f"{row.method} {row.form}"] = {"whole": whole, "lower": lower, "against_dpo": against}
     yield ""
+
+
+def seed_range(found: Sequence[Variant]) -> str:
+    """How many seeds the variants have: 3, or 1–3 where some have fewer than others."""
+    counts = {len(variant.seeds) for variant in found}
+    return "–".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def negated(values: tuple[float, float, float]) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.contests import OWN, Contest, Interval, contests, variant_difference
+from benchmarks.experiments.contests import OWN, Contest, Interval, contests, pooled, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, interval
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
@@ -25,6 +25,8 @@ DEFAULT_WORDS = {
 GAIN_TITLES = {"score": "judged samples", "margin": "margin", "body": "margin without ends"}
 GOAL_GAINS = ("score", "margin")
 DRIFT_TITLES = {"kl": "KL", "benchmarks": "benchmarks"}
+# The heads of a contest's columns.
+CONTEST = "seeds | area | DPO's | difference | larger | lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
 Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
 
 INTRODUCTION = """## Verdict
@@ -46,6 +48,7 @@ def verdict_lines(settings: Settings) -> Iterator[str]:
     if not found:
         return
     yield INTRODUCTION
+    yield from domain_table(found)
     yield from goal_table(found)
     yield from rival_table(found)
     yield from default_lines(settings)
@@ -86,19 +89,35 @@ def word(value: Interval, seeds: int) -> str:
     return "not shown" if estimate > 0 else "not met"
 
 
+def domain_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
+    """Q-Adapter against DPO in the mean over the domains of DSP, where a suite has several."""
+    parts: dict[tuple[str, str, str], list[Contest]] = {}
+    for ((suite, setting), (gain, drift)), own in found.items():
+        one = against_dpo(own)
+        if one is not None and setting.startswith("dsp-"):
+            parts.setdefault((suite, gain, drift), []).append(one)
+    rows = []
+    for (suite, gain, drift), domains in parts.items():
+        if len(domains) > 1:
+            place = [f"[{suite}](results/{suite}.md)", str(len(domains)), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
+            rows.append(row(place, pooled(domains)))
+    if rows:
+        yield "**The mean over the domains of DSP** (seeds: the fewest of a domain):\n"
+        yield f"| suite | domains | gain by | against | {CONTEST} |"
+        yield "|---" * 12 + "|"
+        yield from rows
+        yield ""
+
+
 def goal_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     """Q-Adapter against DPO by each yardstick."""
     rows, words = [], []
     for ((suite, setting), (gain, drift)), own in found.items():
-        one = next((one for one in own if (one.other.method, one.other.form) == (RIVAL, "dial")), None)
+        one = against_dpo(own)
         if one is None:
             continue
         words.append((word(one.whole, one.seeds), word(one.beyond_goal, one.seeds)))
-        ratio = f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
-        cells = [suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift], str(one.seeds), f"{one.own.whole[0]:.3f}",
-                 f"{one.other.whole[0]:.3f}", bracketed(one.whole), words[-1][0], ratio, bracketed(one.beyond_goal),
-                 words[-1][1]]  # fmt: skip
-        rows.append("| " + " | ".join(cells) + " |")
+        rows.append(row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one))
     if not rows:
         return
     larger, third = (sum(pair[place] == "met" for pair in words) for place in (0, 1))
@@ -106,13 +125,24 @@ def goal_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
         f"**Against DPO: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
         f"half in {third} of {len(rows)}.**\n"
     )
-    yield (
-        "| suite | setting | gain by | against | seeds | area | DPO's | difference | larger | lower half ÷ DPO's | "
-        "lower half − 4/3 DPO's | a third more |"
-    )
+    yield "<details><summary>Each comparison</summary>\n"
+    yield f"| suite | setting | gain by | against | {CONTEST} |"
     yield "|---" * 12 + "|"
     yield from rows
-    yield ""
+    yield "\n</details>\n"
+
+
+def against_dpo(found: Sequence[Contest]) -> Contest | None:
+    """The contest with DPO, both with the dial."""
+    return next((one for one in found if (one.other.method, one.other.form) == (RIVAL, "dial")), None)
+
+
+def row(place: Sequence[str], one: Contest) -> str:
+    """A row of a table of contests."""
+    ratio = f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
+    areas = [f"{one.own.whole[0]:.3f}", f"{one.other.whole[0]:.3f}", bracketed(one.whole)]
+    goals = [word(one.whole, one.seeds), ratio, bracketed(one.beyond_goal), word(one.beyond_goal, one.seeds)]
+    return "| " + " | ".join([*place, str(one.seeds), *areas, *goals]) + " |"
 
 
 def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
@@ -125,7 +155,8 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     beaten = sum(
         all(gain in row and word(row[gain].whole, row[gain].seeds) == "met" for gain in gains) for row in rows.values()
     )
-    yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.** Area − the rival's:\n"
+    yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.**\n"
+    yield "<details><summary>Area − the rival's</summary>\n"
     yield (
         "| suite | setting | rival | form | seeds | "
         + " | ".join(f"{GAIN_TITLES[gain]} | larger" for gain in gains)
@@ -137,7 +168,7 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
         for gain in gains:
             cells += [bracketed(row[gain].whole), word(row[gain].whole, row[gain].seeds)] if gain in row else ["–", "–"]
         yield "| " + " | ".join(cells) + " |"
-    yield ""
+    yield "\n</details>\n"
 
 
 def default_of(variants: Sequence[Variant]) -> Variant | None:
@@ -169,10 +200,11 @@ def default_lines(settings: Settings) -> Iterator[str]:
         yield (
             "**The default** is "
             + ", ".join(f"{name} = {value}" for name, value in QAdapterConfig().to_dict().items())
-            + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it:\n"
+            + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it.\n"
         )
+        yield "<details><summary>The default beside the best other variant</summary>\n"
         yield from lines
-        yield ""
+        yield "\n</details>\n"
 
 
 def failure_lines(settings: Settings) -> Iterator[str]:

@@ -108,11 +108,15 @@ def test_the_scaled_lora_is_that_of_the_averaged_weights():
 
 def test_the_page_is_made_of_the_files(finished, tmp_path):
     write_report(finished.results.parent, tmp_path / "results.md")
-    page = (tmp_path / "results.md").read_text()
+    front, page = (tmp_path / "results.md").read_text(), (tmp_path / "results" / "smoke.md").read_text()
+    assert "| [smoke](results/smoke.md) | Every method end to end" in front
+    assert "## Verdict" in front
     assert "| DPO | with the strength dial |" in page
     assert "8 training pairs" in page
-    for name in re.findall(r"\]\((results/[^)]+\.svg)\)", page):
-        assert (tmp_path / name).read_text().startswith("<svg")
+    plots = re.findall(r"\]\(([^)]+\.svg)\)", page)
+    assert plots
+    for name in plots:
+        assert (tmp_path / "results" / name).read_text().startswith("<svg")
     figures = json.loads((tmp_path / "results" / "figures.json").read_text())["smoke"]["smoke"]
     assert {"dpo dial", "qadapter dial", "sft dial"} <= set(figures["margin against kl"])
     value = figures["margin against kl"]["dpo dial"]["whole"][0]

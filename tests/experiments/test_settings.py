@@ -107,7 +107,7 @@ def test_benchmarks_over_local_files_are_run_and_what_they_lose_is_a_drift(data,
     assert all(set(losses["sciq"]) <= {-1, 0, 1} and len(losses["sciq"]) == 5 for losses in lost.values())
     assert sum(lost[1.0]["sciq"]) / 5 == pytest.approx(-figures["differences"]["strength=1"]["value"])
     write_report(store.results.parent, tmp_path / "results.md")
-    page = (tmp_path / "results.md").read_text()
+    page = (tmp_path / "results" / f"{store.results.name}.md").read_text()
     assert "Drift: score lost on the benchmarks." in page
     assert "| method | options | sciq, strength=0.5 | sciq, strength=1 |" in page
 

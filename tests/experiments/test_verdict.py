@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.experiments.contests import contests, gains_at, variant_difference
+from benchmarks.experiments.contests import contests, gains_at, pooled, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.report import shown_command, up_to
 from benchmarks.experiments.summary import Variant, variants
@@ -75,6 +75,43 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
     qadapter, dpo, sft = sorted(found, key=lambda variant: ["qadapter", "dpo", "sft"].index(variant.method))
     assert variant_difference(qadapter, dpo, GAINS["margin"], DRIFTS["kl"])[0] == pytest.approx(0.0, abs=1e-9)
     assert variant_difference(qadapter, sft, GAINS["margin"], DRIFTS["kl"]) is None
+
+
+def test_a_variant_of_ours_with_fewer_seeds_is_not_chosen_from_and_a_rivals_always_is():
+    own = [result("qadapter", seed, 1.0, {"gamma": 0.95}) for seed in (0, 1, 2)]
+    further = [result("qadapter", 0, 5.0, {"gamma": 0.9})]
+    dpo = [result("dpo", seed, 1.0, {"beta": 0.1}) for seed in (0, 1, 2)]
+    found = contests(variants([*own, *further, *dpo]), GAINS["margin"], DRIFTS["kl"])
+    one = next(one for one in found if one.other.method == "dpo")
+    assert (one.other.form, one.seeds, one.own.chosen) == ("dial", 3, ("gamma = 0.95",))
+    assert one.whole[0] == pytest.approx(0.0, abs=1e-9)
+    strong = [result("dpo", 0, 5.0, {"beta": 0.3})]
+    found = contests(variants([*own, *further, *dpo, *strong]), GAINS["margin"], DRIFTS["kl"])
+    one = next(one for one in found if (one.other.method, one.other.form) == ("dpo", "dial"))
+    assert (one.seeds, one.own.chosen, one.other.chosen) == (1, ("gamma = 0.9",), ("beta = 0.3",))
+    assert one.whole[0] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_domains_are_pooled_and_resampled_each_by_itself():
+    def contest(own):
+        found = variants(
+            [*(result("qadapter", seed, own) for seed in (0, 1)), result("dpo", 0, 1.0), result("dpo", 1, 1.0)]
+        )
+        return contests(found, GAINS["margin"], DRIFTS["kl"])[0]
+
+    low, high = contest(1.1), contest(1.5)
+    both = pooled([low, high])
+    assert both.whole[0] == pytest.approx((low.whole[0] + high.whole[0]) / 2)
+    assert both.seeds == 2
+    same = pooled([high, high])  # two independent draws of one domain: the mean varies less than the domain does
+    assert same.whole[2] - same.whole[1] < high.whole[2] - high.whole[1]
+
+    def cells(margin):
+        return variants([*(result(m, s, h) for m, h in (("qadapter", margin), ("dpo", 1.0)) for s in (0, 1))], TRAINING)
+
+    names = {("s", "dsp-a"): cells(1.1), ("s", "dsp-b"): cells(1.5), ("s", "polite"): cells(9.0)}
+    page = "\n".join(verdict_lines(names))
+    assert f"| [s](results/s.md) | 2 | margin | KL | 2 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in page
 
 
 def test_a_gain_at_equal_drift_has_an_interval():
