@@ -98,6 +98,16 @@ def folder_of_states(tmp_path, policy=None, pairs=None):
     return keep_base_states(policy, pairs, collator_of(policy, True), str(folder), batch_pairs=2), folder
 
 
+@pytest.mark.parametrize("disabled", [True, False])
+def test_disable_tqdm_leaves_out_this_bar_too(tmp_path, disabled, capfd):
+    pairs = token_pairs(3)
+    tiny_trainer(
+        upper_policy(), tmp_path / "run", pairs, max_steps=1, packing=True, cache_base_states="memory",
+        disable_tqdm=disabled,
+    ).train()  # fmt: skip
+    assert ("base states" in capfd.readouterr().err) is not disabled
+
+
 def test_a_second_run_reads_what_the_first_has_written(tmp_path, monkeypatch):
     monkeypatch.setattr("qadapter.base_states.SHARD_PAIRS", 2)
     first, _ = folder_of_states(tmp_path)

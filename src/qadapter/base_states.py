@@ -101,6 +101,7 @@ def keep_base_states(
     where: str,
     batch_pairs: int,
     precision: Callable[[], AbstractContextManager] = nullcontext,
+    show_progress: bool = True,
 ) -> PairsWithStates:
     """The pairs with the base's states, computed now unless the folder holds them.
 
@@ -109,6 +110,7 @@ def keep_base_states(
         where: "memory", or a folder, which a later run on the same pairs reads; an interrupted one goes on there.
         batch_pairs: pairs a pass.
         precision: the context in which training runs the model.
+        show_progress: whether to draw a bar.
 
     Raises:
         ConfigError: the states do not fit, or the folder holds those of other pairs, of another base or of another
@@ -130,7 +132,8 @@ def keep_base_states(
         write_json(folder / MANIFEST, stated)
     _opened.cache_clear()  # of a folder that has been made anew
     shards: list[Shard | Path] = [*paths] or [{}] * len(starts)
-    done = tqdm(total=len(pairs), initial=len(pairs) - _pairs_in(missing, pairs), unit="pair", desc="base states")
+    kept = len(pairs) - _pairs_in(missing, pairs)
+    done = tqdm(total=len(pairs), initial=kept, unit="pair", desc="base states", disable=not show_progress)
     with done, torch.no_grad():
         for number in missing:
             rows = list(pairs.select(range(starts[number], min(starts[number] + SHARD_PAIRS, len(pairs)))))
