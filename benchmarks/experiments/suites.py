@@ -209,6 +209,10 @@ def discount_small() -> Suite:
         sampled_strengths=(0.125, 0.25, 0.5, 0.75, 1.0, 2.0), sampled_prompts=72, max_new_tokens=48,
     )  # fmt: skip
     settings = tuple(replace(setting, measuring=measuring) for setting in epochs_small().settings)
+    harmless = replace(
+        cpu_settings()["hh-harmless"], max_length=160, train_pairs=192, eval_pairs=150,
+        measuring=replace(measuring, retained_pairs=60), training=replace(CPU_TRAINING, packed=True),
+    )  # one epoch, also of the tuning to helpfulness before
     once = {"training.epochs": 1.0}  # more do DPO no good (epochs-small)
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [
@@ -230,7 +234,7 @@ def discount_small() -> Suite:
         "ipo": [{"beta": 0.3, **once}],
     }
     purpose = "Discounted returns, with which the first tokens of an answer count most, beside the default and DPO."
-    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
+    return Suite((*settings, harmless), knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
 
 
 def full() -> Suite:
