@@ -210,8 +210,12 @@ def discount_small() -> Suite:
     )  # fmt: skip
     settings = tuple(replace(setting, measuring=measuring) for setting in epochs_small().settings)
     harmless = replace(
-        cpu_settings()["hh-harmless"], max_length=160, train_pairs=192, eval_pairs=150,
-        measuring=replace(measuring, retained_pairs=60), training=replace(CPU_TRAINING, packed=True),
+        cpu_settings()["hh-harmless"],
+        max_length=160,
+        train_pairs=192,
+        eval_pairs=150,
+        measuring=replace(measuring, retained_pairs=60),
+        training=replace(CPU_TRAINING, packed=True),
     )  # one epoch, also of the tuning to helpfulness before
     once = {"training.epochs": 1.0}  # more do DPO no good (epochs-small)
     knobs: dict[str, list[dict[str, Any]]] = {
