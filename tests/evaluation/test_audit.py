@@ -257,6 +257,24 @@ def test_columns_are_named_once(subject, workload, tmp_path):
             Evaluation(subject, [Column(name) for name in names], workload, PartStore(tmp_path))
 
 
+def test_pairs_of_one_prompt_tell_no_more_about_chosen_answers_than_one(subject, tmp_path):
+    rows = [{**row, "prompt": f"say {index}"} for index, row in enumerate(pair_rows(5))]
+    once, thrice = (
+        Evaluation(
+            subject,
+            [Column("policy")],
+            Workload(dataset=str(write_jsonl(tmp_path / f"{times}.jsonl", rows * times))),
+            PartStore(tmp_path / "parts"),
+        ).pairs()["chosen"]
+        for times in (1, 3)
+    )
+    figures = [chosen["breakdown"]["policy"]["position"]["1-8"]["kl"] for chosen in (once, thrice)]
+    figures += [chosen["columns"]["policy"]["kl"] for chosen in (once, thrice)]
+    widths = [figure["high"] - figure["low"] for figure in figures]
+    assert widths[1] == pytest.approx(widths[0])
+    assert widths[3] == pytest.approx(widths[2])
+
+
 def test_an_edited_adapter_folder_is_another_adapter(base, tmp_path):
     one, other = (
         open_subject(str(write_adapter(tmp_path / str(seed), base, seed=seed)), None, open_policy(base).dtype, "cpu")

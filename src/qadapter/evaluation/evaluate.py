@@ -115,7 +115,7 @@ class Evaluation:
             },
             "chosen": {
                 "columns": drift_figures(chosen, held_out.groups, seed),
-                "breakdown": self._breakdowns(chosen, texts),
+                "breakdown": self._breakdowns(chosen, texts, held_out.groups),
             },
             "categories": {
                 column.name: by_category(pairs, categories, column.name, held_out.groups)
@@ -243,9 +243,13 @@ class Evaluation:
         advance = self.track(title, len(texts))
         return measure_texts(self.subject.model, texts, self.columns, advance=advance)
 
-    def _breakdowns(self, drifts: Sequence[TextDrift], texts: Sequence[Text]) -> dict[str, Any]:
+    def _breakdowns(
+        self, drifts: Sequence[TextDrift], texts: Sequence[Text], groups: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         tokenizer, seed = self.subject.tokenizer, self.workload.seed
-        return {column.name: breakdowns(drifts, texts, column.name, tokenizer, seed) for column in self.detailed}
+        return {
+            column.name: breakdowns(drifts, texts, column.name, tokenizer, groups, seed) for column in self.detailed
+        }
 
 
 def _worst_pairs(pairs: Sequence[PairDrift], held_out: HeldOutPairs, column: str) -> list[dict[str, Any]]:
