@@ -152,6 +152,7 @@ def test_an_audited_folder_still_loads(run, own):
         ("audit", ["--adapter-weights", "x=1"], "the adapters are ['default']"),
         ("audit", ["--max-pairs", "0"], "max_pairs = 0: must be at least 1"),
         ("audit", ["--max-length", "1"], "max_length = 1: must be at least 2"),
+        ("eval", ["--seed", "-1"], "seed = -1: must be between 0 and 4294967295"),
         ("sweep", ["--strengths", "a"], "--strengths 'a': give numbers"),
         ("sweep", ["--strengths", "0"], "names the base only"),
         ("sweep", ["--max-drop", "1", "--max-drop", "2"], "one number for all benchmarks"),

@@ -7,6 +7,8 @@ from typing import Any
 from qadapter.errors import ConfigError
 from qadapter.evaluation.texts import BUILTIN
 
+SEEDS = 2**32  # that lm-eval takes, at the end of all other work
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -49,6 +51,8 @@ class Workload:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: must be at least 1.")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed = {self.seed}: must be between 0 and {SEEDS - 1}.")
         if self.max_length < 2:
             raise ConfigError(f"max_length = {self.max_length}: must be at least 2 tokens.")
 
