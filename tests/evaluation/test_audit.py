@@ -16,6 +16,7 @@ from qadapter.evaluation.audit_report import page, write_audit
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits
+from qadapter.evaluation.judges.models import RewardJudge
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
 from qadapter.evaluation.workload import Workload
@@ -214,6 +215,27 @@ def test_a_judge_that_could_not_be_reached_is_asked_again(audited, monkeypatch):
         assert judged["wins"] == 0
         assert judged["rate"]["value"] is None
     assert asked == [4, 4]
+
+
+def test_a_judge_with_other_weights_is_asked_again(audited, monkeypatch):
+    class ByLength:
+        tokenizer = tiny_tokenizer()
+
+        def __init__(self, sign):
+            self.sign = sign
+
+        def fingerprint(self):
+            return [self.sign]
+
+        def score(self, ids):
+            return self.sign * len(ids)
+
+    results = []
+    for sign in (1, -1):
+        monkeypatch.setattr(evaluate, "make_judge", lambda name, sign=sign: RewardJudge(ByLength(sign)))
+        results += audited()["results"]["judged"]
+    assert results[0]["wins"] + results[0]["losses"] > 0
+    assert (results[1]["wins"], results[1]["losses"]) == (results[0]["losses"], results[0]["wins"])
 
 
 def test_limits_on_benchmarks_run_them_once(audited, workload, fake_tasks):

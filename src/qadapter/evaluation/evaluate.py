@@ -11,6 +11,7 @@ from qadapter.evaluation.differences import drift_items, pair_items
 from qadapter.evaluation.drift import TextDrift, measure_texts
 from qadapter.evaluation.drift_figures import breakdowns, drift_figures
 from qadapter.evaluation.judges import Judge, make_judge
+from qadapter.evaluation.judges.models import PairJudge, RewardJudge
 from qadapter.evaluation.judging import judged
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.preferences import PairDrift, by_category, calibration, paired, preference_figures
@@ -207,7 +208,14 @@ class Evaluation:
     def _judged(
         self, name: str, judge: Judge, prompts: Sequence[Prompt], own: Sequence[Answer], base: Sequence[Answer]
     ) -> dict[str, Any]:
-        inputs = [name, [prompt.content for prompt in prompts], list(map(asdict, own)), list(map(asdict, base))]
+        weights = judge.scorer.fingerprint() if isinstance(judge, RewardJudge | PairJudge) else None
+        inputs = [
+            name,
+            weights,
+            [prompt.content for prompt in prompts],
+            list(map(asdict, own)),
+            list(map(asdict, base)),
+        ]
 
         def compute() -> dict[str, Any]:
             return judged(judge, prompts, own, base, self.track(f"Judge {name}", len(prompts)))
