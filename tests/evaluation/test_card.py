@@ -83,6 +83,16 @@ def test_the_users_metadata_stays(tmp_path):
     assert "\n# Title\n" in path.read_text()
 
 
+def test_norwegian_stays_a_language(tmp_path):
+    """YAML 1.1 reads no, on, y and others as booleans; the hub and its YAML 1.2 do not."""
+    path = tmp_path / "README.md"
+    path.write_text("---\nlanguage:\n- en\n- no\ninference: false\nswitch: on\n---\n# Title\n")
+    update_card(tmp_path, audit())
+    assert metadata(tmp_path)["language"] == ["en", "no"]
+    assert metadata(tmp_path)["inference"] is False
+    assert metadata(tmp_path)["switch"] == "on"
+
+
 def test_a_card_without_metadata_gets_some(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("Just words.\n\n---\n\nMore words.\n")

@@ -18,6 +18,18 @@ END = "<!-- qadapter audit: end -->"
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*\n?", re.DOTALL | re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 TAGS = ["qadapter", "lora", "preference-tuning"]
+BOOLEAN = "tag:yaml.org,2002:bool"
+
+
+class CardLoader(yaml.SafeLoader):
+    """Reads metadata as the hub does, with the booleans of YAML 1.2: `language: no` is Norwegian, not false."""
+
+
+CardLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+CardLoader.add_implicit_resolver(BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def update_card(folder: Path, audit: Mapping[str, Any]) -> None:
@@ -93,7 +105,7 @@ def metadata_of(card: str, path: Path) -> tuple[re.Match[str] | None, dict[str, 
     """
     match = FRONT_MATTER.match(card)
     try:
-        metadata = yaml.safe_load(match[1]) if match else {}
+        metadata = yaml.load(match[1], CardLoader) if match else {}
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: the metadata between the --- lines is not valid YAML: {reason}") from error
