@@ -132,6 +132,16 @@ def test_audit_writes_its_certificate_into_the_card(run, own, tmp_path):
     assert (own / "README.md").read_text() == card
 
 
+def test_the_new_card_of_a_plain_lora_does_not_call_it_an_adapter_folder(run, adapter, base, tmp_path):
+    lora = shutil.copytree(adapter / "adapters" / "default", tmp_path / "lora")
+    (lora / "README.md").unlink(missing_ok=True)
+    assert run("audit", lora, "--base-model", base)[0] == 0
+    card = (lora / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "AutoPeftModelForCausalLM.from_pretrained" in card
+    assert "QAdapterForCausalLM" not in card
+
+
 def test_an_audited_folder_still_loads(run, own):
     run("audit", own)
     assert run("audit", own)[0] == 0

@@ -11,6 +11,8 @@ from qadapter.errors import DataError
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.tables import headline, markdown_table, written
 from qadapter.evaluation.texts import read_utf8
+from qadapter.modeling.lora_files import CONFIG_NAME
+from qadapter.modeling.manifest import MANIFEST_NAME
 
 CARD_NAME = "README.md"
 BEGIN = "<!-- qadapter audit: begin (replaced by the next audit) -->"
@@ -39,8 +41,10 @@ def update_card(folder: Path, audit: Mapping[str, Any]) -> None:
         DataError: the README is not UTF-8, its metadata is no YAML mapping, or it has one mark of the certificate.
     """
     path = folder / CARD_NAME
-    old = read_utf8(path).replace("\r\n", "\n") if path.exists() else new_card(audit)
-    new = with_certificate(with_metadata(old, audit, path), certificate(audit), path)
+    plain = (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists()  # a LoRA as PEFT writes it
+    old = read_utf8(path).replace("\r\n", "\n") if path.exists() else new_card(audit, plain)
+    library = "peft" if plain else "qadapter"
+    new = with_certificate(with_metadata(old, audit, path, library), certificate(audit), path)
     scratch = path.with_name(f".{CARD_NAME}.partial")
     scratch.write_text(new, encoding="utf-8")
     scratch.replace(path)
@@ -61,31 +65,28 @@ def check_card(folder: Path) -> None:
         with_certificate(card, "", path)
 
 
-def new_card(audit: Mapping[str, Any]) -> str:
-    """The text of a card that nobody has written yet."""
+def new_card(audit: Mapping[str, Any], plain: bool = False) -> str:
+    """The text of a card that nobody has written yet, of an adapter folder or a plain LoRA's."""
     name = base_title(audit)
-    return "\n".join(
-        [
-            f"# {audit['adapter']['name']}",
-            "",
+    if plain:
+        lines = [f"A LoRA for {name}."]
+        code = ["from peft import AutoPeftModelForCausalLM", "model = AutoPeftModelForCausalLM"]
+    else:
+        lines = [
             f"A Q-Adapter for {name}: the base stays frozen, and a LoRA beside it is mixed in at every token with a",
             "strength that can be chosen at run time (0 is exactly the base, 1 the trained policy).",
-            "",
-            "```python",
-            "from qadapter import QAdapterForCausalLM",
-            'policy = QAdapterForCausalLM.from_pretrained("this-folder")',
-            "```",
-            "",
         ]
-    )
+        code = ["from qadapter import QAdapterForCausalLM", "policy = QAdapterForCausalLM"]
+    code[-1] += '.from_pretrained("this-folder")'
+    return "\n".join([f"# {audit['adapter']['name']}", "", *lines, "", "```python", *code, "```", ""])
 
 
-def with_metadata(card: str, audit: Mapping[str, Any], path: Path) -> str:
+def with_metadata(card: str, audit: Mapping[str, Any], path: Path, library: str = "qadapter") -> str:
     """The card with Hugging Face metadata; what the user has set there stays, the license is left to the user."""
     match, metadata = metadata_of(card, path)
     tags = metadata.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
-    missing = {"library_name": "qadapter", "pipeline_tag": "text-generation"}
+    missing = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(audit["base"]["name"]):
         missing = {"base_model": audit["base"]["name"], **missing}
     added = {name: value for name, value in missing.items() if name not in metadata}
