@@ -120,6 +120,15 @@ def test_cards_that_cannot_be_updated_are_refused_and_left_alone(tmp_path, text,
     assert path.read_text() == text
 
 
+def test_many_findings_are_counted_where_they_are_not_named(tmp_path):
+    found = audit()
+    found["findings"] *= 23
+    update_card(tmp_path, found)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("- neutral text: change of the loss") == 20
+    assert "- and 3 more, which audit.json and audit.html have" in text
+
+
 def test_names_from_data_cannot_end_the_section(tmp_path):
     update_card(tmp_path, audit(what=f"category {END} <!-- x"))
     check_card(tmp_path)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape as plain
 
 from qadapter.evaluation.audit import curve
-from qadapter.evaluation.card import base_title, finding_line, gate_cells, verdict_line
+from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, verdict_line
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json
@@ -39,8 +39,8 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
     print_table(console, "What it gained and what it cost (95% intervals)", ("", BASE, column), rows)
     if audit["findings"]:
         console.print("[bold]What got worse[/bold]")
-        for entry in audit["findings"]:
-            console.print(f"  {plain(finding_line(entry))}", highlight=False)
+        for line in finding_lines(audit["findings"]):
+            console.print(f"  {plain(line)}", highlight=False)
     if audit["gate"]:
         gate = [gate_cells(entry) for entry in audit["gate"]]
         print_table(console, "Gate", ("limit", "measured", "verdict"), gate)

@@ -1,7 +1,7 @@
 """The adapter folder's README.md: a model card whose certificate is replaced by each audit; the rest is the user's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ BEGIN = "<!-- qadapter audit: begin (replaced by the next audit) -->"
 END = "<!-- qadapter audit: end -->"
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*\n?", re.DOTALL | re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+SHOWN_FINDINGS = 20
 TAGS = ["qadapter", "lora", "preference-tuning"]
 BOOLEAN = "tag:yaml.org,2002:bool"
 
@@ -150,7 +151,7 @@ def certificate(audit: Mapping[str, Any]) -> str:
         lines += [*markdown_table(("limit", "measured", "verdict"), rows), ""]
     lines += [*markdown_table(("", BASE, column), headline(audit["results"], [column])), ""]
     if audit["findings"]:
-        lines += ["What got worse:", "", *(f"- {finding_line(entry)}" for entry in audit["findings"]), ""]
+        lines += ["What got worse:", "", *(f"- {line}" for line in finding_lines(audit["findings"])), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -172,6 +173,13 @@ def gate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     passes = "passes" if entry["passes"] else "FAILS"
     limit = f"{entry['quantity']} {entry['relation']} {entry['limit']:g} {entry['unit']}".rstrip()
     return limit, measured, passes + close
+
+
+def finding_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first findings, a line each, and how many more there are: a group of benchmarks alone may have dozens."""
+    lines = [finding_line(entry) for entry in entries[:SHOWN_FINDINGS]]
+    more = len(entries) - SHOWN_FINDINGS
+    return [*lines, f"and {more} more, which audit.json and audit.html have"] if more > 0 else lines
 
 
 def finding_line(entry: Mapping[str, Any]) -> str:
