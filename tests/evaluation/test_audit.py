@@ -19,6 +19,7 @@ from qadapter.evaluation.gate import Limits
 from qadapter.evaluation.judges.models import RewardJudge
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
+from qadapter.evaluation.texts import excerpt
 from qadapter.evaluation.workload import Workload
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -255,6 +256,17 @@ def test_the_page_stands_alone_and_shows_everything(audited, fake_tasks, tmp_pat
     for shown in ("KL on neutral text", "FAILS", "lambada", "arithmetic", "By category", "By kind of token", "<svg",
                   "tell of cats", "max-words=3", "qadapter", "Fails"):  # fmt: skip
         assert shown in html, shown
+
+
+def test_worst_cases_stand_beside_their_own_answers(audited):
+    audit = audited()
+    instructions, behaviour = audit["results"]["instructions"], audit["results"]["behaviour"]
+    prompts = ["x" * 170 + ending for ending in ("one", "two")] + ["y" * 155 + ending for ending in ("one", "two")]
+    row, example = instructions["worst"]["policy"][0], behaviour["examples"][0]
+    instructions["worst"]["policy"] = [{**row, "text": excerpt(prompt)} for prompt in prompts]
+    behaviour["examples"] = [{**example, "prompt": prompt} for prompt in prompts]
+    (shown,) = re.findall("<h2>Worst cases</h2>(.*?)<details>", page(audit), re.DOTALL)
+    assert [prompt in shown for prompt in prompts] == [False, False, True, True]
 
 
 def test_texts_cannot_leave_the_page(audited):

@@ -1,5 +1,6 @@
 """audit.html: the audit as one self-contained page."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +15,7 @@ from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json
 from qadapter.evaluation.tables import headline, print_table, written, written_number
+from qadapter.evaluation.texts import excerpt
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "audit.json", "audit.html"
@@ -116,9 +118,12 @@ def _findings(audit: Mapping[str, Any]) -> str:
 
 
 def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
+    examples = {example["prompt"]: example for example in results["behaviour"]["examples"]}
+    # Of prompts that begin alike a row cannot tell which one it is of: they are not shown.
+    begins = Counter(map(excerpt, examples))
+    alone = {start: example for prompt, example in examples.items() if begins[start := excerpt(prompt)] == 1}
     worst = {row["text"]: row for row in results["instructions"]["worst"][column]}
-    examples = {_key(example["prompt"]): example for example in results["behaviour"]["examples"]}
-    shown = [(row, examples[_key(text)]) for text, row in worst.items() if _key(text) in examples]
+    shown = [(row, alone[text]) for text, row in worst.items() if text in alone]
     if shown:
         yield (
             "<p>General instructions whose base answer the policy finds least likely, relative to the base. "
@@ -144,11 +149,6 @@ def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
     if pairs:
         columns = ("prompt", "category", "chosen", "rejected", "margin, nats")
         yield folded("Held-out pairs ranked most wrongly", table(columns, pairs))
-
-
-def _key(prompt: str) -> str:
-    """What an excerpt and its prompt have in common."""
-    return " ".join(prompt.split())[:150]
 
 
 def _answer(answer: Mapping[str, Any]) -> str:
