@@ -71,6 +71,18 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
 
 
+def test_folders_with_at_signs_are_lines_of_their_own(run, adapter, untouched, tmp_path):
+    folders = [shutil.copytree(own, tmp_path / name) for own, name in ((adapter, "run@1"), (untouched, "run@2"))]
+    assert run("compare", *folders, "--strengths", "0.5,1", "--output-dir", tmp_path / "out")[0] == 0
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("<polyline") == 2
+    assert ">run@1</text>" in page
+    shutil.copytree(adapter, tmp_path / "run")
+    code, _, (complaint,) = run("compare", tmp_path / "run", folders[1], "--strengths", "1,2")
+    assert code == 1
+    assert "two have one name" in complaint
+
+
 def test_compare_refuses_adapters_of_different_bases(run, adapter, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM

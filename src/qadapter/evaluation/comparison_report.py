@@ -119,7 +119,8 @@ def chart(comparison: Mapping[str, Any]) -> str:
     for column in sorted(comparison["columns"], key=lambda column: column["strength"]):
         name = column["name"]
         kl = pairs["chosen"]["columns"][name]["kl"]["value"]
-        line = series.setdefault(name.partition("@")[0], [(0.0, 0.0)])
+        adapter = name if column["strength"] == 1.0 else name.removesuffix(f"@{column['strength']:g}")
+        line = series.setdefault(adapter, [(0.0, 0.0)])
         line.append((kl, pairs["columns"][name]["token_margin_gain"]["value"]))
     x_label, y_label = "KL(policy ‖ base) on chosen answers, nats a token", "margin gained, nats a token"
     return line_chart(series, "Preference gained against drift", x_label, y_label)
