@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,15 @@ def test_a_judge_that_could_not_be_reached_is_asked_again(audited, monkeypatch):
         assert judged["wins"] == 0
         assert judged["rate"]["value"] is None
     assert asked == [4, 4]
+
+
+def test_judged_prompts_are_drawn_from_all_pairs_by_the_seed(audited, workload, files):
+    asked = [json.loads(line)["prompt"] for line in files["pairs"].read_text().splitlines()]
+    results = [audited(workload=replace(workload, seed=seed))["results"]["judged"][0] for seed in (0, 0, 1, 2)]
+    judged = [[verdict["prompt"] for verdict in result["verdicts"]] for result in results]
+    assert judged[0] == judged[1]
+    assert len({tuple(prompts) for prompts in judged}) > 1
+    assert any(asked[-1] in prompts for prompts in judged)
 
 
 def test_a_judge_with_other_weights_is_asked_again(audited, monkeypatch):

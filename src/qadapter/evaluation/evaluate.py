@@ -28,6 +28,7 @@ from qadapter.evaluation.texts import (
     load_pairs,
     neutral_texts,
     reference_texts,
+    sample,
 )
 from qadapter.evaluation.traits import answer_traits, commonest_language, mean_words
 from qadapter.evaluation.workload import Workload
@@ -196,7 +197,8 @@ class Evaluation:
         """For each judge and detailed column, how often its answers beat the base's."""
         if not self.workload.judges:
             return []
-        prompts = self.held_out.prompts[: self.workload.prompts]
+        prompts = self.held_out.prompts
+        prompts = [prompts[index] for index in sample(len(prompts), self.workload.prompts, self.workload.seed)]
         base = self.answers(BASE, prompts, "prompts")
         results = []
         for name, judge in self.judges.items():

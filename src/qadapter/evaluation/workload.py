@@ -20,7 +20,7 @@ class Workload:
         neutral_text, instructions: files instead of the package's own texts.
         max_instructions: instructions whose answers are measured.
         judges: names of judges, as in `judges.make_judge`; without one no prompt of the pairs is answered.
-        prompts: prompts of the pairs that are answered and judged.
+        prompts: how many prompts of the pairs, drawn by `seed`, are answered and judged.
         max_new_tokens: longest answer; answers are greedy.
         tasks, limit: benchmarks of lm-eval, and items of each; None for all.
         tasks_from: a folder of further tasks, or of benchmark files.
