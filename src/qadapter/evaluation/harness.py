@@ -70,6 +70,12 @@ class PolicyLM(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        for _, _, continuation in requests:  # lm-eval only asserts it
+            if not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    f"{self.task}: an answer of {len(continuation)} tokens cannot be scored; it must have 1 to "
+                    f"{self.max_length}, which is all that the model reads."
+                )
         if self.shared is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         return self.shared.of(self.column, requests, self.max_length, self.cache_hook.advance)
