@@ -133,4 +133,8 @@ def test_names_from_data_cannot_end_the_section(tmp_path):
     update_card(tmp_path, audit(what=f"category {END} <!-- x"))
     check_card(tmp_path)
     assert (tmp_path / "README.md").read_text().count(END) == 1
+    update_card(tmp_path, audit(what="category <img src=//x> ![y](//z) [w](//v)"))
+    section = (tmp_path / "README.md").read_text().split(BEGIN)[1]
+    assert "<img" not in section
+    assert "](" not in section
     assert with_certificate("", "a", tmp_path).count(BEGIN) == 1

@@ -124,8 +124,9 @@ def with_certificate(card: str, section: str, path: Path) -> str:
         DataError: the marks do not come once each, the first before the last.
     """
     starts, ends = card.count(BEGIN), card.count(END)
-    # Names of categories and tasks come from data: they must not end the section.
-    marked = f"{BEGIN}\n{section.replace('<!--', '&lt;!--')}\n{END}"
+    # Names of categories and tasks come from data: they must not end the section, nor be links or images in it.
+    words = section.replace("<", "&lt;").replace("](", "]\\(")
+    marked = f"{BEGIN}\n{words}\n{END}"
     if starts == ends == 0:
         return f"{card.rstrip()}\n\n{marked}\n"
     if starts != 1 or ends != 1 or card.index(BEGIN) > card.index(END):
