@@ -81,9 +81,18 @@ def test_a_constant_lies_in_the_middle_of_the_chart(value):
 @given(st.dictionaries(st.text("ab<&\"'é ", max_size=4), st.lists(st.tuples(NUMBERS, NUMBERS), max_size=5), max_size=8))
 def test_any_chart_is_valid_and_stays_on_its_paper(series):
     chart = drawn(series)
-    assert chart.get("viewBox") == f"0 0 {WIDTH} {HEIGHT}"
+    left, top, width, height = map(int, chart.get("viewBox").split())
+    assert (left, top, width) == (0, 0, WIDTH)
+    assert height == HEIGHT if len(series) <= 6 else height > HEIGHT
     for line in points(chart):
-        assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in line)
+        assert all(0 <= x <= WIDTH and 0 <= y <= height for x, y in line)
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 58])
+def test_the_legend_never_covers_the_plot(count):
+    chart = drawn({f"task {number}": [(0, 0), (1, number)] for number in range(count)})
+    top = min(y for line in points(chart) for _, y in line)
+    assert max(float(box.get("y")) + 10 for box in chart.iter(f"{SVG}rect") if box.get("y")) < top
 
 
 @settings(deadline=None)

@@ -13,8 +13,9 @@ COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7c3aed", "#0e7490", "#a16207")
 INK, GREY, GRID = "#111111", "#374151", "#e5e7eb"
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 66, 44
-# The legend: rows of entries between title and plot.
+# The legend: rows of entries between title and plot, which have room for two; with more of them a chart is higher.
 ENTRIES_A_ROW, ENTRY_WIDTH = 3, 185
+ROW_HEIGHT, ROWS_WITH_ROOM = 16, 2
 
 Point = tuple[float, float]
 Points = Sequence[Point]
@@ -70,10 +71,11 @@ Shape = Line | Rule | Dot | Box | Label
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of WIDTH times HEIGHT."""
+    """A picture as wide as WIDTH."""
 
     title: str
     shapes: list[Shape]
+    height: int = HEIGHT
 
 
 def line_chart(
@@ -97,10 +99,12 @@ def chart(
     everything = [point for points in finite.values() for point in points] or [(0.0, 0.0), (1.0, 1.0)]
     xs, ys = ticks([x for x, _ in everything]), ticks([y for _, y in everything])
 
+    height = HEIGHT + ROW_HEIGHT * max(0, math.ceil(len(series) / ENTRIES_A_ROW) - ROWS_WITH_ROOM)
+
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - xs[0]) / (xs[-1] - xs[0])
         up = (y - ys[0]) / (ys[-1] - ys[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), height - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     shapes: list[Shape] = [Label(LEFT, 18, title, size=14, bold=True)]
     for y in ys:
@@ -109,7 +113,7 @@ def chart(
         shapes.append(Label(LEFT - 8, at + 4, f"{y:.4g}", GREY, "end"))
     for x in xs:
         at, _ = place(x, ys[0])
-        shapes.append(Label(at, HEIGHT - BOTTOM + 18, f"{x:.4g}", GREY, "middle"))
+        shapes.append(Label(at, height - BOTTOM + 18, f"{x:.4g}", GREY, "middle"))
     for index, (name, points) in enumerate(finite.items()):
         shapes += _series(name, [place(*point) for point in points], index)
     for text, point in (marked or {}).items():
@@ -119,15 +123,15 @@ def chart(
         shapes.append(
             Label(x + (-10 if right else 10), y + (-6 if right else 14), text, anchor="end" if right else "start")
         )
-    shapes.append(Label((WIDTH + LEFT) / 2, HEIGHT - 8, x_label, anchor="middle"))
+    shapes.append(Label((WIDTH + LEFT) / 2, height - 8, x_label, anchor="middle"))
     if y_label:
-        shapes.append(Label(14, HEIGHT / 2, y_label, anchor="middle", upright=True))
-    return Chart(title, shapes)
+        shapes.append(Label(14, height - HEIGHT / 2, y_label, anchor="middle", upright=True))
+    return Chart(title, shapes, height)
 
 
 def _series(name: str, places: list[tuple[float, float]], index: int) -> list[Shape]:
     colour = COLOURS[index % len(COLOURS)]
-    x, y = LEFT + ENTRY_WIDTH * (index % ENTRIES_A_ROW), 28 + 16 * (index // ENTRIES_A_ROW)
+    x, y = LEFT + ENTRY_WIDTH * (index % ENTRIES_A_ROW), 28 + ROW_HEIGHT * (index // ENTRIES_A_ROW)
     dots = [Dot(*at, 2.5, colour) for at in places]
     return [Line(places, colour, 2), *dots, Box(x, y, 10, colour), Label(x + 16, y + 9, name)]
 
@@ -136,9 +140,9 @@ def svg(picture: Chart) -> str:
     """The chart as an SVG document."""
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {picture.height}" role="img" '
             f'aria-label="{escape(picture.title)}" font-family="system-ui, sans-serif" font-size="12">',
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+            f'<rect width="{WIDTH}" height="{picture.height}" fill="#ffffff"/>',
             *map(_element, picture.shapes),
             "</svg>\n",
         ]

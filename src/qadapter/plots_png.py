@@ -4,7 +4,7 @@ import io
 
 from PIL import Image, ImageDraw, ImageFont
 
-from qadapter.plots import GRID, HEIGHT, LEFT, RIGHT, WIDTH, Box, Chart, Dot, Label, Line, Rule
+from qadapter.plots import GRID, LEFT, RIGHT, WIDTH, Box, Chart, Dot, Label, Line, Rule
 
 # Pixels a unit of the chart, and how much larger it is drawn first: Pillow's own lines have jagged edges.
 SCALE, OVERSAMPLING = 2, 2
@@ -14,7 +14,7 @@ ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}  # of the baseline
 def png(picture: Chart) -> bytes:
     """The chart as a PNG file of twice its size in pixels."""
     factor = SCALE * OVERSAMPLING
-    image = Image.new("RGB", (WIDTH * factor, HEIGHT * factor), "white")
+    image = Image.new("RGB", (WIDTH * factor, picture.height * factor), "white")
     draw = ImageDraw.Draw(image)
     for shape in picture.shapes:
         match shape:
@@ -30,7 +30,7 @@ def png(picture: Chart) -> bytes:
             case Label():
                 _write(image, shape, factor)
     content = io.BytesIO()
-    image.resize((WIDTH * SCALE, HEIGHT * SCALE), Image.Resampling.LANCZOS).save(content, "PNG", optimize=True)
+    image.resize((WIDTH * SCALE, picture.height * SCALE), Image.Resampling.LANCZOS).save(content, "PNG", optimize=True)
     return content.getvalue()
 
 

@@ -89,7 +89,7 @@ def run_quickstart(
     source = resolve_base(model)
     tokenizer = load_tokenizer(source)
     dtype = faster_dtype()
-    console.print(f"Base model: {source.name}" + (f" ({source.revision})" if source.revision else ""))
+    console.print(f"Base model: {source.name}" + (f" ({source.revision})" if source.revision else ""), markup=False)
     train_pairs, held_out = load_preference_dataset("builtin"), load_preference_dataset("builtin", split="test")
     seconds["prepare"] = time.perf_counter() - start
     with progress_bar(console) as progress:

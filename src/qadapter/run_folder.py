@@ -20,7 +20,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
 RUN_FILES = (
     MANIFEST_NAME, LOG_NAME, CURVE_NAME, "training_arguments.json", "README.md", "audit.json", "audit.html",
-    "sweep.json", "sweep.svg", "sweep.html",
+    "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png",
 )  # fmt: skip
 # With less free than this, an error while writing is taken to mean that the disk is full.
 LEAST_FREE_BYTES = 2**20

@@ -159,7 +159,8 @@ def nasty_result():
 
 def test_what_a_model_says_is_no_markup(nasty_result, tmp_path):
     said = io.StringIO()
-    print_report(nasty_result, tmp_path, Console(width=120, file=said))
+    print_report(nasty_result, tmp_path / "runs[new]", Console(width=300, file=said))
     assert said.getvalue().count(NASTY) == 3
+    assert "runs[new]/report.html" in said.getvalue()
     assert "<script>" not in html(nasty_result, "<svg/>")
     assert NASTY in markdown(nasty_result)

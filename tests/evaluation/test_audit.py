@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from qadapter.evaluation.audit_report import page, write_audit
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits
+from qadapter.evaluation.judges.models import RewardJudge
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
+from qadapter.evaluation.texts import excerpt
 from qadapter.evaluation.workload import Workload
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -216,6 +219,36 @@ def test_a_judge_that_could_not_be_reached_is_asked_again(audited, monkeypatch):
     assert asked == [4, 4]
 
 
+def test_judged_prompts_are_drawn_from_all_pairs_by_the_seed(audited, workload, files):
+    asked = [json.loads(line)["prompt"] for line in files["pairs"].read_text().splitlines()]
+    results = [audited(workload=replace(workload, seed=seed))["results"]["judged"][0] for seed in (0, 0, 1, 2)]
+    judged = [[verdict["prompt"] for verdict in result["verdicts"]] for result in results]
+    assert judged[0] == judged[1]
+    assert len({tuple(prompts) for prompts in judged}) > 1
+    assert any(asked[-1] in prompts for prompts in judged)
+
+
+def test_a_judge_with_other_weights_is_asked_again(audited, monkeypatch):
+    class ByLength:
+        tokenizer = tiny_tokenizer()
+
+        def __init__(self, sign):
+            self.sign = sign
+
+        def fingerprint(self):
+            return [self.sign]
+
+        def score(self, ids):
+            return self.sign * len(ids)
+
+    results = []
+    for sign in (1, -1):
+        monkeypatch.setattr(evaluate, "make_judge", lambda name, sign=sign: RewardJudge(ByLength(sign)))
+        results += audited()["results"]["judged"]
+    assert results[0]["wins"] + results[0]["losses"] > 0
+    assert (results[1]["wins"], results[1]["losses"]) == (results[0]["losses"], results[0]["wins"])
+
+
 def test_limits_on_benchmarks_run_them_once(audited, workload, fake_tasks):
     workload = Workload(**{**vars(workload), "tasks": ("arc",)})
     audit = audited(workload=workload, limits=Limits(max_drop={"arc": 20.0, "lambada": 1.0}))
@@ -233,6 +266,17 @@ def test_the_page_stands_alone_and_shows_everything(audited, fake_tasks, tmp_pat
     for shown in ("KL on neutral text", "FAILS", "lambada", "arithmetic", "By category", "By kind of token", "<svg",
                   "tell of cats", "max-words=3", "qadapter", "Fails"):  # fmt: skip
         assert shown in html, shown
+
+
+def test_worst_cases_stand_beside_their_own_answers(audited):
+    audit = audited()
+    instructions, behaviour = audit["results"]["instructions"], audit["results"]["behaviour"]
+    prompts = ["x" * 170 + ending for ending in ("one", "two")] + ["y" * 155 + ending for ending in ("one", "two")]
+    row, example = instructions["worst"]["policy"][0], behaviour["examples"][0]
+    instructions["worst"]["policy"] = [{**row, "text": excerpt(prompt)} for prompt in prompts]
+    behaviour["examples"] = [{**example, "prompt": prompt} for prompt in prompts]
+    (shown,) = re.findall("<h2>Worst cases</h2>(.*?)<details>", page(audit), re.DOTALL)
+    assert [prompt in shown for prompt in prompts] == [False, False, True, True]
 
 
 def test_texts_cannot_leave_the_page(audited):
@@ -255,6 +299,24 @@ def test_columns_are_named_once(subject, workload, tmp_path):
     for names in (["a", "a"], ["base"]):
         with pytest.raises(ConfigError, match="each name once, and 'base' is taken"):
             Evaluation(subject, [Column(name) for name in names], workload, PartStore(tmp_path))
+
+
+def test_pairs_of_one_prompt_tell_no_more_about_chosen_answers_than_one(subject, tmp_path):
+    rows = [{**row, "prompt": f"say {index}"} for index, row in enumerate(pair_rows(5))]
+    once, thrice = (
+        Evaluation(
+            subject,
+            [Column("policy")],
+            Workload(dataset=str(write_jsonl(tmp_path / f"{times}.jsonl", rows * times))),
+            PartStore(tmp_path / "parts"),
+        ).pairs()["chosen"]
+        for times in (1, 3)
+    )
+    figures = [chosen["breakdown"]["policy"]["position"]["1-8"]["kl"] for chosen in (once, thrice)]
+    figures += [chosen["columns"]["policy"]["kl"] for chosen in (once, thrice)]
+    widths = [figure["high"] - figure["low"] for figure in figures]
+    assert widths[1] == pytest.approx(widths[0])
+    assert widths[3] == pytest.approx(widths[2])
 
 
 def test_an_edited_adapter_folder_is_another_adapter(base, tmp_path):

@@ -83,6 +83,16 @@ def test_the_users_metadata_stays(tmp_path):
     assert "\n# Title\n" in path.read_text()
 
 
+def test_norwegian_stays_a_language(tmp_path):
+    """YAML 1.1 reads no, on, y and others as booleans; the hub and its YAML 1.2 do not."""
+    path = tmp_path / "README.md"
+    path.write_text("---\nlanguage:\n- en\n- no\ninference: false\nswitch: on\n---\n# Title\n")
+    update_card(tmp_path, audit())
+    assert metadata(tmp_path)["language"] == ["en", "no"]
+    assert metadata(tmp_path)["inference"] is False
+    assert metadata(tmp_path)["switch"] == "on"
+
+
 def test_a_card_without_metadata_gets_some(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("Just words.\n\n---\n\nMore words.\n")
@@ -110,8 +120,21 @@ def test_cards_that_cannot_be_updated_are_refused_and_left_alone(tmp_path, text,
     assert path.read_text() == text
 
 
+def test_many_findings_are_counted_where_they_are_not_named(tmp_path):
+    found = audit()
+    found["findings"] *= 23
+    update_card(tmp_path, found)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("- neutral text: change of the loss") == 20
+    assert "- and 3 more, which audit.json and audit.html have" in text
+
+
 def test_names_from_data_cannot_end_the_section(tmp_path):
     update_card(tmp_path, audit(what=f"category {END} <!-- x"))
     check_card(tmp_path)
     assert (tmp_path / "README.md").read_text().count(END) == 1
+    update_card(tmp_path, audit(what="category <img src=//x> ![y](//z) [w](//v)"))
+    section = (tmp_path / "README.md").read_text().split(BEGIN)[1]
+    assert "<img" not in section
+    assert "](" not in section
     assert with_certificate("", "a", tmp_path).count(BEGIN) == 1

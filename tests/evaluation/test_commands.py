@@ -71,6 +71,18 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
 
 
+def test_folders_with_at_signs_are_lines_of_their_own(run, adapter, untouched, tmp_path):
+    folders = [shutil.copytree(own, tmp_path / name) for own, name in ((adapter, "run@1"), (untouched, "run@2"))]
+    assert run("compare", *folders, "--strengths", "0.5,1", "--output-dir", tmp_path / "out")[0] == 0
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("<polyline") == 2
+    assert ">run@1</text>" in page
+    shutil.copytree(adapter, tmp_path / "run")
+    code, _, (complaint,) = run("compare", tmp_path / "run", folders[1], "--strengths", "1,2")
+    assert code == 1
+    assert "two have one name" in complaint
+
+
 def test_compare_refuses_adapters_of_different_bases(run, adapter, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -132,6 +144,16 @@ def test_audit_writes_its_certificate_into_the_card(run, own, tmp_path):
     assert (own / "README.md").read_text() == card
 
 
+def test_the_new_card_of_a_plain_lora_does_not_call_it_an_adapter_folder(run, adapter, base, tmp_path):
+    lora = shutil.copytree(adapter / "adapters" / "default", tmp_path / "lora")
+    (lora / "README.md").unlink(missing_ok=True)
+    assert run("audit", lora, "--base-model", base)[0] == 0
+    card = (lora / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "AutoPeftModelForCausalLM.from_pretrained" in card
+    assert "QAdapterForCausalLM" not in card
+
+
 def test_an_audited_folder_still_loads(run, own):
     run("audit", own)
     assert run("audit", own)[0] == 0
@@ -152,12 +174,17 @@ def test_an_audited_folder_still_loads(run, own):
         ("audit", ["--adapter-weights", "x=1"], "the adapters are ['default']"),
         ("audit", ["--max-pairs", "0"], "max_pairs = 0: must be at least 1"),
         ("audit", ["--max-length", "1"], "max_length = 1: must be at least 2"),
+        ("eval", ["--seed", "-1"], "seed = -1: must be between 0 and 4294967295"),
         ("sweep", ["--strengths", "a"], "--strengths 'a': give numbers"),
         ("sweep", ["--strengths", "0"], "names the base only"),
         ("sweep", ["--max-drop", "1", "--max-drop", "2"], "one number for all benchmarks"),
         ("sweep", ["--max-drop", "x"], "write POINTS or TASK=POINTS"),
         ("sweep", ["--max-drop", "1"], "--max-drop needs benchmarks"),
         ("sweep", ["--cap", "-1"], "max_kl = -1.0: must be a finite number, 0 or above"),
+        ("sweep", ["--judge", "rule:json"], "a sweep generates no answers to judge"),
+        ("compare", ["--strengths", "0"], "--strengths '0' names the base only"),
+        ("compare", ["--output-dir", __file__], "test_commands.py is a file: choose another"),
+        ("eval", ["--output", "."], "--output . is a folder: name a file in it"),
         ("compare", ["--strengths", "1:2"], "--strengths '1:2': give numbers"),
         ("eval", ["--tasks-from", "nowhere", "--tasks", "arc"], "nowhere: there is no such folder"),
         ("eval", ["--columns", "prompt"], "write NAME=YOUR_COLUMN"),

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import APART, ARCHITECTURES, lora, tiny_base, tiny_policy, token_ids, train_randomly
+from models import APART, ARCHITECTURES, lora, tiny_base, tiny_policy, tiny_tokenizer, token_ids, train_randomly
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import ConfigError
 from qadapter.evaluation import drift as drift_module
 from qadapter.evaluation.columns import Column, parse_strengths, strength_columns, unique_names
 from qadapter.evaluation.drift import Passage, TokenDrift, measure_passages, measure_texts
+from qadapter.evaluation.drift_figures import breakdowns
 from qadapter.evaluation.texts import Text
 from qadapter.modeling.packed import enable_packing
 
@@ -167,6 +168,21 @@ def test_progress_counts_every_text_and_the_mode_is_restored():
     assert sum(done) == len(TEXTS)
     assert len(done) > 1
     assert model.training
+
+
+def test_texts_of_one_prompt_count_once_in_every_breakdown():
+    """Each text three times, said to belong together, tells no more than each text once."""
+    texts = [replace(text, category="odd" if index % 2 else None) for index, text in enumerate(TEXTS)]
+    drifts, tokenizer = measure_texts(tiny_policy(), texts, [Column("policy")]), tiny_tokenizer()
+    once = breakdowns(drifts, texts, "policy", tokenizer)
+    thrice = breakdowns(drifts * 3, texts * 3, "policy", tokenizer, groups=list(range(len(texts))) * 3)
+    assert once.keys() == thrice.keys() == {"category", "token", "position"}
+    for kind, parts in once.items():
+        for name, figures in parts.items():
+            for figure, interval in figures.items():
+                again = thrice[kind][name][figure]
+                assert again.n == 3 * interval.n
+                assert again[:3] == pytest.approx(interval[:3], rel=1e-9, abs=1e-12, nan_ok=True), (kind, name, figure)
 
 
 def test_numbers_that_are_not_finite_are_refused():

@@ -149,7 +149,9 @@ def test_lost_benchmarks_pairs_and_duels_are_named(broken, workload, tmp_path):
     }
     results["judged"] = [{"judge": "rule:json", "column": "policy", "rate": interval}]
     results["pairs"]["categories"] = {"policy": {"travel": {"accuracy": interval}}}
+    results["tasks"] |= {f"subject {number}": {**task, "differences": {"policy": fallen}} for number in range(57)}
     what = [entry["what"] for entry in findings(results, "policy") if entry["kind"] != "loss"]
+    assert "benchmark subject 56" in what
     assert "benchmark fallen" in what
     assert "benchmark more errors" in what
     assert "benchmark risen" not in what

@@ -1,7 +1,9 @@
 """Finished parts on disk: taken if nothing they depend on has changed, never half written."""
 
+import errno
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,18 @@ def test_where_parts_cannot_be_kept_they_are_kept_for_the_run_and_it_is_said_onc
         f"finished parts cannot be kept in {store.folder} (Not a directory): were this run interrupted, it would begin "
         "anew."
     ]
+
+
+def test_a_cache_that_may_not_be_looked_into_is_as_good_as_none(tmp_path, monkeypatch, caplog):
+    """As in a container whose HOME is another user's."""
+
+    def refused(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for name in ("stat", "read_text", "mkdir"):
+        monkeypatch.setattr(Path, name, refused)
+    assert PartStore(tmp_path / "closed").part("pairs", [], lambda: 1) == 1
+    assert "(Permission denied)" in caplog.text
 
 
 def test_a_damaged_part_is_computed_again(tmp_path):

@@ -2,7 +2,9 @@
 
 import io
 
-from qadapter.evaluation.progress import lines, tracked
+from rich.console import Console
+
+from qadapter.evaluation.progress import lines, progress_bar, tracked
 
 
 def test_a_line_every_half_minute_and_one_at_the_end():
@@ -32,3 +34,10 @@ def test_commands_write_lines_unless_standard_error_is_a_terminal(capsys, monkey
     with tracked() as track:
         track("Judge", 3)(3)
     assert capsys.readouterr().err == "Judge: 3 of 3 in 0:00:00\n"
+
+
+def test_names_with_brackets_are_shown_as_they_are():
+    stream = io.StringIO()
+    with progress_bar(Console(file=stream, force_terminal=True, width=120, no_color=True)) as progress:
+        progress.add_task("Judge rule:regex=[/] of runs[new]", total=1)
+    assert "Judge rule:regex=[/] of runs[new]" in stream.getvalue()

@@ -7,6 +7,7 @@ pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 from lm_eval.api.instance import Instance
 
+from qadapter.errors import DataError
 from qadapter.evaluation import shared_likelihoods
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.harness import PolicyLM
@@ -47,6 +48,15 @@ def test_what_greedy_decoding_writes_is_known_as_such(policy):
         found = shared.of(column, requests, LENGTH, lambda done: None)
         best = max(vocabulary, key=lambda token: found[token][0])
         assert [token for token in vocabulary if found[token][1]] == [best]
+
+
+@pytest.mark.parametrize(("text", "size"), [("a" * (LENGTH + 1), LENGTH + 1), ("", 0)])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_answers_that_cannot_be_scored_whole_are_refused(policy, one_pass, text, size):
+    shared = SharedLikelihoods(policy, COLUMNS) if one_pass else None
+    lm = PolicyLM(policy, tiny_tokenizer(), 2, silent, "base", "essays", shared)
+    with pytest.raises(DataError, match=f"essays: an answer of {size} tokens .* 1 to {LENGTH}"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("2+2=", text), 0, ("t", 0, 1))])
 
 
 def test_nothing_is_measured_twice_and_progress_counts_every_request(policy):

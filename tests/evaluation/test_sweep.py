@@ -3,6 +3,8 @@
 import json
 import re
 import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from evaluated import open_policy
@@ -10,6 +12,7 @@ from models import tiny_tokenizer
 from rich.console import Console
 
 from qadapter.errors import ConfigError
+from qadapter.evaluation import evaluate, sweep_report
 from qadapter.evaluation.columns import Column, strength_columns
 from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.evaluate import Evaluation
@@ -198,6 +201,44 @@ def test_changes_of_benchmarks_are_in_percentage_points_where_they_are_shares(sw
     assert data["lines"][0]["points"][2]["task:lambada"] == [-2.0, -4.0, 0.0]
     picture = benchmark_changes(sweep)
     assert {"lambada", "poem", "change"} <= {getattr(shape, "text", "") for shape in picture.shapes}
+
+
+def test_a_group_stands_for_its_tasks_where_room_is_small(swept):
+    sweep = with_tasks(swept())
+    sweep["tasks"] = {**sweep["tasks"], "both": {"unit": "points", "subtasks": ["lambada", "poem"]}}
+    for point in sweep["points"]:
+        point["tasks"]["both"] = point["tasks"]["lambada"]
+    assert narrow_rows(sweep)[0][-1] == "both"
+    assert {"lambada", "poem"}.isdisjoint(narrow_rows(sweep)[0])
+    names = {getattr(shape, "text", "") for shape in benchmark_changes(sweep).shapes}
+    assert "both" in names
+    assert {"lambada", "poem"}.isdisjoint(names)
+    assert len(rows_of(sweep)[0]) == len(narrow_rows(sweep)[0]) + 3  # the page has all, and one figure more
+
+
+def test_a_limit_on_any_benchmark_holds_for_a_group_as_a_whole(subject, workload, tmp_path, monkeypatch):
+    def figures(fall):
+        changes = {"1": {"value": fall, "low": None, "high": None}}
+        return {"metric": "acc", "n": 4, "columns": {"1": {"value": 0.5}}, "differences": changes}
+
+    tasks = {"easy": figures(0.05), "hard": figures(-0.05), "all": figures(0.0) | {"subtasks": ["easy", "hard"]}}
+    monkeypatch.setattr(evaluate, "Benchmarks", lambda *_: SimpleNamespace(results=lambda: tasks))
+    asked = replace(workload, tasks=("all",))
+    sweep = run_sweep(subject, [Column("1")], asked, SweepLimits(max_drop=1.0), PartStore(tmp_path / "parts"))
+    assert sweep["budget"]["max_drop"] == {"all": 1.0}
+    assert sweep["recommended"]["name"] == "1"
+
+
+def test_a_base_that_is_all_that_fits_is_not_marked_as_recommended(swept):
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page(swept(max_kl=1e-6)))[1])
+    assert data["recommended"] is None
+
+
+def test_pictures_of_an_earlier_sweep_do_not_stay(swept, tmp_path, monkeypatch):
+    write_sweep(with_tasks(swept()), tmp_path)
+    monkeypatch.setattr(sweep_report, "find_spec", lambda name: None)
+    write_sweep(swept(), tmp_path)
+    assert {path.name for path in tmp_path.glob("sweep*")} == {"sweep.json", "sweep.html", "sweep.svg"}
 
 
 def test_the_script_of_the_page_is_javascript(swept, tmp_path):

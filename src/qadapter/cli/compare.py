@@ -16,6 +16,8 @@ from qadapter.cli.eval import (
     weights_of,
     workload_of,
 )
+from qadapter.cli.sweep import check_folder
+from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import parse_strengths, strength_columns, unique_names
 from qadapter.evaluation.comparison import run_comparison
 from qadapter.evaluation.comparison_report import print_comparison, write_comparison
@@ -31,6 +33,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--output-dir", type=Path, default=None, help="also write compare.json and compare.html there")
     options = parser.parse_args(arguments)
     strengths = parse_strengths(options.strengths)
+    if strengths == [0.0]:
+        raise ConfigError(f"--strengths {options.strengths!r} names the base only: add one that is not 0.")
+    if options.output_dir is not None:
+        check_folder(options.output_dir)
     settings = {"adapter_weights": weights_of(options), "max_kl": options.cap, "decay": options.decay}
     columns = [strength_columns(name, strengths, **settings) for name in unique_names(options.adapters)]
     with measuring() as track:

@@ -41,6 +41,8 @@ def run(arguments: list[str]) -> int:
     add_workload_options(parser)
     parser.add_argument("--output", type=Path, default=None, help="also write all figures to this JSON file")
     options = parser.parse_args(arguments)
+    if options.output is not None and options.output.is_dir():
+        raise ConfigError(f"--output {options.output} is a folder: name a file in it.")
     column = column_of(options)
     workload, store = workload_of(options), store_of(options)
     with measuring() as track:

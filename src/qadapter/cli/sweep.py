@@ -38,6 +38,8 @@ def run(arguments: list[str]) -> int:
     add_workload_options(parser)
     parser.add_argument("--output-dir", type=Path, default=None, help="where sweep.json, .svg, .png and .html go")
     options = parser.parse_args(arguments)
+    if options.judge:
+        raise ConfigError("a sweep generates no answers to judge: use `qadapter compare DIR --strengths ... --judge`.")
     columns, budget, workload = columns_of(options), budget_of(options), workload_of(options)
     budget.limits(workload.tasks)  # refuses what is out of range before any work
     folder = output_folder(options)
@@ -96,6 +98,11 @@ def output_folder(options: argparse.Namespace) -> Path:
             f"{options.adapter} is not a folder here: correct the path, or, if it is a hub id, say with --output-dir "
             "where the results go."
         )
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError if an output folder is a file: before an hour of measuring."""
     if folder.is_file():
         raise ConfigError(f"output folder {folder} is a file: choose another.")
-    return folder

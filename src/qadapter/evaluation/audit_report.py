@@ -1,5 +1,6 @@
 """audit.html: the audit as one self-contained page."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,11 +10,12 @@ from rich.console import Console
 from rich.markup import escape as plain
 
 from qadapter.evaluation.audit import curve
-from qadapter.evaluation.card import base_title, finding_line, gate_cells, verdict_line
+from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, verdict_line
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json
 from qadapter.evaluation.tables import headline, print_table, written, written_number
+from qadapter.evaluation.texts import excerpt
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "audit.json", "audit.html"
@@ -39,8 +41,8 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
     print_table(console, "What it gained and what it cost (95% intervals)", ("", BASE, column), rows)
     if audit["findings"]:
         console.print("[bold]What got worse[/bold]")
-        for entry in audit["findings"]:
-            console.print(f"  {plain(finding_line(entry))}", highlight=False)
+        for line in finding_lines(audit["findings"]):
+            console.print(f"  {plain(line)}", highlight=False)
     if audit["gate"]:
         gate = [gate_cells(entry) for entry in audit["gate"]]
         print_table(console, "Gate", ("limit", "measured", "verdict"), gate)
@@ -116,9 +118,12 @@ def _findings(audit: Mapping[str, Any]) -> str:
 
 
 def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
+    examples = {example["prompt"]: example for example in results["behaviour"]["examples"]}
+    # Of prompts that begin alike a row cannot tell which one it is of: they are not shown.
+    begins = Counter(map(excerpt, examples))
+    alone = {start: example for prompt, example in examples.items() if begins[start := excerpt(prompt)] == 1}
     worst = {row["text"]: row for row in results["instructions"]["worst"][column]}
-    examples = {_key(example["prompt"]): example for example in results["behaviour"]["examples"]}
-    shown = [(row, examples[_key(text)]) for text, row in worst.items() if _key(text) in examples]
+    shown = [(row, alone[text]) for text, row in worst.items() if text in alone]
     if shown:
         yield (
             "<p>General instructions whose base answer the policy finds least likely, relative to the base. "
@@ -144,11 +149,6 @@ def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
     if pairs:
         columns = ("prompt", "category", "chosen", "rejected", "margin, nats")
         yield folded("Held-out pairs ranked most wrongly", table(columns, pairs))
-
-
-def _key(prompt: str) -> str:
-    """What an excerpt and its prompt have in common."""
-    return " ".join(prompt.split())[:150]
 
 
 def _answer(answer: Mapping[str, Any]) -> str:

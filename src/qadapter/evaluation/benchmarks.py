@@ -1,11 +1,14 @@
 """Benchmarks through lm-eval, which is an extra and imported when it is asked for."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import Column
@@ -71,14 +74,19 @@ class Benchmarks:
         if not (names or required):
             return
         require_lm_eval()
+        if settings["chat_template"] and subject.tokenizer.chat_template is None:
+            raise ConfigError("--chat-template: the tokenizer has no chat template; leave the option out.")
         included = task_folder(folder)
         for name in names:
             self._load(name, identity, included)
         for name in required:
             if not any(name in self._figures_of(own) for own in self.loaded):
-                self._load(name, identity, included)
-                if name not in self._figures_of(name):
-                    found = ", ".join(self._figures_of(name))
+                holders = (own for own, loaded in self.loaded.items() if loaded is not None and name in loaded.groups)
+                holder = next(holders, name)
+                if holder not in self.loaded:
+                    self._load(name, identity, included)
+                if name not in self._figures_of(holder):
+                    found = ", ".join(self._figures_of(holder))
                     raise ConfigError(f"--max-drop {name}: there is no score of that name; limit one of {found}.")
 
     def _load(self, name: str, identity: dict[str, Any], folder: Path | None) -> None:
@@ -92,7 +100,7 @@ class Benchmarks:
         loaded = self.loaded[name]
         if loaded is None:
             return list(self.store.stored("task", self.inputs[name]) or ())
-        return [*loaded.tasks, *loaded.groups]
+        return [*loaded.tasks, *(group for group in loaded.groups if loaded.pools(group))]
 
     def results(self) -> dict[str, Any]:
         """{task: figures} of all of them, see `forgetting.run_tasks`; the scores of items are kept, answers are not."""
@@ -127,10 +135,41 @@ def run(
     }
 
 
+DEFINITIONS = (".yaml", ".yml", ".py")
+
+
 def state(task: str, folder: Path | None) -> list[Any]:
-    """What the questions of a task depend on: lm-eval's version, and the files that define them."""
-    files = [Path(task)] if Path(task).is_file() else []
+    """What the questions of a task depend on: lm-eval's version, and the files that define them.
+
+    A task file may take others that lie beside it (members of a group, templates, code) and data from anywhere.
+    """
+    files = set()
+    if Path(task).is_file():
+        beside = Path(task).parent.iterdir()
+        files |= {Path(task), *(path for path in beside if path.suffix in DEFINITIONS and path.is_file())}
     if folder is not None:
-        files += sorted(path for path in folder.rglob("*") if path.is_file())
-    contents = [[str(path), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
+        files |= {path for path in folder.rglob("*") if path.is_file()}
+    files |= {named for path in files if path.suffix in DEFINITIONS[:2] for named in _named_in(path)}
+    contents = [[str(path), hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(files)]
     return [version("lm_eval"), task, contents]
+
+
+def _named_in(definition: Path) -> Iterator[Path]:
+    """The files that a YAML file names, from here or from where it lies; none if it is no YAML."""
+    try:
+        nodes = [yaml.compose(definition.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    except (yaml.YAMLError, UnicodeDecodeError):  # lm-eval will say so, if it takes the file at all
+        return
+    seen = set()  # anchors: a node may be there many times
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.ScalarNode):
+            places = (Path(node.value), definition.parent / node.value)
+            yield from (path for path in places if os.path.isfile(path))  # Path.is_file raises for long texts

@@ -1,7 +1,7 @@
 """The adapter folder's README.md: a model card whose certificate is replaced by each audit; the rest is the user's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,28 @@ from qadapter.errors import DataError
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.tables import headline, markdown_table, written
 from qadapter.evaluation.texts import read_utf8
+from qadapter.modeling.lora_files import CONFIG_NAME
+from qadapter.modeling.manifest import MANIFEST_NAME
 
 CARD_NAME = "README.md"
 BEGIN = "<!-- qadapter audit: begin (replaced by the next audit) -->"
 END = "<!-- qadapter audit: end -->"
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*\n?", re.DOTALL | re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+SHOWN_FINDINGS = 20
 TAGS = ["qadapter", "lora", "preference-tuning"]
+BOOLEAN = "tag:yaml.org,2002:bool"
+
+
+class CardLoader(yaml.SafeLoader):
+    """Reads metadata as the hub does, with the booleans of YAML 1.2: `language: no` is Norwegian, not false."""
+
+
+CardLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+CardLoader.add_implicit_resolver(BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def update_card(folder: Path, audit: Mapping[str, Any]) -> None:
@@ -27,8 +42,10 @@ def update_card(folder: Path, audit: Mapping[str, Any]) -> None:
         DataError: the README is not UTF-8, its metadata is no YAML mapping, or it has one mark of the certificate.
     """
     path = folder / CARD_NAME
-    old = read_utf8(path).replace("\r\n", "\n") if path.exists() else new_card(audit)
-    new = with_certificate(with_metadata(old, audit, path), certificate(audit), path)
+    plain = (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists()  # a LoRA as PEFT writes it
+    old = read_utf8(path).replace("\r\n", "\n") if path.exists() else new_card(audit, plain)
+    library = "peft" if plain else "qadapter"
+    new = with_certificate(with_metadata(old, audit, path, library), certificate(audit), path)
     scratch = path.with_name(f".{CARD_NAME}.partial")
     scratch.write_text(new, encoding="utf-8")
     scratch.replace(path)
@@ -49,31 +66,28 @@ def check_card(folder: Path) -> None:
         with_certificate(card, "", path)
 
 
-def new_card(audit: Mapping[str, Any]) -> str:
-    """The text of a card that nobody has written yet."""
+def new_card(audit: Mapping[str, Any], plain: bool = False) -> str:
+    """The text of a card that nobody has written yet, of an adapter folder or a plain LoRA's."""
     name = base_title(audit)
-    return "\n".join(
-        [
-            f"# {audit['adapter']['name']}",
-            "",
+    if plain:
+        lines = [f"A LoRA for {name}."]
+        code = ["from peft import AutoPeftModelForCausalLM", "model = AutoPeftModelForCausalLM"]
+    else:
+        lines = [
             f"A Q-Adapter for {name}: the base stays frozen, and a LoRA beside it is mixed in at every token with a",
             "strength that can be chosen at run time (0 is exactly the base, 1 the trained policy).",
-            "",
-            "```python",
-            "from qadapter import QAdapterForCausalLM",
-            'policy = QAdapterForCausalLM.from_pretrained("this-folder")',
-            "```",
-            "",
         ]
-    )
+        code = ["from qadapter import QAdapterForCausalLM", "policy = QAdapterForCausalLM"]
+    code[-1] += '.from_pretrained("this-folder")'
+    return "\n".join([f"# {audit['adapter']['name']}", "", *lines, "", "```python", *code, "```", ""])
 
 
-def with_metadata(card: str, audit: Mapping[str, Any], path: Path) -> str:
+def with_metadata(card: str, audit: Mapping[str, Any], path: Path, library: str = "qadapter") -> str:
     """The card with Hugging Face metadata; what the user has set there stays, the license is left to the user."""
     match, metadata = metadata_of(card, path)
     tags = metadata.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
-    missing = {"library_name": "qadapter", "pipeline_tag": "text-generation"}
+    missing = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(audit["base"]["name"]):
         missing = {"base_model": audit["base"]["name"], **missing}
     added = {name: value for name, value in missing.items() if name not in metadata}
@@ -93,7 +107,7 @@ def metadata_of(card: str, path: Path) -> tuple[re.Match[str] | None, dict[str, 
     """
     match = FRONT_MATTER.match(card)
     try:
-        metadata = yaml.safe_load(match[1]) if match else {}
+        metadata = yaml.load(match[1], CardLoader) if match else {}
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: the metadata between the --- lines is not valid YAML: {reason}") from error
@@ -110,8 +124,9 @@ def with_certificate(card: str, section: str, path: Path) -> str:
         DataError: the marks do not come once each, the first before the last.
     """
     starts, ends = card.count(BEGIN), card.count(END)
-    # Names of categories and tasks come from data: they must not end the section.
-    marked = f"{BEGIN}\n{section.replace('<!--', '&lt;!--')}\n{END}"
+    # Names of categories and tasks come from data: they must not end the section, nor be links or images in it.
+    words = section.replace("<", "&lt;").replace("](", "]\\(")
+    marked = f"{BEGIN}\n{words}\n{END}"
     if starts == ends == 0:
         return f"{card.rstrip()}\n\n{marked}\n"
     if starts != 1 or ends != 1 or card.index(BEGIN) > card.index(END):
@@ -137,7 +152,7 @@ def certificate(audit: Mapping[str, Any]) -> str:
         lines += [*markdown_table(("limit", "measured", "verdict"), rows), ""]
     lines += [*markdown_table(("", BASE, column), headline(audit["results"], [column])), ""]
     if audit["findings"]:
-        lines += ["What got worse:", "", *(f"- {finding_line(entry)}" for entry in audit["findings"]), ""]
+        lines += ["What got worse:", "", *(f"- {line}" for line in finding_lines(audit["findings"])), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -159,6 +174,13 @@ def gate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     passes = "passes" if entry["passes"] else "FAILS"
     limit = f"{entry['quantity']} {entry['relation']} {entry['limit']:g} {entry['unit']}".rstrip()
     return limit, measured, passes + close
+
+
+def finding_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first findings, a line each, and how many more there are: a group of benchmarks alone may have dozens."""
+    lines = [finding_line(entry) for entry in entries[:SHOWN_FINDINGS]]
+    more = len(entries) - SHOWN_FINDINGS
+    return [*lines, f"and {more} more, which audit.json and audit.html have"] if more > 0 else lines
 
 
 def finding_line(entry: Mapping[str, Any]) -> str:

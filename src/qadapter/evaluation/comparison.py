@@ -35,8 +35,11 @@ def run_comparison(
         open_subject: loads one of them.
 
     Raises:
-        ConfigError: adapters of different bases or tokenizers.
+        ConfigError: adapters of different bases or tokenizers, or a name of two columns.
     """
+    names = [column.name for own in columns for column in own]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"columns {names}: two have one name; rename a folder, or give other strengths.")
     check_manifests(paths)
     merged: dict[str, Any] = {}
     identities: dict[str, Any] = {}
@@ -52,7 +55,6 @@ def run_comparison(
         merged = results if not merged else merge(merged, results)
         device = subject.model.device
         del subject, evaluation
-    names = [column.name for own in columns for column in own]
     return jsonable(
         {
             "schema_version": SCHEMA_VERSION,

@@ -12,7 +12,7 @@ from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json
-from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, short, written
+from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, short, whole_tasks, written
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "compare.json", "compare.html"
@@ -52,6 +52,7 @@ def difference_rows(comparison: Mapping[str, Any], narrow: bool = False) -> tupl
     entries, write = comparison["differences"], short if narrow else written
     shown = [row for row in DIFFERENCES if not narrow or row[0] in NARROW_DIFFERENCES]
     judges, tasks = (list(entries[0][part]) if entries else [] for part in ("judged", "tasks"))
+    tasks = whole_tasks(comparison["results"]["tasks"]) if narrow and entries else tasks
     header = ("", *(title for _, title, _ in shown), *(f"win rate, {name}" for name in judges), *tasks)
     rates = {task: is_rate(comparison["results"]["tasks"][task]) for task in tasks}
     rows = []
@@ -118,7 +119,8 @@ def chart(comparison: Mapping[str, Any]) -> str:
     for column in sorted(comparison["columns"], key=lambda column: column["strength"]):
         name = column["name"]
         kl = pairs["chosen"]["columns"][name]["kl"]["value"]
-        line = series.setdefault(name.partition("@")[0], [(0.0, 0.0)])
+        adapter = name if column["strength"] == 1.0 else name.removesuffix(f"@{column['strength']:g}")
+        line = series.setdefault(adapter, [(0.0, 0.0)])
         line.append((kl, pairs["columns"][name]["token_margin_gain"]["value"]))
     x_label, y_label = "KL(policy ‖ base) on chosen answers, nats a token", "margin gained, nats a token"
     return line_chart(series, "Preference gained against drift", x_label, y_label)

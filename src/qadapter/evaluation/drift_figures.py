@@ -68,30 +68,44 @@ def _base_means(drift: TextDrift) -> Tensor:
 
 
 def breakdown(
-    drifts: Sequence[TextDrift], column: str, labels: Sequence[Tensor], names: Sequence[str], seed: int = 0
+    drifts: Sequence[TextDrift],
+    column: str,
+    labels: Sequence[Tensor],
+    names: Sequence[str],
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
 ) -> dict[str, Figures]:
     """{name: {figure of BREAKDOWN_FIGURES: interval}} of the tokens under each label; names without tokens are absent.
 
     Args:
         labels: for each text the number of the name that each token belongs to, (T,).
+        groups: which texts belong together, as in `mean_intervals`.
     """
     kept = [DRIFT_FIGURES.index(figure) for figure in BREAKDOWN_FIGURES]
     means: list[list[Tensor]] = [[] for _ in names]
-    for drift, label in zip(drifts, labels, strict=True):
+    members: list[list[Hashable]] = [[] for _ in names]
+    together = range(len(drifts)) if groups is None else groups
+    for drift, label, group in zip(drifts, labels, together, strict=True):
         values = token_figures(drift, column)[kept]  # (3, T)
         sums = torch.zeros(len(kept), len(names), dtype=values.dtype).index_add_(1, label, values)
         counts = torch.bincount(label, minlength=len(names))
         for index in counts.nonzero().flatten().tolist():
             means[index].append(sums[:, index] / counts[index])
+            members[index].append(group)
     return {
-        name: dict(zip(BREAKDOWN_FIGURES, mean_intervals(torch.stack(rows, 1), seed=seed), strict=True))
-        for name, rows in zip(names, means, strict=True)
+        name: dict(zip(BREAKDOWN_FIGURES, mean_intervals(torch.stack(rows, 1), own, seed), strict=True))
+        for name, rows, own in zip(names, means, members, strict=True)
         if rows
     }
 
 
 def breakdowns(
-    drifts: Sequence[TextDrift], texts: Sequence[Text], column: str, tokenizer: Any, seed: int = 0
+    drifts: Sequence[TextDrift],
+    texts: Sequence[Text],
+    column: str,
+    tokenizer: Any,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, Figures]]:
     """{"category": ..., "token": ..., "position": ...}, each as of `breakdown`; category where texts have one."""
     result = {}
@@ -103,14 +117,15 @@ def breakdowns(
             column,
             [torch.full((drifts[index].tokens,), categories.index(texts[index].category or "")) for index in labelled],
             categories,
+            None if groups is None else [groups[index] for index in labelled],
             seed,
         )
     kinds = token_kinds(tokenizer, {token for text in texts for token in text.answer})
     by_kind = [torch.tensor([TOKEN_KINDS.index(kinds[token]) for token in text.answer]) for text in texts]
-    result["token"] = breakdown(drifts, column, by_kind, TOKEN_KINDS, seed)
+    result["token"] = breakdown(drifts, column, by_kind, TOKEN_KINDS, groups, seed)
     starts = torch.tensor(POSITION_STARTS)
     by_position = [torch.bucketize(torch.arange(drift.tokens), starts, right=True) - 1 for drift in drifts]
-    result["position"] = breakdown(drifts, column, by_position, POSITION_NAMES, seed)
+    result["position"] = breakdown(drifts, column, by_position, POSITION_NAMES, groups, seed)
     return result
 
 

@@ -11,6 +11,7 @@ from qadapter.evaluation.differences import drift_items, pair_items
 from qadapter.evaluation.drift import TextDrift, measure_texts
 from qadapter.evaluation.drift_figures import breakdowns, drift_figures
 from qadapter.evaluation.judges import Judge, make_judge
+from qadapter.evaluation.judges.models import PairJudge, RewardJudge
 from qadapter.evaluation.judging import judged
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.preferences import PairDrift, by_category, calibration, paired, preference_figures
@@ -27,6 +28,7 @@ from qadapter.evaluation.texts import (
     load_pairs,
     neutral_texts,
     reference_texts,
+    sample,
 )
 from qadapter.evaluation.traits import answer_traits, commonest_language, mean_words
 from qadapter.evaluation.workload import Workload
@@ -115,7 +117,7 @@ class Evaluation:
             },
             "chosen": {
                 "columns": drift_figures(chosen, held_out.groups, seed),
-                "breakdown": self._breakdowns(chosen, texts),
+                "breakdown": self._breakdowns(chosen, texts, held_out.groups),
             },
             "categories": {
                 column.name: by_category(pairs, categories, column.name, held_out.groups)
@@ -195,7 +197,8 @@ class Evaluation:
         """For each judge and detailed column, how often its answers beat the base's."""
         if not self.workload.judges:
             return []
-        prompts = self.held_out.prompts[: self.workload.prompts]
+        prompts = self.held_out.prompts
+        prompts = [prompts[index] for index in sample(len(prompts), self.workload.prompts, self.workload.seed)]
         base = self.answers(BASE, prompts, "prompts")
         results = []
         for name, judge in self.judges.items():
@@ -207,7 +210,14 @@ class Evaluation:
     def _judged(
         self, name: str, judge: Judge, prompts: Sequence[Prompt], own: Sequence[Answer], base: Sequence[Answer]
     ) -> dict[str, Any]:
-        inputs = [name, [prompt.content for prompt in prompts], list(map(asdict, own)), list(map(asdict, base))]
+        weights = judge.scorer.fingerprint() if isinstance(judge, RewardJudge | PairJudge) else None
+        inputs = [
+            name,
+            weights,
+            [prompt.content for prompt in prompts],
+            list(map(asdict, own)),
+            list(map(asdict, base)),
+        ]
 
         def compute() -> dict[str, Any]:
             return judged(judge, prompts, own, base, self.track(f"Judge {name}", len(prompts)))
@@ -243,9 +253,13 @@ class Evaluation:
         advance = self.track(title, len(texts))
         return measure_texts(self.subject.model, texts, self.columns, advance=advance)
 
-    def _breakdowns(self, drifts: Sequence[TextDrift], texts: Sequence[Text]) -> dict[str, Any]:
+    def _breakdowns(
+        self, drifts: Sequence[TextDrift], texts: Sequence[Text], groups: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         tokenizer, seed = self.subject.tokenizer, self.workload.seed
-        return {column.name: breakdowns(drifts, texts, column.name, tokenizer, seed) for column in self.detailed}
+        return {
+            column.name: breakdowns(drifts, texts, column.name, tokenizer, groups, seed) for column in self.detailed
+        }
 
 
 def _worst_pairs(pairs: Sequence[PairDrift], held_out: HeldOutPairs, column: str) -> list[dict[str, Any]]:

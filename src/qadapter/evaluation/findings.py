@@ -5,7 +5,6 @@ from typing import Any
 
 # Rises of the loss below this many nats a token are not worth a line, however certain.
 SMALLEST_RISE = 0.01
-SHOWN = 20
 SETS = {"neutral": "neutral text", "instructions": "the base's own answers", "chosen": "chosen answers"}
 GROUPS = {"category": "category {}", "token": "tokens of the kind {}", "position": "tokens {}"}
 BAD_TRAITS = ("empty", "cut off", "repeats itself", "in another language")
@@ -18,7 +17,7 @@ def findings(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     changed, about one in forty is named by chance.
     """
     named = [*_tasks(results, column), *_answers(results, column), *_judges(results, column), *_pairs(results, column)]
-    return [*named, *_losses(results, column)][:SHOWN]
+    return [*named, *_losses(results, column)]
 
 
 def _losses(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:

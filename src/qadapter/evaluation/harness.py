@@ -70,6 +70,12 @@ class PolicyLM(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        for _, _, continuation in requests:  # lm-eval only asserts it
+            if not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    f"{self.task}: an answer of {len(continuation)} tokens cannot be scored; it must have 1 to "
+                    f"{self.max_length}, which is all that the model reads."
+                )
         if self.shared is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         return self.shared.of(self.column, requests, self.max_length, self.cache_hook.advance)
@@ -110,6 +116,10 @@ class LoadedTasks:
     groups: dict[str, list[str]]
     manager: TaskManager
 
+    def pools(self, group: str) -> bool:
+        """Whether the items of a group's tasks have one metric, so that there is a figure of the group."""
+        return len({_item_metrics(self.tasks[name])[0] for name in self.groups[group]}) == 1
+
 
 def load_tasks(names: Iterable[str], include_path: str | Path | None = None, track: Track = silent) -> LoadedTasks:
     """The tasks, groups and tags called `names`, or written in YAML files of these names.
@@ -119,6 +129,7 @@ def load_tasks(names: Iterable[str], include_path: str | Path | None = None, tra
 
     Raises:
         ConfigError: a name that is unknown, a task that runs generated code, or one whose data cannot be had.
+        DataError: a task without a metric that is a mean over items.
     """
     names = list(names)
     # The members of a group that is given as a file lie beside it; lm-eval itself takes groups by name only.
@@ -163,7 +174,19 @@ def _loaded(manager: TaskManager, name: str, track: Track) -> Any:
             raise ConfigError(f"task {task.task_name} runs code that the model writes; that is not supported.")
         if "ifeval" in task.task_name:
             _require_sentences(task.task_name)
+        _item_metrics(task)
     return loaded
+
+
+def _item_metrics(task: Task) -> list[str]:
+    """The metrics that are means over items; raises DataError if there is none."""
+    metrics = [metric for metric, aggregation in task.aggregation().items() if aggregation is mean]
+    if not metrics:
+        raise DataError(
+            f"task {task.task_name} has no metric that is a mean over its items, only {sorted(task.aggregation())}: "
+            "no paired difference can be given."
+        )
+    return metrics
 
 
 def _require_sentences(name: str) -> None:
@@ -255,17 +278,14 @@ def _scores(task: Task, samples: list[dict[str, Any]]) -> TaskScores:
         by_filter.setdefault(sample["filter"], []).append(sample)
     scores, higher = {}, {}
     for name, rows in by_filter.items():
-        for metric, aggregation in task.aggregation().items():
+        for metric in _item_metrics(task):
             values = [row.get(metric) for row in rows]
-            if aggregation is mean and all(isinstance(value, Real) for value in values):
+            if all(isinstance(value, Real) for value in values):
                 label = metric if name == "none" else f"{metric},{name}"
                 scores[label] = [float(value) for value in values]  # type: ignore[arg-type]
                 higher[label] = bool(task.higher_is_better()[metric])
     if not scores:
-        raise DataError(
-            f"task {task.task_name} has no metric that is a mean over its items, only {sorted(task.aggregation())}: "
-            "no paired difference can be given."
-        )
+        raise DataError(f"task {task.task_name} scores its items with something else than numbers.")
     rows = next(iter(by_filter.values()))
     written = [row["resps"][0][0] for row in rows]
     return TaskScores(

@@ -18,7 +18,7 @@ from qadapter.modeling.bases import cache_folder
 logger = logging.getLogger(__name__)
 
 # Raise it when the meaning of a stored part changes.
-PARTS_VERSION = 3
+PARTS_VERSION = 4
 VERSIONED = ("qadapter", "torch", "transformers", "peft")
 
 
@@ -75,11 +75,11 @@ class PartStore:
         path = self._path(name, inputs)
         if path in self.unwritten:
             return json.loads(self.unwritten[path])
-        if not (path.is_file() and (self.reuse or path in self.fresh)):
+        if not (self.reuse or path in self.fresh):
             return None
         try:
             return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # damaged: computed again
+        except (OSError, ValueError):  # not there, not to be read, or damaged: computed again
             return None
 
     def _path(self, name: str, inputs: Any) -> Path:

@@ -24,7 +24,7 @@ Track = Callable[[str, int], Advance]
 def progress_bar(console: Console) -> Iterator[Progress]:
     """A progress bar with counts, time gone and time left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names of folders and judges may hold brackets
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

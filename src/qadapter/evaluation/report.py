@@ -96,7 +96,7 @@ def print_report(result: QuickstartResult, folder: Path, console: Console) -> No
         ("report.html", "the same with the curve and all judged answers"),
         ("results.json", "all numbers"),
     ):
-        console.print(f"  {folder / name}  {text}", highlight=False)
+        console.print(f"  {folder / name}  {text}", highlight=False, markup=False)
 
 
 def write_report(result: QuickstartResult, folder: Path) -> None:

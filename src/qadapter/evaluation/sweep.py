@@ -12,7 +12,7 @@ from qadapter.evaluation.gate import Limits, drop, kl_figures
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject
-from qadapter.evaluation.tables import is_rate
+from qadapter.evaluation.tables import is_rate, whole_tasks
 from qadapter.evaluation.workload import Workload
 
 SCHEMA_VERSION = 1
@@ -26,7 +26,7 @@ class SweepLimits:
 
     Args:
         max_kl: KL(policy ‖ base) in nats a token, on chosen answers and on neutral text.
-        max_drop: percentage points that any benchmark of the sweep may fall.
+        max_drop: percentage points that any benchmark of the sweep may fall; a group is one, whatever its tasks do.
         drops: {task: percentage points}, for single benchmarks.
     """
 
@@ -63,7 +63,7 @@ def run_sweep(
     )
     results = {"pairs": evaluation.pairs(), "neutral": evaluation.neutral(), "tasks": evaluation.tasks()}
     points = [point(results, Column(BASE, 0.0)), *(point(results, column) for column in columns)]
-    limits = budget.limits(list(results["tasks"]))
+    limits = budget.limits(whole_tasks(results["tasks"]))
     return jsonable(
         {
             "schema_version": SCHEMA_VERSION,
@@ -75,6 +75,7 @@ def run_sweep(
                     "metric": figures["metric"],
                     "n": figures["n"],
                     "unit": "points" if is_rate(figures) else "score",
+                    "subtasks": figures.get("subtasks", []),
                 }
                 for task, figures in results["tasks"].items()
             },

@@ -11,12 +11,13 @@ from rich.markup import escape as plain
 
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
 from qadapter.evaluation.part_store import write_ordered_json
-from qadapter.evaluation.tables import Row, print_table, short, written
+from qadapter.evaluation.tables import Row, print_table, short, whole_tasks, written
 from qadapter.plots import Chart, chart, svg
 
 JSON_NAME, SVG_NAME, PNG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.png", "sweep.html"
 
 BENCHMARKS_SVG_NAME = "sweep_benchmarks.svg"
+PICTURES = (SVG_NAME, PNG_NAME, BENCHMARKS_SVG_NAME, "sweep_benchmarks.png")
 
 SETTINGS = ("dial", "budget", "workload", "adapter", "base", "environment")
 # (key, title, how it is written)
@@ -42,7 +43,12 @@ NARROW_FIGURES = (
 
 
 def write_sweep(sweep: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The files that were written into `folder`; the PNG only where Pillow is installed."""
+    """The files that were written into `folder`; the PNG only where Pillow is installed.
+
+    Pictures of an earlier sweep that this one does not draw are removed.
+    """
+    for name in PICTURES:
+        (folder / name).unlink(missing_ok=True)
     write_ordered_json(folder / JSON_NAME, sweep)
     (folder / HTML_NAME).write_text(page(sweep), encoding="utf-8")
     written = [folder / JSON_NAME, folder / HTML_NAME]
@@ -86,7 +92,7 @@ def rows_of(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 def narrow_rows(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """The same for a terminal."""
-    tasks = list(sweep["tasks"])
+    tasks = whole_tasks(sweep["tasks"])
     header = ("strength", *(title for _, title, _ in NARROW_FIGURES), *tasks)
     rows = []
     for point in sweep["points"]:
@@ -137,10 +143,10 @@ def benchmark_changes(sweep: Mapping[str, Any]) -> Chart:
     scales = _scales(sweep)
     points = sorted((point for point in sweep["points"] if point["alpha_0"] is None), key=lambda p: p["strength"])
     series = {
-        task: [(p["margin_gain"]["value"], scale * p["tasks"][task]["value"]) for p in points]
-        for task, scale in scales.items()
+        task: [(p["margin_gain"]["value"], scales[task] * p["tasks"][task]["value"]) for p in points]
+        for task in whole_tasks(sweep["tasks"])
     }
-    unit = ", percentage points" if set(scales.values()) == {100.0} else ""
+    unit = ", percentage points" if {scales[task] for task in series} == {100.0} else ""
     return chart(series, "What it cost on benchmarks", GAINS[0][1], f"change{unit}")
 
 
@@ -167,7 +173,7 @@ def page(sweep: Mapping[str, Any]) -> str:
         ],
         "gains": [list(figure) for figure in GAINS],
         "costs": [list(figure) for figure in (*COSTS, *tasks, ("strength", "strength", "number"))],
-        "recommended": None if sweep["recommended"] is None else sweep["recommended"]["name"],
+        "recommended": sweep["recommended"]["name"] if sweep["recommended"] and sweep["recommended"]["fits"] else None,
     }
     header, rows = rows_of(sweep)
     body = f"""<p>{escape(recommendation(sweep))}</p>

@@ -118,6 +118,12 @@ def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
     return rows
 
 
+def whole_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The benchmarks that are no part of another one: a group stands for its tasks where room is small."""
+    parts = {name: set(figures.get("subtasks") or [name]) for name, figures in tasks.items()}
+    return [name for name, own in parts.items() if not any(own < others for others in parts.values())]
+
+
 def is_rate(figures: Mapping[str, Any]) -> bool:
     """Whether all scores of a benchmark are shares."""
     values = [entry["value"] for entry in figures["columns"].values()]
@@ -163,7 +169,7 @@ def written_number(value: float | None) -> str:
 def narrow(results: Mapping[str, Any], columns: Sequence[str]) -> tuple[Row, list[Row]]:
     """Header and rows of a table with a row a column, the base first."""
     shown = [entry for entry in NARROW if entry[1] in ("pairs", "chosen") or results.get(entry[1]) is not None]
-    tasks = results.get("tasks", {})
+    tasks = {name: results["tasks"][name] for name in whole_tasks(results.get("tasks", {}))}
     header = ("column", *(title for title, *_ in shown), *tasks)
     rows = []
     for name in (BASE, *columns):

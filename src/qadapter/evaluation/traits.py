@@ -29,6 +29,8 @@ LANGUAGE_OF_WORD = {
     for word in words.split()
     if sum(word in other.split() for other in FUNCTION_WORDS.values()) == 1
 }
+KANA = ("Hiragana", "Katakana", "Katakana-hiragana")
+KANA_SHARE = 0.05  # of a text's letters; Chinese texts have a stray one in a name
 WORD = re.compile(r"[^\W\d_]+")
 REPEATED_WORDS = 4
 REPETITION_SHARE = 0.3
@@ -39,6 +41,9 @@ def language(text: str) -> str | None:
     scripts = Counter(_script(character) for character in text if character.isalpha())
     if not scripts:
         return None
+    kana = sum(scripts[name] for name in KANA)
+    if kana > KANA_SHARE * (kana + scripts["CJK"]):  # Japanese, whichever of its scripts a text has most of
+        scripts["Japanese"] = sum(scripts.pop(name, 0) for name in (*KANA, "CJK"))
     script, _ = scripts.most_common(1)[0]
     if script != "Latin":
         return f"{script} script"

@@ -7,6 +7,8 @@ from typing import Any
 from qadapter.errors import ConfigError
 from qadapter.evaluation.texts import BUILTIN
 
+SEEDS = 2**32  # that lm-eval takes, at the end of all other work
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -18,7 +20,7 @@ class Workload:
         neutral_text, instructions: files instead of the package's own texts.
         max_instructions: instructions whose answers are measured.
         judges: names of judges, as in `judges.make_judge`; without one no prompt of the pairs is answered.
-        prompts: prompts of the pairs that are answered and judged.
+        prompts: how many prompts of the pairs, drawn by `seed`, are answered and judged.
         max_new_tokens: longest answer; answers are greedy.
         tasks, limit: benchmarks of lm-eval, and items of each; None for all.
         tasks_from: a folder of further tasks, or of benchmark files.
@@ -49,6 +51,8 @@ class Workload:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: must be at least 1.")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed = {self.seed}: must be between 0 and {SEEDS - 1}.")
         if self.max_length < 2:
             raise ConfigError(f"max_length = {self.max_length}: must be at least 2 tokens.")
 

@@ -14,6 +14,7 @@ from benchmark_tasks import (
     letter_rows,
     letter_task,
     sum_task,
+    write_rows,
     writing_task,
 )
 from models import lora, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer
@@ -24,7 +25,13 @@ from qadapter.evaluation.intervals import mcnemar_exact
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 from qadapter.evaluation import harness
+from qadapter.evaluation.benchmarks import Benchmarks
+from qadapter.evaluation.columns import Column
 from qadapter.evaluation.forgetting import local_tasks, run_tasks
+from qadapter.evaluation.harness import load_tasks
+from qadapter.evaluation.part_store import PartStore
+from qadapter.evaluation.progress import silent
+from qadapter.evaluation.subjects import Subject
 
 
 def test_an_untouched_adapter_changes_no_benchmark(base, tmp_path):
@@ -147,4 +154,48 @@ doc_to_target: "{{choices[0]}}"
 metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
 """)  # fmt: skip
     with pytest.raises(QAdapterError, match=r"task perplexity has no metric that is a mean .* only \['perplexity'\]"):
-        run_tasks(policy, tiny_tokenizer(), [task], {"p": {}}, limit=2)
+        load_tasks([task])  # before anything is measured
+
+
+def group_of(folder, *tasks):
+    """A task file of a group."""
+    (folder / "both.yaml").write_text(f"group: both\ntask: [{', '.join(tasks)}]\n")
+    return str(folder / "both.yaml")
+
+
+def benchmarks_of(policy, tokenizer, folder, names, required=(), chat_template=False):
+    settings = {"limit": 2, "seed": 0, "chat_template": chat_template, "shared": False}
+    store = PartStore(folder / "parts")
+    subject, columns = Subject("tiny", policy, tokenizer), [Column("p")]
+    return Benchmarks(subject, {"adapter": 1}, columns, names, required, None, settings, store, silent)
+
+
+def test_a_limit_on_a_group_without_a_figure_is_refused_before_anything_is_measured(policy, tmp_path):
+    letter_task(tmp_path)
+    writing_task(tmp_path)
+    group = group_of(tmp_path, "letters", "writing")  # acc, exact_match
+    with pytest.raises(QAdapterError, match="--max-drop both: .* limit one of letters, writing"):
+        benchmarks_of(policy, tiny_tokenizer(), tmp_path, [group], ["both"])
+    assert "letters" in benchmarks_of(policy, tiny_tokenizer(), tmp_path, [group], ["letters"]).results()
+
+
+def test_a_chat_template_that_is_not_there_is_refused_before_anything_is_measured(policy, tmp_path):
+    with pytest.raises(QAdapterError, match="the tokenizer has no chat template"):
+        benchmarks_of(policy, tiny_tokenizer(template=None), tmp_path, [letter_task(tmp_path)], chat_template=True)
+
+
+def test_a_changed_file_of_a_task_is_run_again(policy, tmp_path):
+    """Its data, a task of its group."""
+    group = group_of(tmp_path, "letters", "sums")
+    letter_task(tmp_path)
+    sum_task(tmp_path)
+
+    def results():
+        return benchmarks_of(policy, tiny_tokenizer(), tmp_path, [group]).results()
+
+    assert {name: task["n"] for name, task in results().items()} == {"letters": 2, "sums": 2, "both": 4}
+    write_rows(tmp_path / "letters.jsonl", letter_rows()[:1])
+    assert results()["letters"]["n"] == 1
+    definition = tmp_path / "sums.yaml"
+    definition.write_text(definition.read_text().replace("metric: acc", "metric: acc_norm"))
+    assert results()["sums"]["metric"] == "acc_norm"

@@ -72,6 +72,13 @@ def test_folders_without_benchmarks_and_damaged_files_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bbh.jsonl"]
 
 
+def test_a_subject_without_examples_is_not_left_out_in_silence(tmp_path):
+    write_rows(tmp_path / "mmlu_test.jsonl", subject_rows(2))
+    write_rows(tmp_path / "mmlu_dev.jsonl", [row for row in subject_rows(5) if row["subject"] == "law/tax"])
+    with pytest.raises(QAdapterError, match=r"mmlu_dev.jsonl: no row has the subject high school art"):
+        local_tasks(tmp_path)
+
+
 def test_shots_of_the_same_file_never_hold_the_question(tmp_path):
     rows = [{"task": "t", "input": f"question {index}", "target": f"{index}"} for index in range(5)]
     write_rows(tmp_path / "bbh.jsonl", rows)

@@ -90,6 +90,28 @@ def test_a_text_too_long_or_a_score_that_is_no_number_gives_no_verdict(scorer_fo
     assert verdict == Verdict(None, "the judge's score is nan")
 
 
+def test_a_conversation_that_the_template_refuses_gives_no_verdict(scorer_folder):
+    judge = RewardJudge.load(scorer_folder)
+    judge.scorer.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    refused, judged = judge_all(judge, [chat, chat[1:]], ["yes", "yes"], ["no", "no"])
+    assert refused.winner is None
+    assert "no system role" in refused.reason
+    assert judged.winner in ("a", "b")
+
+
+def test_a_judge_trained_anew_in_its_folder_is_another_judge(tmp_path):
+    before, again = (RewardJudge.load(save_scorer(tmp_path)).scorer.fingerprint() for _ in range(2))
+    assert before == again
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    model.score.weight.data += 1
+    model.save_pretrained(tmp_path)
+    assert RewardJudge.load(tmp_path).scorer.fingerprint() != before
+
+
 def test_models_that_are_no_judges_are_refused(tmp_path):
     save_scorer(tmp_path / "two", labels=2)
     with pytest.raises(QAdapterError, match="has 2 scores: a judge has one"):

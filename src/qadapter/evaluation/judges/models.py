@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from qadapter.data import RowError
+from qadapter.data.encoding import render
 from qadapter.errors import ConfigError
 from qadapter.evaluation.judges.verdicts import Comparison, Prompt, Verdict, of_both_orders
 from qadapter.evaluation.scoring import Progress
 from qadapter.generation import Answer
+from qadapter.modeling.bases import tokenizer_fingerprint, weight_fingerprint
 
 
 class Unscored(Exception):
@@ -52,6 +55,10 @@ class Scorer:
         if model.config.num_labels != 1:
             raise ConfigError(f"judge model {name} has {model.config.num_labels} scores: a judge has one.")
         return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+    def fingerprint(self) -> list[Any]:
+        """What its scores depend on: another model in the same folder has another one."""
+        return [weight_fingerprint(self.model), tokenizer_fingerprint(self.tokenizer)]
 
     @torch.no_grad()
     def score(self, ids: Sequence[int]) -> float:
@@ -100,7 +107,11 @@ class RewardJudge:
             return self.scorer.score(tokenizer(as_text(prompt), answer.text)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         messages.append({"role": "assistant", "content": answer.text})
-        return self.scorer.score(tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"])
+        try:
+            ids = render(tokenizer, messages)
+        except RowError as error:
+            raise Unscored(str(error)) from error
+        return self.scorer.score(ids)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def local_tasks(folder: str | os.PathLike[str], into: str | os.PathLike[str] | N
         into: where to write; by default a folder in the user's cache whose name depends on the files' state.
 
     Raises:
-        DataError: no benchmark is there, or a row that is no JSON object with the field that names its task.
+        DataError: no benchmark is there, a row that is no JSON object with the field that names its task, or a task of
+            which a file has no row.
     """
     folder = Path(folder).resolve()
     found = [(benchmark, files) for benchmark in BENCHMARKS if (files := _files(folder, benchmark))]
@@ -118,9 +119,12 @@ def _write(benchmark: Benchmark, files: dict[str, Path], folder: Path, final: Pa
         _write_task(benchmark, benchmark.name, files, folder)
         return
     parts = {split: _rows_by(path, benchmark.split_by) for split, path in files.items()}
-    common = sorted(set.intersection(*map(set, parts.values())))
+    values = sorted(parts["test"])
+    for split, rows in parts.items():
+        if missing := [value for value in values if value not in rows]:
+            raise DataError(f"{files[split]}: no row has the {benchmark.split_by} {', '.join(missing)}.")
     names = []
-    for value in common:
+    for value in values:
         names.append(f"{benchmark.name}_{re.sub(r'[^0-9A-Za-z_]', '_', value)}")
         places = {}
         for split, rows in parts.items():
