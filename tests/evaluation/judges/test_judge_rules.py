@@ -79,6 +79,7 @@ def test_an_answer_too_long_to_search_gives_no_verdict():
         ("rule:regex=" + "a" * 501, "a pattern of 501 characters; at most 500"),
         ("oracle:delphi", "must be rule:NAME"),
         ("endpoint:http://localhost:8000/v1", "must be like http://localhost:8000/v1#my-model"),
+        ("endpoint:https://me:secret@judge.example/v1#m", "judge endpoint at judge.example has a user or password"),
         ("endpoint:file:///etc/passwd#m", "must be like http://localhost:8000/v1#my-model"),
         ("reward:", "the judge names no model"),
         ("reward:/no/such/folder", "judge model /no/such/folder cannot be loaded"),

@@ -94,6 +94,11 @@ class EndpointJudge:
             raise ConfigError(f"judge endpoint {url!r} is no address: {error}") from error
         if address.scheme not in ("http", "https") or not address.host or not model:
             raise ConfigError(f"judge endpoint {url!r}#{model!r}: must be like http://localhost:8000/v1#my-model.")
+        if address.userinfo:  # not repeated here: it is a secret
+            raise ConfigError(
+                f"judge endpoint at {address.host} has a user or password in its address, which would stand in "
+                "reports: leave it out; a key comes from $QADAPTER_JUDGE_API_KEY."
+            )
         self.url = url if url.rstrip("/").endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.attempts = model, timeout, attempts
         self.concurrency, self.sleep = concurrency, sleep
