@@ -59,6 +59,12 @@ def test_overwrite_replaces_the_run_and_keeps_other_files(train, adapter, folder
     assert not (folder / "audit.json").exists()
 
 
+def test_overwrite_with_a_base_without_a_chat_template_leaves_a_folder_that_loads(train, adapter, plain_base, folder):
+    shutil.copytree(adapter, folder)
+    succeeded(train("--overwrite", model=plain_base))
+    succeeded(qadapter("generate", folder, "--prompt", "Why?", "--max-new-tokens", 1))
+
+
 def test_a_run_that_began_in_the_folder_meanwhile_is_left_as_it_is(train, adapter, folder, monkeypatch):
     """Both saw an empty folder; the other one was faster to load its model."""
     load = QAdapterForCausalLM.from_base

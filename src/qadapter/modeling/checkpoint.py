@@ -22,6 +22,7 @@ from huggingface_hub import HfApi
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from qadapter.errors import ConfigError
 from qadapter.modeling.bases import (
@@ -69,6 +70,9 @@ def _publish(scratch: Path, folder: Path) -> None:
     for new in (scratch / "adapters").iterdir():
         os.replace(new, folder / "adapters" / new.name)
     names = [name for name in os.listdir(scratch) if name != "adapters"]
+    if "tokenizer_config.json" in names:  # chat templates that it does not have are an earlier tokenizer's
+        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
     for name in sorted(names, key=lambda name: name == MANIFEST_NAME):
         os.replace(scratch / name, folder / name)
 
