@@ -13,6 +13,8 @@ from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
 from qadapter.training_arguments import QAdapterTrainingArguments
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+
 
 @dataclass
 class ModelArguments:
@@ -79,11 +81,13 @@ class AdapterArguments:
             ("first_adapted_layer", self.first_adapted_layer >= 0, "must be 0 or above"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "must lie in [0, 1)"),
         )
+        names = self.lora_target_modules or []
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or "all-linear",
+            # In a list PEFT takes the word for a layer's name.
+            target_modules=ALL_LINEAR if names in ([], [ALL_LINEAR]) else names,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             task_type="CAUSAL_LM",

@@ -239,7 +239,7 @@ def test_chat_needs_a_chat_template(train, plain_base, folder):
 
 
 def test_debug_shows_the_traceback_before_the_line(train):
-    outcome = train("--dataset", "nowhere.jsonl", "--debug")
+    outcome = train("--debug", dataset="nowhere.jsonl")
     assert outcome.code == 1
     assert outcome.err.startswith("Traceback (most recent call last):\n")
     assert outcome.err.splitlines()[-1].startswith("error: nowhere.jsonl: no such file")

@@ -51,7 +51,9 @@ def test_data_check_of_a_bad_file_lists_the_faults_and_exits_with_1(write_pairs)
 def test_data_check_takes_column_names(write_pairs):
     path = write_pairs([{"q": "a", "good": "b", "bad": "c"}])
     names = ("prompt=q", "chosen=good", "rejected=bad")
-    assert json.loads(succeeded(qadapter("data", "check", path, "--json", "--columns", *names)))["pairs"] == 1
+    apart = (text for name in names for text in ("--columns", name))
+    for columns in (("--columns", *names), apart):
+        assert json.loads(succeeded(qadapter("data", "check", path, "--json", *columns)))["pairs"] == 1
 
 
 def test_train_takes_column_names(train, write_pairs):

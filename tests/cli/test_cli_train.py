@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import datasets
 import pytest
-from commands import PROMPT, SHORT, qadapter, succeeded
+from commands import PROMPT, SHORT, adapter_settings, qadapter, succeeded
 
 from qadapter.data import token_cache
 from qadapter.training_log import read_log
@@ -37,6 +37,18 @@ def test_train_says_where_the_adapter_is_and_what_to_try(train, tmp_path):
 def test_without_a_chat_template_train_suggests_generate(train, plain_base, tmp_path):
     outcome = train(model=plain_base)
     assert succeeded(outcome).endswith(f"try: qadapter generate {tmp_path / 'run'}\n")
+
+
+def test_all_linear_adapts_what_no_names_do(train, adapter, tmp_path):
+    succeeded(train("--lora-target-modules", "all-linear", "--max-steps", 1))
+    assert adapter_settings(tmp_path / "run")["modules"] == adapter_settings(adapter)["modules"]
+
+
+def test_a_list_given_in_two_options_is_warned_of(train, pairs):
+    outcome = train("--dataset", pairs)
+    succeeded(outcome)
+    assert outcome.err == "warning: --dataset is given 2 times and the last one counts: write all values behind one.\n"
+    assert "warning" not in train("--max-steps", 1, "--overwrite").err
 
 
 def test_held_out_pairs_are_reported(train):
