@@ -82,6 +82,13 @@ def test_a_wrapped_lora_answers_as_peft_does(peft_lora, base, tmp_path):
     assert succeeded(outcome).strip() == expected != greedy_answer(base, PROMPT)
 
 
+def test_wrap_suggests_what_the_base_can_do(peft_lora, plain_base, tmp_path):
+    chat = succeeded(qadapter("wrap", peft_lora[0], "--output-dir", tmp_path / "chat"))
+    plain = ("--base-model", plain_base, "--output-dir", tmp_path / "plain")
+    assert "try: qadapter chat" in chat
+    assert "try: qadapter generate" in succeeded(qadapter("wrap", peft_lora[0], *plain))
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_wrap_remembers_a_base_by_its_whole_path(peft_lora, base, tmp_path, monkeypatch, given):
     """Given to the command, or named by the LoRA."""

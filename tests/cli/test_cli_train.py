@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 
 import datasets
@@ -32,6 +33,12 @@ def test_train_says_where_the_adapter_is_and_what_to_try(train, tmp_path):
     assert succeeded(train()).endswith(
         f"adapter written to {tmp_path / 'run'}; try: qadapter chat {tmp_path / 'run'}\n"
     )
+
+
+def test_the_command_to_try_can_be_pasted_whatever_the_folder_s_name(train, tmp_path):
+    folder = tmp_path / "it's mine; ls"
+    command = succeeded(train("--max-steps", 1, folder=folder)).rstrip().rpartition("try: ")[2]
+    assert shlex.split(command) == ["qadapter", "chat", str(folder)]
 
 
 def test_without_a_chat_template_train_suggests_generate(train, plain_base, tmp_path):

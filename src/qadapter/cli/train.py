@@ -6,6 +6,7 @@ import difflib
 import inspect
 import logging
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -85,7 +86,7 @@ def run(arguments: list[str]) -> int:
                 f"KL from the base {metrics['eval_qadapter/kl']:.4f} per token"
             )
         command = "chat" if trainer.processing_class.chat_template else "generate"
-        print(f"adapter written to {folder}; try: qadapter {command} {folder}")
+        print(f"adapter written to {folder}; try: qadapter {command} {shlex.quote(str(folder))}")
     return 0
 
 
