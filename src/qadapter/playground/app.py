@@ -109,7 +109,7 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength:
 
 
 def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> None:
-    """Raise QAdapterError for unknown adapters, and for a prompt that its template refuses or that fills the context."""
+    """Raise QAdapterError for unknown adapters and for a prompt that is refused or leaves no room for an answer."""
     model.stream_coefficients(body.strength, body.weights)
     length = encode(tokenizer, [body.prompt])["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
