@@ -41,6 +41,10 @@ class DataArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs; else see eval_fraction."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of eval_dataset (default: test of builtin, dsp/... and hh-rlhf/..., else train)."},
+    )
     eval_fraction: float = field(default=0.0, metadata={"help": "Share of prompts to hold out of the dataset."})
     columns: list[str] | None = field(
         default=None, metadata={"help": "Your column names: prompt=my_q chosen=good rejected=bad."}
@@ -129,6 +133,8 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
     """
     if data.eval_dataset and data.eval_fraction:
         raise ConfigError("eval_dataset and eval_fraction exclude each other: choose one.")
+    if data.eval_split and not data.eval_dataset:
+        raise ConfigError(f"eval_split = {data.eval_split!r}: there is no eval_dataset of which it is a split.")
     if data.streaming and data.eval_fraction:
         raise ConfigError("eval_fraction cannot split a streamed dataset: give --eval-dataset.")
     if data.streaming and training.cache_base_states:

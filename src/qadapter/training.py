@@ -39,7 +39,7 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Any, Any]:
         **options,
     )
     if data.eval_dataset:
-        split = "test" if data.eval_dataset in ("builtin", *SHORT_NAMES) else "train"
+        split = data.eval_split or ("test" if data.eval_dataset in ("builtin", *SHORT_NAMES) else "train")
         held_out = load_preference_dataset(data.eval_dataset, split=split, **options)
         if not data.streaming and (trained := pairs_of_trained_prompts(train, held_out)):
             logger.warning(

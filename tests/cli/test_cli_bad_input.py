@@ -102,6 +102,7 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--columns", "prompt"), "--columns 'prompt': write NAME=YOUR_COLUMN"),
         (("--max-rows", "0"), "max_rows is 0; it has to be at least 1"),
         (("--dataset-split", "test"), "a file has only the split 'train', not 'test'"),
+        (("--eval-split", "test"), "eval_split = 'test': there is no eval_dataset of which it is a split"),
         (("--eval-fraction", "1.5"), "eval_fraction is 1.5; it has to lie between 0 and 1"),
         (("--eval-fraction", "0.5", "--eval-dataset", "builtin"), "exclude each other: choose one"),
         (("--eval-fraction", "0.5", "--streaming"), "eval_fraction cannot split a streamed dataset"),

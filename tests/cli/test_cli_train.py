@@ -115,6 +115,20 @@ def test_held_out_pairs_may_come_from_a_file_of_their_own(train, write_pairs):
     assert outcome.err == ""
 
 
+def test_held_out_pairs_may_be_another_split_of_the_hub_dataset(train, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, **_):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"prompt": f"{split}?", "chosen": "a", "rejected": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    splits = ("--dataset-split", "train_prefs", "--eval-split", "test_prefs")
+    outcome = train(*splits, "--eval-dataset", "org/name", dataset="org/name")
+    assert "held out: accuracy" in succeeded(outcome)
+    assert (asked, outcome.err) == ([("org/name", "train_prefs"), ("org/name", "test_prefs")], "")
+
+
 def test_held_out_pairs_whose_prompts_are_trained_on_are_warned_of(train, write_pairs):
     """Whether as text or as messages."""
     rows = [

@@ -19,7 +19,8 @@ def train_eval_split(
 
     Give either `eval_fraction` (of the rows) or `eval_rows`. Both are upper limits, because prompts are not
     divided; where every prompt has more rows, one is held out all the same. The choice depends on the prompts and
-    `seed`, not on the order of the rows. Rows keep their order. Raises ConfigError for impossible sizes and DataError for the data.
+    `seed`, not on the order of the rows. Rows keep their order. Raises ConfigError for impossible sizes and
+    DataError for the data.
     """
     require_prompts(dataset)
     limit = eval_limit(len(dataset), eval_fraction, eval_rows)
