@@ -33,6 +33,7 @@ from qadapter.modeling.manifest import MANIFEST_NAME, Manifest
 from qadapter.modeling.merging import require_unfolded
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import make_probe
+from qadapter.new_folders import set_mode_of_weights
 
 
 def save(
@@ -97,6 +98,7 @@ def write_adapter(
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     write_adapter_config(folder / CONFIG_NAME, model.peft_model.peft_config[adapter], tensors, model.base_source)
+    set_mode_of_weights(folder / CONFIG_NAME)
     return file_digest(folder / WEIGHTS_NAME)
 
 
