@@ -7,9 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from models import tiny_base, tiny_policy, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from qadapter import QAdapterConfig, generation
-from qadapter.errors import ConfigError
+from qadapter.data.encoding import PlainEncoder
+from qadapter.errors import ConfigError, DataError
 from qadapter.generation import Answer, Sampling, encode, end_tokens, generate_texts, stream_text
 
 PROMPTS = ["Why?", "Where is the exit?", "a"]
@@ -70,6 +72,21 @@ def test_without_a_pad_token_the_end_token_pads(plain_tokenizer):
 def test_messages_without_a_template_are_refused(plain_tokenizer):
     with pytest.raises(ConfigError, match="the base model has no chat template: give plain text prompts"):
         encode(plain_tokenizer, [[{"role": "user", "content": "Why?"}]])
+
+
+def test_a_plain_prompt_is_not_closed_by_a_tokenizer_that_closes_texts(plain_tokenizer):
+    """It is the ids of training, from which the answer goes on."""
+    end = (plain_tokenizer.eos_token, plain_tokenizer.eos_token_id)
+    plain_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    [row] = encode(plain_tokenizer, ["Why?"])["input_ids"].tolist()
+    assert row == PlainEncoder(plain_tokenizer).prompt_ids("Why?")
+    assert plain_tokenizer.decode(row).endswith("Why?")
+
+
+def test_a_conversation_that_the_template_refuses_is_one_line(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match="the chat template refuses the conversation: no system role"):
+        encode(tokenizer, ["Why?"])
 
 
 def test_an_empty_prompt_is_refused(plain_tokenizer):

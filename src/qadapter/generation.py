@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, TextIteratorStreamer
 
+from qadapter.data.encoding import PlainEncoder, render
+from qadapter.data.messages import user
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 
@@ -80,10 +82,10 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise ConfigError("the base model has no chat template: give plain text prompts, not messages.")
-        ids = tokenizer(prompt)["input_ids"]
+        ids = PlainEncoder(tokenizer).prompt_ids(prompt)  # as prompts are trained on
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+        messages = user(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = render(tokenizer, messages, add_generation_prompt=True)
     if not ids:
         raise ConfigError("the prompt is empty: give at least one token.")
     return ids

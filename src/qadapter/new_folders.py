@@ -1,6 +1,7 @@
 """The folder that an export, or a base written anew, goes to: a new one, whole or not there."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,3 +49,9 @@ def into_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:
         else:
             raise ConfigError(f"something else was written into {folder} meanwhile: choose another output folder.")
     return result
+
+
+def set_mode_of_weights(config: Path) -> None:
+    """Give the safetensors files beside `config` its mode: safetensors writes them for their owner alone (0600)."""
+    for weights in config.parent.glob("*.safetensors"):
+        shutil.copymode(config, weights)

@@ -19,9 +19,12 @@ from qadapter.training_log import CURVE_NAME, LOG_NAME
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
 RUN_FILES = (
-    MANIFEST_NAME, LOG_NAME, CURVE_NAME, "training_arguments.json", "README.md", "audit.json", "audit.html",
+    MANIFEST_NAME, LOG_NAME, CURVE_NAME, "training_arguments.json", "audit.json", "audit.html",
     "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png",
 )  # fmt: skip
+CARD_NAME = "README.md"
+# In a card with an audit's certificate; what it certifies is of the run that it lies beside.
+CERTIFICATE = "<!-- qadapter audit: begin"
 # With less free than this, an error while writing is taken to mean that the disk is full.
 LEAST_FREE_BYTES = 2**20
 
@@ -55,7 +58,9 @@ def run_parts(folder: Path) -> list[Path]:
     """What a run has left in its folder: files, checkpoints, adapters."""
     files = [folder / name for name in RUN_FILES]
     checkpoints = sorted(path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name))
-    return [path for path in (*files, *checkpoints, folder / "adapters") if path.exists()]
+    card = folder / CARD_NAME
+    certified = [card] if card.is_file() and CERTIFICATE.encode() in card.read_bytes() else []
+    return [path for path in (*files, *certified, *checkpoints, folder / "adapters") if path.exists()]
 
 
 def remove_run(folder: Path) -> None:

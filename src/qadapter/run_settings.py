@@ -13,6 +13,8 @@ from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
 from qadapter.training_arguments import QAdapterTrainingArguments
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+
 
 @dataclass
 class ModelArguments:
@@ -39,6 +41,10 @@ class DataArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs; else see eval_fraction."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of eval_dataset (default: test of builtin, dsp/... and hh-rlhf/..., else train)."},
+    )
     eval_fraction: float = field(default=0.0, metadata={"help": "Share of prompts to hold out of the dataset."})
     columns: list[str] | None = field(
         default=None, metadata={"help": "Your column names: prompt=my_q chosen=good rejected=bad."}
@@ -79,11 +85,13 @@ class AdapterArguments:
             ("first_adapted_layer", self.first_adapted_layer >= 0, "must be 0 or above"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "must lie in [0, 1)"),
         )
+        names = self.lora_target_modules or []
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or "all-linear",
+            # In a list PEFT takes the word for a layer's name.
+            target_modules=ALL_LINEAR if names in ([], [ALL_LINEAR]) else names,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             task_type="CAUSAL_LM",
@@ -125,6 +133,8 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
     """
     if data.eval_dataset and data.eval_fraction:
         raise ConfigError("eval_dataset and eval_fraction exclude each other: choose one.")
+    if data.eval_split and not data.eval_dataset:
+        raise ConfigError(f"eval_split = {data.eval_split!r}: there is no eval_dataset of which it is a split.")
     if data.streaming and data.eval_fraction:
         raise ConfigError("eval_fraction cannot split a streamed dataset: give --eval-dataset.")
     if data.streaming and training.cache_base_states:

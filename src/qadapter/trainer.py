@@ -1,6 +1,7 @@
 """The trainer: transformers.Trainer with the objective of `qadapter.functional`, its metrics, and adapter folders."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ class QAdapterTrainer(Trainer):
         check_trainable(model.base, model.base_source.name)
         if not isinstance(args, QAdapterTrainingArguments):
             raise ConfigError(f"args is a {type(args).__name__}: give QAdapterTrainingArguments.")
+        if args.n_gpu > 1:  # the Trainer would hand each some rows of a batch, and a packed one has a single row
+            warnings.warn(
+                f"one of {args.n_gpu} GPUs is used: for all of them start a process each, as "
+                f"`torchrun --nproc-per-node {args.n_gpu} -m qadapter train` does.",
+                stacklevel=2,
+            )
+            args._n_gpu = 1
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ConfigError(

@@ -9,8 +9,10 @@ from transformers import TrainerCallback, set_seed
 
 from qadapter.data import load_preference_dataset, train_eval_split
 from qadapter.data.columns import parse_columns
+from qadapter.data.rows import RowError
 from qadapter.data.sources import SHORT_NAMES
 from qadapter.data.splits import pairs_of_trained_prompts
+from qadapter.errors import DataError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_tokenizer, resolve_base
 from qadapter.modeling.quantised import check_trainable_files
@@ -39,7 +41,7 @@ def load_datasets(data: DataArguments, seed: int) -> tuple[Any, Any]:
         **options,
     )
     if data.eval_dataset:
-        split = "test" if data.eval_dataset in ("builtin", *SHORT_NAMES) else "train"
+        split = data.eval_split or ("test" if data.eval_dataset in ("builtin", *SHORT_NAMES) else "train")
         held_out = load_preference_dataset(data.eval_dataset, split=split, **options)
         if not data.streaming and (trained := pairs_of_trained_prompts(train, held_out)):
             logger.warning(
@@ -95,7 +97,11 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     name, options, lora = base_name(run.model), model_options(run.model), run.adapter.to_peft()
     source = resolve_base(name, run.model.revision)
     check_trainable_files(source)
-    train_set, eval_set = load_datasets(run.data, run.training.seed)
+    try:
+        train_set, eval_set = load_datasets(run.data, run.training.seed)
+    except RowError as error:
+        ways = "`qadapter data check` lists all rows with errors, --drop-bad-rows leaves them out"
+        raise DataError(f"{error}. {ways}.") from error
     tokenizer = load_tokenizer(source)
     # Tokenised before the model is loaded: bad data should be known within seconds.
     train_set = tokenised("training pairs", train_set, tokenizer, run.training)

@@ -120,7 +120,7 @@ def test_chat_ends_with_its_input(adapter):
     assert chat(adapter).endswith("[1] > \n")
 
 
-@pytest.mark.parametrize("line", ["/strength", "/strength x", "/strength nan", "/strength inf"])
+@pytest.mark.parametrize("line", ["/strength", "/strength x", "/strength nan", "/strength inf", "/strength 1e5"])
 def test_chat_keeps_its_strength_when_given_none(adapter, line):
     out = chat(adapter, "/strength 0.5", line, "/exit")
     assert f"'{line}': write /strength and a number" in out

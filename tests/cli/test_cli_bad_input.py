@@ -33,7 +33,10 @@ def folder(tmp_path):
         ([{"q": "a", "good": "b", "bad": "c"}], "(?s)q, good, bad.*--columns prompt="),
         ([GOOD, {**GOOD, "rejected": ""}], "pairs.jsonl, line 2: rejected holds no answer"),
         ([GOOD, {"prompt": "a", "chosen": "b"}], "pairs.jsonl, line 2: rejected is missing"),
-        ([GOOD, {**GOOD, "rejected": "Yes."}], "line 2: chosen and rejected are the same"),
+        (
+            [GOOD, {**GOOD, "rejected": "Yes."}],
+            "line 2: chosen and rejected are the same;.* --drop-bad-rows leaves them",
+        ),
         ([GOOD, b'{"prompt": "a", "chosen": "\xff"}'], "line 2: not UTF-8: invalid start byte at byte 28; save the"),
         ([GOOD, GOOD, b'{"prompt": '], "pairs.jsonl, line 3: not JSON: Expecting value at character 13"),
         ([{**GOOD, "rejected": "a" * 99}], r"no pair is left.*answer too long: 1\).*raise max_length"),
@@ -102,6 +105,7 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--columns", "prompt"), "--columns 'prompt': write NAME=YOUR_COLUMN"),
         (("--max-rows", "0"), "max_rows is 0; it has to be at least 1"),
         (("--dataset-split", "test"), "a file has only the split 'train', not 'test'"),
+        (("--eval-split", "test"), "eval_split = 'test': there is no eval_dataset of which it is a split"),
         (("--eval-fraction", "1.5"), "eval_fraction is 1.5; it has to lie between 0 and 1"),
         (("--eval-fraction", "0.5", "--eval-dataset", "builtin"), "exclude each other: choose one"),
         (("--eval-fraction", "0.5", "--streaming"), "eval_fraction cannot split a streamed dataset"),
@@ -199,6 +203,11 @@ def test_impossible_settings_of_generate_are_named(adapter, options, match):
     assert_refused(qadapter("generate", adapter, "--prompt", "Why?", *options), match)
 
 
+def test_a_prompt_that_is_no_unicode_text_is_refused(adapter):
+    """As a shell hands over bytes in another encoding."""
+    assert_refused(qadapter("generate", adapter, "--prompt", "caf\udce9"), "--prompt: prompt holds half of a surrogate")
+
+
 def test_generate_without_a_prompt_says_where_to_give_one(adapter):
     assert_refused(qadapter("generate", adapter, stdin="\n"), "there is no prompt: give --prompt TEXT, --prompts-file")
 
@@ -211,6 +220,7 @@ def test_generate_without_a_prompt_says_where_to_give_one(adapter):
         (b'\n["a"]\n', "line 2: must be an object with a text as its prompt"),
         (b'{"prompt": "a"}\n{"prompt"\n', "line 2: not JSON: Expecting ':' delimiter at character"),
         (b"\xff\n", "is not UTF-8 text: .*Save it as UTF-8"),
+        (b'{"prompt": "a\\ud83d"}\n', "line 1: prompt holds half of a surrogate pair at character 1"),
         (b"\n", "there is no prompt"),
     ],
 )
@@ -239,7 +249,7 @@ def test_chat_needs_a_chat_template(train, plain_base, folder):
 
 
 def test_debug_shows_the_traceback_before_the_line(train):
-    outcome = train("--dataset", "nowhere.jsonl", "--debug")
+    outcome = train("--debug", dataset="nowhere.jsonl")
     assert outcome.code == 1
     assert outcome.err.startswith("Traceback (most recent call last):\n")
     assert outcome.err.splitlines()[-1].startswith("error: nowhere.jsonl: no such file")

@@ -211,6 +211,21 @@ def test_an_impossible_export_writes_nothing(export, exported, options, match, c
     assert not exported.exists()
 
 
+@pytest.mark.parametrize("form", ["merged", "lora", "distilled", "gguf", "vllm"])
+def test_all_files_of_an_export_follow_the_umask(export, exported, tmp_path, form):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
+    distilled = ("--prompts-file", tmp_path / "prompts.txt", "--epochs", 1, "--max-new-tokens", 2)
+    before = os.umask(0o027)
+    try:
+        succeeded(export("--format", form, *(distilled if form == "distilled" else ())))
+    finally:
+        os.umask(before)
+    # The base's weights in vLLM's folder are the base's own files.
+    own = [path for path in exported.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
+    assert any(path.suffix == ".safetensors" for path in own)
+    assert {oct(path.stat().st_mode & 0o777) for path in own} == {"0o640"}
+
+
 def test_export_overwrites_nothing(export, exported):
     exported.mkdir()
     (exported / "mine.txt").write_text("precious")

@@ -51,7 +51,9 @@ def test_data_check_of_a_bad_file_lists_the_faults_and_exits_with_1(write_pairs)
 def test_data_check_takes_column_names(write_pairs):
     path = write_pairs([{"q": "a", "good": "b", "bad": "c"}])
     names = ("prompt=q", "chosen=good", "rejected=bad")
-    assert json.loads(succeeded(qadapter("data", "check", path, "--json", "--columns", *names)))["pairs"] == 1
+    apart = (text for name in names for text in ("--columns", name))
+    for columns in (("--columns", *names), apart):
+        assert json.loads(succeeded(qadapter("data", "check", path, "--json", *columns)))["pairs"] == 1
 
 
 def test_train_takes_column_names(train, write_pairs):
@@ -78,6 +80,13 @@ def test_a_wrapped_lora_answers_as_peft_does(peft_lora, base, tmp_path):
     expected = AutoTokenizer.from_pretrained(base).decode(output, skip_special_tokens=True).strip()
     outcome = qadapter("generate", tmp_path / "wrapped", "--prompt", PROMPT, *SHORT)
     assert succeeded(outcome).strip() == expected != greedy_answer(base, PROMPT)
+
+
+def test_wrap_suggests_what_the_base_can_do(peft_lora, plain_base, tmp_path):
+    chat = succeeded(qadapter("wrap", peft_lora[0], "--output-dir", tmp_path / "chat"))
+    plain = ("--base-model", plain_base, "--output-dir", tmp_path / "plain")
+    assert "try: qadapter chat" in chat
+    assert "try: qadapter generate" in succeeded(qadapter("wrap", peft_lora[0], *plain))
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qadapter import QAdapterForCausalLM
+from qadapter.evaluation.card import BEGIN, END
 from qadapter.modeling import checkpoint
 from qadapter.modeling.manifest import MANIFEST_NAME
 from qadapter.objective import pair_losses
@@ -51,12 +52,35 @@ def test_a_folder_of_somebodys_adapters_is_refused_and_left_as_it_is(train, fold
 def test_overwrite_replaces_the_run_and_keeps_other_files(train, adapter, folder):
     shutil.copytree(adapter, folder)
     (folder / "notes.txt").write_text("mine")
-    (folder / "audit.json").write_text("{}")
+    of_the_run = [folder / name for name in ("audit.json", "sweep.json", "sweep.svg", "sweep.png", "sweep.html")]
+    for path in of_the_run:
+        path.write_text("{}")
     succeeded(train("--overwrite", "--lora-r", "3", "--max-steps", "1"))
     assert adapter_settings(folder)["rank"] == 3
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1"]
     assert (folder / "notes.txt").read_text() == "mine"
-    assert not (folder / "audit.json").exists()
+    assert not any(path.exists() for path in of_the_run)
+
+
+def test_somebodys_readme_is_no_run_and_stays(train, folder):
+    folder.mkdir()
+    (folder / "README.md").write_text("# Mine\n")
+    succeeded(train("--max-steps", "1"))
+    succeeded(train("--max-steps", "1", "--overwrite"))
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def test_the_certificate_of_another_run_does_not_stay(train, adapter, folder):
+    shutil.copytree(adapter, folder)
+    (folder / "README.md").write_text(f"# Mine\n{BEGIN}\n100% better\n{END}\n")
+    succeeded(train("--max-steps", "1", "--overwrite"))
+    assert not (folder / "README.md").exists()
+
+
+def test_overwrite_with_a_base_without_a_chat_template_leaves_a_folder_that_loads(train, adapter, plain_base, folder):
+    shutil.copytree(adapter, folder)
+    succeeded(train("--overwrite", model=plain_base))
+    succeeded(qadapter("generate", folder, "--prompt", "Why?", "--max-new-tokens", 1))
 
 
 def test_a_run_that_began_in_the_folder_meanwhile_is_left_as_it_is(train, adapter, folder, monkeypatch):

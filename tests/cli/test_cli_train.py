@@ -2,11 +2,12 @@
 
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 
 import datasets
 import pytest
-from commands import PROMPT, SHORT, qadapter, succeeded
+from commands import PROMPT, SHORT, adapter_settings, qadapter, succeeded
 
 from qadapter.data import token_cache
 from qadapter.training_log import read_log
@@ -34,9 +35,27 @@ def test_train_says_where_the_adapter_is_and_what_to_try(train, tmp_path):
     )
 
 
+def test_the_command_to_try_can_be_pasted_whatever_the_folder_s_name(train, tmp_path):
+    folder = tmp_path / "it's mine; ls"
+    command = succeeded(train("--max-steps", 1, folder=folder)).rstrip().rpartition("try: ")[2]
+    assert shlex.split(command) == ["qadapter", "chat", str(folder)]
+
+
 def test_without_a_chat_template_train_suggests_generate(train, plain_base, tmp_path):
     outcome = train(model=plain_base)
     assert succeeded(outcome).endswith(f"try: qadapter generate {tmp_path / 'run'}\n")
+
+
+def test_all_linear_adapts_what_no_names_do(train, adapter, tmp_path):
+    succeeded(train("--lora-target-modules", "all-linear", "--max-steps", 1))
+    assert adapter_settings(tmp_path / "run")["modules"] == adapter_settings(adapter)["modules"]
+
+
+def test_a_list_given_in_two_options_is_warned_of(train, pairs):
+    outcome = train("--dataset", pairs)
+    succeeded(outcome)
+    assert outcome.err == "warning: --dataset is given 2 times and the last one counts: write all values behind one.\n"
+    assert "warning" not in train("--max-steps", 1, "--overwrite").err
 
 
 def test_held_out_pairs_are_reported(train):
@@ -94,6 +113,20 @@ def test_held_out_pairs_may_come_from_a_file_of_their_own(train, write_pairs):
     outcome = train("--eval-dataset", held_out)
     assert "held out: accuracy" in succeeded(outcome)
     assert outcome.err == ""
+
+
+def test_held_out_pairs_may_be_another_split_of_the_hub_dataset(train, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, **_):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"prompt": f"{split}?", "chosen": "a", "rejected": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    splits = ("--dataset-split", "train_prefs", "--eval-split", "test_prefs")
+    outcome = train(*splits, "--eval-dataset", "org/name", dataset="org/name")
+    assert "held out: accuracy" in succeeded(outcome)
+    assert (asked, outcome.err) == ([("org/name", "train_prefs"), ("org/name", "test_prefs")], "")
 
 
 def test_held_out_pairs_whose_prompts_are_trained_on_are_warned_of(train, write_pairs):

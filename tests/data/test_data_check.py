@@ -53,6 +53,18 @@ def test_duplicates_and_contradictions_name_both_rows(write_lines):
     assert report.contradictions == [(7, 2)]
 
 
+def test_examples_name_their_rows_where_a_row_gives_several_pairs(write_lines, chatml):
+    """The first pair of row 1 is dropped; its second is an example all the same, and not row 2's."""
+    rows = [
+        {"query": f"q{number}", "responses": {"academy": f"good {number}", "normal": rejected, "business": "b"}}
+        for number, rejected in ((1, "long " * 60), (2, "n"))
+    ]
+    report = check_preferences(f"dsp/academy:{write_lines(rows)}", chatml, max_length=40)
+    assert report.tokenisation.dropped == {"answer too long": [1]}
+    shown = [(example.row, f"q{example.row}" in example.prompt) for example in report.examples]
+    assert shown == [(1, True), (2, True), (2, True)]
+
+
 def test_clean_data_is_ok(write_lines):
     report = check_preferences(write_lines(GOOD))
     assert report.ok

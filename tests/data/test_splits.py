@@ -28,6 +28,13 @@ def test_the_size_is_met_as_far_as_prompts_allow():
     assert len(train_eval_split(PAIRS, eval_fraction=0.5)[1]) == 20
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_more_is_held_out_than_asked_for_whichever_prompt_comes_first(seed):
+    """Half of the rows have one prompt; some seed ranks it first."""
+    rows = [plain_pair(number, prompt=f"prompt {max(number, 20)}") for number in range(40)]
+    assert 0 < len(train_eval_split(Dataset.from_list(rows), eval_rows=4, seed=seed)[1]) <= 4
+
+
 def test_the_split_depends_on_the_prompts_and_the_seed_not_on_the_order():
     first = train_eval_split(PAIRS, eval_rows=12, seed=5)[1]
     again = train_eval_split(PAIRS.shuffle(seed=1), eval_rows=12, seed=5)[1]

@@ -153,6 +153,15 @@ def test_bodies_that_json_or_text_cannot_repeat_are_refused_in_words(address, ra
     assert said in response.json()["error"]
 
 
+def test_a_prompt_that_the_template_refuses_is_refused_in_words(policy):
+    from fastapi.testclient import TestClient
+
+    tokenizer = models.tiny_tokenizer("{{ raise_exception('no questions') }}")
+    client = TestClient(create_app(policy, tokenizer, "concise"), base_url="http://localhost")
+    answer = client.post("/api/answer", json={"prompt": "hello"})
+    assert (answer.status_code, answer.json()["error"].endswith("no questions")) == (400, True)
+
+
 def test_a_burst_of_requests_is_answered_in_turn(address):
     body = json.dumps({"prompt": "hello", "max_new_tokens": 1}).encode()
     head = "POST /api/answer HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"

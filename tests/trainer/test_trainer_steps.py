@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_examples import CONFIG
 from transformers import TrainerCallback
 
+from qadapter import QAdapterTrainer, QAdapterTrainingArguments
+
 
 class HostReads(TorchDispatchMode):
     """Counts the operations that make the host wait for the device.
@@ -75,6 +77,16 @@ def test_a_whole_step_with_the_optimiser_s_does_not_read_the_device(filtered, mi
         **options,
     ).train()
     assert counter.reads.found == (["aten._local_scalar_dense.default"] * 2 if filtered else [])
+
+
+def test_one_process_trains_on_one_of_several_gpus(policy, tmp_path):
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.warns(UserWarning, match="one of 2 GPUs is used: .*torchrun --nproc-per-node 2"):
+        trainer = QAdapterTrainer(model=policy, args=args)
+    assert not isinstance(trainer._wrap_model(policy), torch.nn.DataParallel)
+    assert args.train_batch_size == args.per_device_train_batch_size
 
 
 def test_the_optimiser_is_fused_adamw(policy, tmp_path):

@@ -1,6 +1,6 @@
 """`qadapter chat`: a conversation in the terminal with a dial."""
 
-import math
+import contextlib
 from collections.abc import Callable
 
 from qadapter.cli import command_parser
@@ -13,6 +13,7 @@ from qadapter.cli.policies import (
 )
 from qadapter.errors import ConfigError
 from qadapter.generation import Message, stream_text
+from qadapter.modeling.mixing import checked_number
 
 HELP = "/strength X sets the dial (0 base, 1 policy), /reset starts anew, /help, /exit"
 
@@ -63,12 +64,8 @@ def converse(answer: Callable, strength: float, system: str | None, read: Callab
 
 
 def _strength(line: str, current: float) -> float:
-    try:
-        value = float(line.removeprefix("/strength"))
-        if math.isfinite(value):
-            return value
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError, ConfigError):
+        return checked_number(float(line.removeprefix("/strength")), "strength")
     print(f"{line!r}: write /strength and a number, such as /strength 0.5")
     return current
 

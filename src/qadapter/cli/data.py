@@ -17,7 +17,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("dataset", help="file, hub id, or builtin")
     parser.add_argument("--model", help="base model, for token counts and the trained part of the examples")
     parser.add_argument("--split", default="train", help="split of a hub dataset")
-    parser.add_argument("--columns", nargs="*", help="your column names: prompt=my_q chosen=good rejected=bad")
+    parser.add_argument(
+        "--columns", nargs="*", action="extend", help="your column names: prompt=my_q chosen=good rejected=bad"
+    )
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt and answer together, in tokens")
     parser.add_argument("--max-rows", type=int, help="look at the first rows only")
     parser.add_argument("--json", action="store_true", help="print JSON")

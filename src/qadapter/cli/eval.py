@@ -76,7 +76,9 @@ def add_strength_options(parser: argparse.ArgumentParser) -> None:
 
 def add_dial_options(parser: argparse.ArgumentParser) -> None:
     """Settings of the dial besides the strength."""
-    parser.add_argument("--adapter-weights", nargs="+", default=None, help="of a composition: NAME=WEIGHT ...")
+    parser.add_argument(
+        "--adapter-weights", nargs="+", action="extend", default=None, help="of a composition: NAME=WEIGHT ..."
+    )
     parser.add_argument("--cap", type=float, default=None, help="cap on KL(policy || base) at each token, in nats")
     add_decay_option(parser)
 
@@ -85,12 +87,16 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     """What is measured on, and how much of it."""
     parser.add_argument("--dataset", default="builtin", help="held-out pairs: file, hub id, or builtin")
     parser.add_argument("--split", default=None, help="split of a hub dataset (default: test)")
-    parser.add_argument("--columns", nargs="*", help="your column names: prompt=my_q chosen=good category=topic")
+    parser.add_argument(
+        "--columns", nargs="*", action="extend", help="your column names: prompt=my_q chosen=good category=topic"
+    )
     parser.add_argument("--neutral-text", type=Path, default=None, help="text or JSONL with text and category")
     parser.add_argument("--instructions", type=Path, default=None, help="general prompts, one a line, or JSONL")
     parser.add_argument("--judge", action="append", default=[],
                         help="rule:house-style, rule:max-words=40, endpoint:URL#MODEL, ...; repeatable")  # fmt: skip
-    parser.add_argument("--tasks", nargs="*", default=[], help="benchmarks of lm-eval, or YAML files of tasks")
+    parser.add_argument(
+        "--tasks", nargs="*", action="extend", default=[], help="benchmarks of lm-eval, or YAML files of tasks"
+    )
     parser.add_argument("--tasks-from", type=Path, default=None, help="folder of task YAMLs or benchmark JSONL files")
     parser.add_argument("--chat-template", action="store_true", help="put benchmark questions as a user's messages")
     parser.add_argument("--budget", choices=tuple(BUDGETS), default="standard", help="how much is measured")

@@ -14,7 +14,7 @@ from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
 from qadapter.export import distil, export_gguf_ready, export_lora, export_merged, export_vllm
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.new_folders import into_new_folder, require_new_folder
+from qadapter.new_folders import into_new_folder, require_new_folder, set_mode_of_weights
 
 FORMATS = ("merged", "lora", "distilled", "gguf", "vllm")
 
@@ -87,6 +87,7 @@ def _distilled(model: QAdapterForCausalLM, tokenizer: Any, prompts: list[str], o
 
     def write(folder: Path) -> None:
         result.student.save_pretrained(folder, save_embedding_layers=False)
+        set_mode_of_weights(folder / "adapter_config.json")
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -13,6 +13,8 @@ from qadapter.cli.policies import (
     quiet_libraries,
     sampling_of,
 )
+from qadapter.data.messages import as_text
+from qadapter.data.rows import RowError
 from qadapter.errors import ConfigError, DataError
 from qadapter.generation import generate_texts, stream_text
 
@@ -60,8 +62,10 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
 
     Raises:
         ConfigError: there is none.
+        DataError: one is no text.
     """
-    prompts = options.prompt + (read_prompts(options.prompts_file) if options.prompts_file else [])
+    given = [_checked_text(text, "--prompt") for text in options.prompt]
+    prompts = given + (read_prompts(options.prompts_file) if options.prompts_file else [])
     if not options.prompt and not options.prompts_file and not sys.stdin.isatty():
         prompts = [text for text in [_standard_input()] if text]
     if not prompts:
@@ -97,4 +101,12 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str):
         raise DataError(f'{path} line {number}: must be an object with a text as its prompt, {{"prompt": "..."}}.')
-    return prompt
+    return _checked_text(prompt, f"{path} line {number}")
+
+
+def _checked_text(text: str, place: str) -> str:
+    """`text`, refused where it holds bytes or halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        return as_text(text, "prompt")
+    except RowError as error:
+        raise error.at(place) from None

@@ -30,7 +30,9 @@ def run(arguments: list[str]) -> int:
     )
     add_subject_options(parser)
     parser.add_argument("--strengths", default="0.1:2:20", help="such as 0.25,0.5,1, or FIRST:LAST:COUNT")
-    parser.add_argument("--alpha-0", type=float, nargs="*", default=[], help="also with these weights of the base")
+    parser.add_argument(
+        "--alpha-0", type=float, nargs="*", action="extend", default=[], help="also with these weights of the base"
+    )
     add_dial_options(parser)
     parser.add_argument("--max-kl", type=float, default=None, help="recommend a strength with at most this KL, in nats")
     parser.add_argument("--max-drop", action="append", default=[],

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import logging
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,6 +25,8 @@ from qadapter.run_settings import AdapterArguments, DataArguments, ModelArgument
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training import train
 from qadapter.training_arguments import QAdapterTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Train a Q-Adapter on preference pairs. The command line beats --config, which beats --preset and the defaults; "
@@ -82,7 +86,7 @@ def run(arguments: list[str]) -> int:
                 f"KL from the base {metrics['eval_qadapter/kl']:.4f} per token"
             )
         command = "chat" if trainer.processing_class.chat_template else "generate"
-        print(f"adapter written to {folder}; try: qadapter {command} {folder}")
+        print(f"adapter written to {folder}; try: qadapter {command} {shlex.quote(str(folder))}")
     return 0
 
 
@@ -108,9 +112,13 @@ def parse(arguments: list[str]) -> Run:
         ConfigError: an unknown key, a value of the wrong type, or something needed that is missing.
     """
     parser = TrainParser()
+    for name, action in parser.by_name.items():
+        if action.nargs in ("*", "+") and (count := _times_given(arguments, name)) > 1:
+            option = f"--{name.replace('_', '-')}"
+            logger.warning("%s is given %d times and the last one counts: write all values behind one.", option, count)
     first = parser.parse_known_args(arguments)[0]
     from_yaml = read_yaml(first.config, parser) if first.config else {}
-    preset = first.preset if _given(arguments, "preset") else from_yaml.get("preset", "default")
+    preset = first.preset if _times_given(arguments, "preset") else from_yaml.get("preset", "default")
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
     pins = {"dataloader_pin_memory": default_device() == "cuda"}  # elsewhere torch would warn that it cannot
@@ -120,7 +128,7 @@ def parse(arguments: list[str]) -> Run:
     require(values.dataset, "--dataset", "FILE_OR_HUB_ID (or builtin)")
     require(values.output_dir, "--output-dir", "DIR")
     evaluates = values.eval_dataset or values.eval_fraction
-    if evaluates and "eval_strategy" not in from_yaml and not _given(arguments, "eval_strategy"):
+    if evaluates and "eval_strategy" not in from_yaml and not _times_given(arguments, "eval_strategy"):
         parser.set_defaults(eval_strategy="epoch")
     try:
         groups = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -130,9 +138,9 @@ def parse(arguments: list[str]) -> Run:
     return Run(model, data, adapter, method, training, run_arguments.overwrite)
 
 
-def _given(arguments: list[str], name: str) -> bool:
+def _times_given(arguments: list[str], name: str) -> int:
     spellings = (f"--{name}", f"--{name.replace('_', '-')}")
-    return any(argument.split("=", 1)[0] in spellings for argument in arguments)
+    return sum(argument.split("=", 1)[0] in spellings for argument in arguments)
 
 
 def read_yaml(path: Path, parser: TrainParser) -> dict[str, Any]:

@@ -40,5 +40,6 @@ def run(arguments: list[str]) -> int:
         written = "a base model with the LoRA's own embeddings" if new else "not needed: nothing"
         print(f"{written} written to {options.new_base}")
     folder = shlex.quote(str(options.output_dir))
-    print(f"adapter written to {options.output_dir}; try: qadapter chat {folder} --strength 0.5")
+    command = "chat" if tokenizer is not None and tokenizer.chat_template else "generate"
+    print(f"adapter written to {options.output_dir}; try: qadapter {command} {folder} --strength 0.5")
     return 0

@@ -127,8 +127,9 @@ def describe_tokens(
     numbers = [number for number, _ in numbered]
     report.tokenisation = renumbered(tokenisation, numbers)
     note_lengths(report, ({side: len(row[f"{side}_ids"]) for side in SIDES} for row in tokenised), "tokens")
-    dropped = {number for rows in report.tokenisation.dropped.values() for number in rows}
-    kept = (number for number in numbers if number not in dropped)
+    # By position: a row of the source may give several pairs.
+    dropped = {position for rows in tokenisation.dropped.values() for position in rows}
+    kept = (number for position, number in enumerate(numbers, start=1) if position not in dropped)
     report.examples = [
         Example(number, **{side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES})
         for number, row in zip(kept, tokenised.take(min(examples, len(tokenised))), strict=False)

@@ -18,8 +18,9 @@ def train_eval_split(
     """(train, eval), split by prompt: no prompt stands on both sides, however many pairs it has.
 
     Give either `eval_fraction` (of the rows) or `eval_rows`. Both are upper limits, because prompts are not
-    divided; at least one prompt is held out. The choice depends on the prompts and `seed`, not on the order
-    of the rows. Rows keep their order. Raises ConfigError for impossible sizes and DataError for the data.
+    divided; where every prompt has more rows, one is held out all the same. The choice depends on the prompts and
+    `seed`, not on the order of the rows. Rows keep their order. Raises ConfigError for impossible sizes and
+    DataError for the data.
     """
     require_prompts(dataset)
     limit = eval_limit(len(dataset), eval_fraction, eval_rows)
@@ -74,10 +75,10 @@ def prompts_up_to(limit: int, rows_of: Counter[str], seed: int) -> set[str]:
     def rank(key: str) -> bytes:
         return hashlib.sha256(f"{seed}:{key}".encode()).digest()
 
-    first, *others = sorted(rows_of, key=rank)
-    taken, room = {first}, limit - rows_of[first]
-    for key in others:
+    taken: set[str] = set()
+    room = limit
+    for key in sorted(rows_of, key=rank):
         if rows_of[key] <= room:
             taken.add(key)
             room -= rows_of[key]
-    return taken
+    return taken or {min(rows_of, key=rank)}

@@ -13,9 +13,9 @@ from qadapter.evaluation.tables import headline, markdown_table, written
 from qadapter.evaluation.texts import read_utf8
 from qadapter.modeling.lora_files import CONFIG_NAME
 from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.run_folder import CARD_NAME, CERTIFICATE
 
-CARD_NAME = "README.md"
-BEGIN = "<!-- qadapter audit: begin (replaced by the next audit) -->"
+BEGIN = f"{CERTIFICATE} (replaced by the next audit) -->"
 END = "<!-- qadapter audit: end -->"
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*\n?", re.DOTALL | re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

@@ -1,6 +1,7 @@
 """The quickstart's findings for people: terminal, Markdown and a self-contained HTML page, from one set of rows."""
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -90,7 +91,7 @@ def print_report(result: QuickstartResult, folder: Path, console: Console) -> No
         f"{seconds['total']:.0f} s in all: {seconds['train']:.0f} s training, {seconds['measure']:.0f} s measuring."
     )
     for name, text in (
-        ("adapter", f"try: qadapter chat {folder / 'adapter'} --strength 0.5"),
+        ("adapter", f"try: qadapter chat {shlex.quote(str(folder / 'adapter'))} --strength 0.5"),
         (f"adapter/{CURVE_NAME}", "training curve"),
         ("report.md", "this report"),
         ("report.html", "the same with the curve and all judged answers"),

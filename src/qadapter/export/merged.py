@@ -12,7 +12,7 @@ from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_adapter, write_json
 from qadapter.modeling.streams import StreamLinear
-from qadapter.new_folders import into_new_folder
+from qadapter.new_folders import into_new_folder, set_mode_of_weights
 
 CHECKED_TOKENS = 64
 
@@ -67,6 +67,7 @@ def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any) -> fl
     """Fill `folder` as `export_merged` does."""
     name = require_exact(model)
     model.base.save_pretrained(folder, state_dict=merged_state(model, name))
+    set_mode_of_weights(folder / "config.json")
     _untie_a_changed_head(model, name, folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

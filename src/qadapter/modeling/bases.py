@@ -216,8 +216,10 @@ def combined_fingerprint(samples: Mapping[str, WeightSample]) -> str:
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
     """SHA-256 of a tokenizer's vocabulary with its special tokens, and of its chat template."""
     vocabulary = repr(sorted(tokenizer.get_vocab().items())) + repr(sorted(tokenizer.special_tokens_map.items()))
-    template = repr(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name, which a folder gives back in another order
+        template = dict(sorted(template.items()))
     return {
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        "chat_template": hashlib.sha256(repr(template).encode()).hexdigest(),
     }

@@ -22,6 +22,7 @@ from huggingface_hub import HfApi
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from qadapter.errors import ConfigError
 from qadapter.modeling.bases import (
@@ -32,6 +33,7 @@ from qadapter.modeling.manifest import MANIFEST_NAME, Manifest
 from qadapter.modeling.merging import require_unfolded
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import make_probe
+from qadapter.new_folders import set_mode_of_weights
 
 
 def save(
@@ -69,6 +71,9 @@ def _publish(scratch: Path, folder: Path) -> None:
     for new in (scratch / "adapters").iterdir():
         os.replace(new, folder / "adapters" / new.name)
     names = [name for name in os.listdir(scratch) if name != "adapters"]
+    if "tokenizer_config.json" in names:  # chat templates that it does not have are an earlier tokenizer's
+        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
     for name in sorted(names, key=lambda name: name == MANIFEST_NAME):
         os.replace(scratch / name, folder / name)
 
@@ -93,6 +98,7 @@ def write_adapter(
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     write_adapter_config(folder / CONFIG_NAME, model.peft_model.peft_config[adapter], tensors, model.base_source)
+    set_mode_of_weights(folder / CONFIG_NAME)
     return file_digest(folder / WEIGHTS_NAME)
 
 

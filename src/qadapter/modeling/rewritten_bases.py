@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.bases import BaseSource, load_base
-from qadapter.new_folders import into_new_folder
+from qadapter.new_folders import into_new_folder, set_mode_of_weights
 
 
 def write_base(
@@ -33,6 +33,7 @@ def write_base(
 
     def write(scratch: Path) -> None:
         base.save_pretrained(scratch)
+        set_mode_of_weights(scratch / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
 

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, QAdapterError
 from qadapter.generation import Sampling, encode, stream_text
 from qadapter.inspection import inspect_tokens
 from qadapter.modeling import QAdapterForCausalLM
@@ -91,7 +91,7 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength:
     async def answer(body: AnswerRequest, request: Request) -> Response:
         try:
             check(model, tokenizer, body)
-        except ConfigError as error:
+        except QAdapterError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         events = until_gone(answer_events(model, tokenizer, body), request, busy)
         return StreamingResponse(events, media_type="application/x-ndjson", headers=HEADERS)
@@ -109,7 +109,7 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength:
 
 
 def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> None:
-    """Raise ConfigError for unknown adapters and for a prompt that leaves no room for an answer."""
+    """Raise QAdapterError for unknown adapters and for a prompt that is refused or leaves no room for an answer."""
     model.stream_coefficients(body.strength, body.weights)
     length = encode(tokenizer, [body.prompt])["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

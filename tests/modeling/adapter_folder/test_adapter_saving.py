@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling import checkpoint
+from qadapter.modeling.loading import tokenizer_of
 
 # -- layout --------------------------------------------------------------------------------------------------------
 
@@ -55,6 +56,25 @@ def test_saving_twice_to_one_folder_keeps_the_second(policy, folder):
     assert torch.equal(logits_of(load(folder)), logits_of(other))
     assert not torch.equal(logits_of(other), logits_of(policy))
     assert files_in(folder) == ADAPTER_FILES | TOKENIZER_FILES
+
+
+def tokenizer_with(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+NAMED_TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}", "a": "{{ 1 }}"}
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages }}", NAMED_TEMPLATES])
+@pytest.mark.parametrize("earlier", [None, "{{ bos_token }}", NAMED_TEMPLATES | {"more": "{{ 2 }}"}])
+def test_saving_leaves_no_chat_template_of_an_earlier_tokenizer(tmp_path, earlier, template):
+    policy = build(tmp_path)
+    policy.save_pretrained(tmp_path / "out", tokenizer=tokenizer_with(earlier))
+    policy.save_pretrained(tmp_path / "out", tokenizer=tokenizer_with(template))
+    load(tmp_path / "out")  # which compares the folder's template with that of the last tokenizer
+    assert tokenizer_of(tmp_path / "out", policy.base_source).chat_template == template
 
 
 def no_space(tensors, path, metadata=None):
