@@ -84,18 +84,23 @@ def shared_seeds(pair: Sequence[Variant]) -> frozenset[int]:
 
 
 def pooled(found: Sequence[Contest]) -> Contest:
-    """The mean over settings of one pair of methods: their prompts differ, so each setting is resampled by itself."""
-    orders = [np.random.default_rng(place).permutation(len(one.own.whole) - 1) + 1 for place, one in enumerate(found)]
+    """The mean over settings of one pair of methods."""
 
     def mean(side: str) -> MethodArea:
         areas: list[MethodArea] = [getattr(one, side) for one in found]
         whole, lower = (
-            np.mean([np.append(row[0], row[order]) for row, order in zip(rows, orders, strict=True)], 0)
-            for rows in ([area.whole for area in areas], [area.lower for area in areas])
+            mean_of_settings([area.whole for area in areas]),
+            mean_of_settings([area.lower for area in areas]),
         )
         return MethodArea(areas[0].method, areas[0].form, whole, lower, ())
 
     return Contest(mean("own"), mean("other"), min(one.seeds for one in found))
+
+
+def mean_of_settings(rows: Sequence[Array]) -> Array:
+    """The mean of what was resampled in several settings: their prompts differ, so each is resampled by itself."""
+    orders = [np.random.default_rng(place).permutation(len(row) - 1) + 1 for place, row in enumerate(rows)]
+    return np.mean([np.append(row[0], row[order]) for row, order in zip(rows, orders, strict=True)], 0)
 
 
 def on_seeds(variant: Variant, seeds: frozenset[int]) -> Variant:
@@ -111,12 +116,23 @@ def against_rival(found: Sequence[Variant], gain: Measure, drift: Measure) -> di
 
 def variant_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Interval | None:
     """Difference of two variants' areas along the dial, on the seeds that both have; None if they share none."""
+    rows = _resampled_difference(one, other, gain, drift)
+    return None if rows is None else interval(rows)
+
+
+def pooled_difference(pairs: Sequence[tuple[Variant, Variant]], gain: Measure, drift: Measure) -> Interval | None:
+    """Its mean over settings, each with its pair of variants; None if a pair shares no seed."""
+    rows = [_resampled_difference(*pair, gain, drift) for pair in pairs]
+    return None if any(row is None for row in rows) else interval(mean_of_settings(rows))  # type: ignore[arg-type]
+
+
+def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Array | None:
     seeds = one.seeds & other.seeds
     if not seeds:
         return None
     draws = Draws(len(seeds))
     left, right = (variant_areas(on_seeds(variant, seeds), "dial", gain, drift, draws)[0] for variant in (one, other))
-    return interval(left - right)
+    return left - right
 
 
 def gains_at(variant: Variant, gain: Measure, drift: Measure, level: float, draws: Draws) -> Array:

@@ -5,7 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.contests import OWN, Contest, Interval, contests, pooled, variant_difference
+from benchmarks.experiments.contests import (
+    OWN,
+    Contest,
+    Interval,
+    contests,
+    pooled,
+    pooled_difference,
+    variant_difference,
+)
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, interval
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
@@ -202,9 +210,42 @@ def default_lines(settings: Settings) -> Iterator[str]:
             + ", ".join(f"{name} = {value}" for name, value in QAdapterConfig().to_dict().items())
             + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it.\n"
         )
+        yield from pooled_default_lines(settings)
         yield "<details><summary>The default beside the best other variant</summary>\n"
         yield from lines
         yield "\n</details>\n"
+
+
+def pooled_default_lines(settings: Settings) -> Iterator[str]:
+    """Each variant that all of a suite's domains of DSP have, against the default, in the mean over the domains."""
+    suites: dict[str, list[tuple[Variant, dict[str, Variant]]]] = {}
+    for (suite, setting), variants in settings.items():
+        default = default_of(variants)
+        if setting.startswith("dsp-") and default is not None:
+            others = {v.label: v for v in variants if v.method.startswith(OWN) and v is not default}
+            suites.setdefault(suite, []).append((default, others))
+    rows = []
+    for suite, domains in suites.items():
+        labels = [label for label in domains[0][1] if all(label in others for _, others in domains)]
+        for label in labels if len(domains) > 1 else ():
+            pairs = [(others[label], default) for default, others in domains]
+            seeds = min(len(one.seeds & other.seeds) for one, other in pairs)
+            cells = [suite, str(len(domains)), label, str(seeds)]
+            for gain in GOAL_GAINS:
+                known = all(measured(pair, (gain, "kl")) for pair in pairs)
+                value = pooled_difference(pairs, GAINS[gain], DRIFTS["kl"]) if known else None
+                cells += ["–", "–"] if value is None else [bracketed(value), DEFAULT_WORDS[word(value, seeds)]]
+            rows.append("| " + " | ".join(cells) + " |")
+    if rows:
+        yield "Area − the default's, in the mean over the domains of DSP (seeds: the fewest that both have):\n"
+        yield (
+            "| suite | domains | variant | seeds | "
+            + " | ".join(f"{GAIN_TITLES[gain]} | " for gain in GOAL_GAINS)
+            + " |"
+        )
+        yield "|---" * (4 + 2 * len(GOAL_GAINS)) + "|"
+        yield from rows
+        yield ""
 
 
 def failure_lines(settings: Settings) -> Iterator[str]:

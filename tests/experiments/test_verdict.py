@@ -7,7 +7,7 @@ from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.report import shown_command, up_to
 from benchmarks.experiments.summary import Variant, variants
 from benchmarks.experiments.tables import ablation_table, is_usual
-from benchmarks.experiments.verdict import measured_gains, verdict_lines, word
+from benchmarks.experiments.verdict import measured_gains, pooled_default_lines, verdict_lines, word
 from qadapter import QAdapterConfig
 
 PAIRS = 12
@@ -137,6 +137,19 @@ def test_the_default_is_compared_with_the_best_other_variant():
     assert "beta = 10.0" in page
     assert "best of 1 other variants is beta = 1; area − the default's 0.240" in page
     assert ": better." in page
+
+
+def test_variants_are_compared_with_the_default_in_the_mean_over_domains():
+    def domain(height, seeds=(0, 1)):
+        default = [result("qadapter", seed, 1.0) for seed in seeds]
+        return variants([*default, *(result("qadapter", seed, height, {"gamma": 0.95}) for seed in seeds)], TRAINING)
+
+    settings = {("s", "dsp-a"): domain(1.2), ("s", "dsp-b"): domain(1.4), ("s", "polite"): domain(0.1)}
+    (row,) = [line for line in pooled_default_lines(settings) if "gamma = 0.95" in line]
+    assert row.startswith(f"| s | 2 | gamma = 0.95 | 2 | {0.3 * AREA * 1.005:.3f} [")
+    assert row.count("| better |") == 2
+    one = {("s", "dsp-a"): domain(1.2), ("s", "polite"): domain(0.1)}
+    assert not list(pooled_default_lines(one))
 
 
 def test_a_judge_at_chance_a_method_without_gain_and_babble_are_named():
