@@ -53,34 +53,40 @@ class Contest:
 def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str = OWN) -> list[Contest]:
     """`own`, its knob tuned and with the strength dial, against every other method and form of it.
 
-    Both are taken on `shared_seeds`; a method that shares none is left out. The method's own other forms are among the
-    others.
+    Both choose among what they may be `tuned_over`, on the seeds that all of these have; a method that shares none is
+    left out. The method's own other forms are among the others.
     """
     result = []
-    for method in dict.fromkeys(variant.method for variant in found):
-        pair = [variant for variant in found if variant.method in (own, method)]
-        seeds = shared_seeds(pair)
-        if not seeds or not any(variant.method == own for variant in pair):
+    methods = {method: tuned_over([v for v in found if v.method == method], gain, drift)
+               for method in dict.fromkeys(variant.method for variant in found)}  # fmt: skip
+    for method in methods if own in methods else ():
+        pair = methods[own] + (methods[method] if method != own else [])
+        seeds = frozenset.intersection(*(variant.seeds for variant in pair))
+        if not seeds:
             continue
-        pair = [on_seeds(variant, seeds) for variant in pair if variant.seeds >= seeds]
-        rows = method_areas(pair, gain, drift, Draws(len(seeds)))
+        rows = method_areas([on_seeds(variant, seeds) for variant in pair], gain, drift, Draws(len(seeds)))
         first = next(row for row in rows if row.method == own and row.form == "dial")
         result += [Contest(first, row, len(seeds)) for row in rows if row is not first and row.method == method]
     return result
 
 
-def shared_seeds(pair: Sequence[Variant]) -> frozenset[int]:
-    """The seeds that two methods are compared on: those of all the rival's variants, and of Q-Adapter's best covered.
+def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure) -> list[Variant]:
+    """The variants of a method that it may choose its knob from.
 
-    Variants of Q-Adapter that lack one of them are not among those it chooses from, whereas a rival always keeps all
-    values of its knob: more seeds of one of our variants may narrow our own choice, never the rival's.
+    One that lacks seeds which another has is left out where that other one's area is the larger on the seeds they
+    share: the first seeds have then chosen, as one tunes a knob before repeating. Otherwise it stays, and costs the seeds.
     """
-    rivals = [variant.seeds for variant in pair if variant.method != OWN]
-    own = [variant.seeds for variant in pair if variant.method == OWN]
-    if not rivals or not own:
-        return frozenset.intersection(*rivals, *own)
-    theirs = frozenset.intersection(*rivals)
-    return max((seeds & theirs for seeds in own), key=len)
+    most = max(len(variant.seeds) for variant in found)
+    covered = [variant for variant in found if len(variant.seeds) == most]
+
+    def beaten(variant: Variant) -> bool:
+        for other in covered:
+            value = variant_difference(variant, other, gain, drift)
+            if value is not None and value[0] <= 0 and other.seeds > variant.seeds:
+                return True
+        return False
+
+    return [variant for variant in found if not beaten(variant)]
 
 
 def pooled(found: Sequence[Contest]) -> Contest:

@@ -77,19 +77,20 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
     assert variant_difference(qadapter, sft, GAINS["margin"], DRIFTS["kl"]) is None
 
 
-def test_a_variant_of_ours_with_fewer_seeds_is_not_chosen_from_and_a_rivals_always_is():
-    own = [result("qadapter", seed, 1.0, {"gamma": 0.95}) for seed in (0, 1, 2)]
-    further = [result("qadapter", 0, 5.0, {"gamma": 0.9})]
-    dpo = [result("dpo", seed, 1.0, {"beta": 0.1}) for seed in (0, 1, 2)]
-    found = contests(variants([*own, *further, *dpo]), GAINS["margin"], DRIFTS["kl"])
-    one = next(one for one in found if one.other.method == "dpo")
-    assert (one.other.form, one.seeds, one.own.chosen) == ("dial", 3, ("gamma = 0.95",))
-    assert one.whole[0] == pytest.approx(0.0, abs=1e-9)
-    strong = [result("dpo", 0, 5.0, {"beta": 0.3})]
-    found = contests(variants([*own, *further, *dpo, *strong]), GAINS["margin"], DRIFTS["kl"])
-    one = next(one for one in found if (one.other.method, one.other.form) == ("dpo", "dial"))
-    assert (one.seeds, one.own.chosen, one.other.chosen) == (1, ("gamma = 0.9",), ("beta = 0.3",))
-    assert one.whole[0] == pytest.approx(0.0, abs=1e-9)
+@pytest.mark.parametrize("method", ["qadapter", "dpo"])
+def test_a_knob_that_the_first_seed_has_decided_against_costs_no_seeds_and_a_better_one_does(method):
+    other = {"qadapter": "dpo", "dpo": "qadapter"}[method]
+    repeated = [result(method, seed, 1.0, {"knob": 1}) for seed in (0, 1, 2)]
+    rival = [result(other, seed, 1.0) for seed in (0, 1, 2)]
+
+    def contest(height):
+        found = variants([*repeated, result(method, 0, height, {"knob": 2}), *rival])
+        found = contests(found, GAINS["margin"], DRIFTS["kl"])
+        (one,) = [one for one in found if (one.other.method, one.other.form) == ("dpo", "dial")]
+        return one.seeds, {one.own.method: one.own, one.other.method: one.other}[method].chosen
+
+    assert contest(0.5) == (3, ("knob = 1",))
+    assert contest(5.0) == (1, ("knob = 2",))
 
 
 def test_domains_are_pooled_and_resampled_each_by_itself():
