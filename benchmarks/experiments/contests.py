@@ -74,7 +74,7 @@ def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure) -> list[
     """The variants of a method that it may choose its knob from.
 
     One that lacks seeds which another has is left out where that other one's area is the larger on the seeds they
-    share: the first seeds have then chosen, as one tunes a knob before repeating. Otherwise it stays, and costs the seeds.
+    share: the first seeds have then chosen, as one tunes a knob before repeating. Otherwise it stays, and costs seeds.
     """
     most = max(len(variant.seeds) for variant in found)
     covered = [variant for variant in found if len(variant.seeds) == most]
