@@ -109,4 +109,5 @@ def test_wrap_overwrites_nothing(peft_lora, tmp_path):
 @pytest.mark.parametrize("command", ["chat", "generate", "info"])
 def test_a_plain_lora_is_refused_with_the_way_to_wrap_it(peft_lora, command):
     folder, _ = peft_lora
-    assert_refused(qadapter(command, folder, stdin="Hi\n"), f"is a plain PEFT adapter.*`qadapter wrap {folder}`")
+    way_out = f"is a plain PEFT adapter.*`qadapter wrap {folder} --output-dir NEW`"
+    assert_refused(qadapter(command, folder, stdin="Hi\n"), way_out)

@@ -80,7 +80,7 @@ def _why_no_manifest(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return (
             f"{folder} is a plain PEFT adapter: {MANIFEST_NAME} is missing, so alpha_tilde and alpha_0 are unknown. "
-            f"Use `qadapter wrap {folder}`, or train one with `qadapter train`."
+            f"Use `qadapter wrap {folder} --output-dir NEW`, or train one with `qadapter train`."
         )
     return (
         f"{folder} is not an adapter folder: {MANIFEST_NAME} is missing. Give a folder that `qadapter train` wrote; "

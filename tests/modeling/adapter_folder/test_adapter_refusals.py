@@ -145,7 +145,8 @@ def test_tensors_of_fewer_layers_are_an_adapter_too_and_fail_the_probe(folder):
 
 
 def test_plain_peft_folder_is_pointed_to_wrap(folder):
-    with pytest.raises(AdapterFormatError, match=r"is a plain PEFT adapter: .*Use `qadapter wrap .*default`"):
+    way_out = "is a plain PEFT adapter: .*Use `qadapter wrap .*default --output-dir NEW`"
+    with pytest.raises(AdapterFormatError, match=way_out):
         load(folder / "adapters" / "default")
 
 
