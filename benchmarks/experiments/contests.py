@@ -73,20 +73,20 @@ def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str =
 def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure) -> list[Variant]:
     """The variants of a method that it may choose its knob from.
 
-    One that lacks seeds which another has is left out where that other one's area is the larger on the seeds they
-    share: the first seeds have then chosen, as one tunes a knob before repeating. Otherwise it stays, and costs seeds.
+    Of Q-Adapter's, one that lacks seeds which another has is left out, which narrows our own choice alone. A rival's is
+    left out only where the other one's area is the larger on the seeds they share: the first seeds have then chosen, as
+    one tunes a knob before repeating. Otherwise it stays, and costs the contest those seeds.
     """
     most = max(len(variant.seeds) for variant in found)
     covered = [variant for variant in found if len(variant.seeds) == most]
 
-    def beaten(variant: Variant) -> bool:
-        for other in covered:
-            value = variant_difference(variant, other, gain, drift)
-            if value is not None and value[0] <= 0 and other.seeds > variant.seeds:
-                return True
-        return False
+    def beaten(variant: Variant, other: Variant) -> bool:
+        if not other.seeds > variant.seeds:
+            return False
+        value = variant_difference(variant, other, gain, drift) if variant.method != OWN else None
+        return value is None or value[0] <= 0
 
-    return [variant for variant in found if not beaten(variant)]
+    return [variant for variant in found if not any(beaten(variant, other) for other in covered)]
 
 
 def pooled(found: Sequence[Contest]) -> Contest:

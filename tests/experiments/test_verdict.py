@@ -77,20 +77,22 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
     assert variant_difference(qadapter, sft, GAINS["margin"], DRIFTS["kl"]) is None
 
 
-@pytest.mark.parametrize("method", ["qadapter", "dpo"])
-def test_a_knob_that_the_first_seed_has_decided_against_costs_no_seeds_and_a_better_one_does(method):
+@pytest.mark.parametrize(
+    ("method", "height", "seeds", "chosen"),
+    [("dpo", 0.5, 3, "knob = 1"), ("dpo", 5.0, 1, "knob = 2"), ("qadapter", 0.5, 3, "knob = 1"),
+     ("qadapter", 5.0, 3, "knob = 1")],
+)  # fmt: skip
+def test_a_knob_with_fewer_seeds_is_left_out_of_ours_and_of_a_rivals_if_the_first_seed_is_against_it(
+    method, height, seeds, chosen
+):
     other = {"qadapter": "dpo", "dpo": "qadapter"}[method]
     repeated = [result(method, seed, 1.0, {"knob": 1}) for seed in (0, 1, 2)]
     rival = [result(other, seed, 1.0) for seed in (0, 1, 2)]
-
-    def contest(height):
-        found = variants([*repeated, result(method, 0, height, {"knob": 2}), *rival])
-        found = contests(found, GAINS["margin"], DRIFTS["kl"])
-        (one,) = [one for one in found if (one.other.method, one.other.form) == ("dpo", "dial")]
-        return one.seeds, {one.own.method: one.own, one.other.method: one.other}[method].chosen
-
-    assert contest(0.5) == (3, ("knob = 1",))
-    assert contest(5.0) == (1, ("knob = 2",))
+    found = variants([*repeated, result(method, 0, height, {"knob": 2}), *rival])
+    found = contests(found, GAINS["margin"], DRIFTS["kl"])
+    (one,) = [one for one in found if (one.other.method, one.other.form) == ("dpo", "dial")]
+    assert one.seeds == seeds
+    assert {one.own.method: one.own, one.other.method: one.other}[method].chosen == (chosen,)
 
 
 def test_domains_are_pooled_and_resampled_each_by_itself():
