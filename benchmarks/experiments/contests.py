@@ -63,7 +63,7 @@ def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str =
         if not seeds or not any(variant.method == own for variant in pair):
             continue
         pair = [on_seeds(variant, seeds) for variant in pair if variant.seeds >= seeds]
-        rows = method_areas(pair, gain, drift, Draws(len(seeds)))
+        rows = method_areas(pair, gain, drift, Draws())
         first = next(row for row in rows if row.method == own and row.form == "dial")
         result += [Contest(first, row, len(seeds)) for row in rows if row is not first and row.method == method]
     return result
@@ -114,7 +114,7 @@ def variant_difference(one: Variant, other: Variant, gain: Measure, drift: Measu
     seeds = one.seeds & other.seeds
     if not seeds:
         return None
-    draws = Draws(len(seeds))
+    draws = Draws()
     left, right = (variant_areas(on_seeds(variant, seeds), "dial", gain, drift, draws)[0] for variant in (one, other))
     return interval(left - right)
 

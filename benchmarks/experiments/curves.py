@@ -112,12 +112,15 @@ class Draws:
     knob for each other.
     """
 
-    def __init__(self, seeds: int, resamples: int = RESAMPLES, seed: int = 0) -> None:
+    def __init__(self, resamples: int = RESAMPLES, seed: int = 0) -> None:
         self.resamples, self.seed = resamples, seed
         self._counts: dict[tuple[str, int, int | None], Array] = {}
         self.known: dict[tuple[Any, ...], Any] = {}  # what others have computed under these draws
-        generator = np.random.default_rng([seed, 0])
-        self.seeds = np.concatenate([[np.arange(seeds)], generator.integers(0, seeds, (resamples, seeds))])
+
+    def seeds(self, count: int) -> Array:
+        """Which of so many seeds were drawn, (resamples + 1, count)."""
+        generator = np.random.default_rng([self.seed, 0])
+        return np.concatenate([[np.arange(count)], generator.integers(0, count, (self.resamples, count))])
 
     def counts(self, kind: str, units: int, half: int | None = None) -> Array:
         """How often each unit was drawn, (resamples + 1, units)."""

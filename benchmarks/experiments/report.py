@@ -164,7 +164,7 @@ def setting_lines(
     """The section of a setting: methods by area, variants at full strength, plots."""
     yield f"## {setting}\n"
     yield described(found)
-    draws = Draws(number_of_seeds([result for variant in found for result in variant.results]))
+    draws = Draws()
     ablations = make_suite(suite).ablations if suite in SUITES else ()
     if ablations:
         yield from ablation_table(ablations, found, usual_training(suite, setting) or {}, draws)

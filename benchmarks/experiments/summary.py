@@ -106,8 +106,7 @@ def limit_of(result: Result, drift: Measure) -> float:
 def seed_mean(rows: Sequence[Array], draws: Draws) -> Array:
     """Mean over seeds of (resamples + 1,) arrays, seeds resampled with the rest."""
     stacked = np.stack(rows, 1)
-    chosen = draws.seeds[:, : len(rows)] % len(rows)
-    return np.take_along_axis(stacked, chosen, 1).mean(1)
+    return np.take_along_axis(stacked, draws.seeds(len(rows)), 1).mean(1)
 
 
 def variant_areas(
@@ -135,7 +134,7 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
             if form == "scaled" and not any(_scaled_gain(variant, gain) for variant in own):
                 continue
             rows.append(_tuned(method, form, own, gain, drift, draws))
-        if len(own) > 1:
+        if len(own) > 1 and frozenset.intersection(*(variant.seeds for variant in own)):
             rows.append(_knob_alone(method, own, gain, drift, draws))
     return rows
 
@@ -156,16 +155,16 @@ def _tuned(method: str, form: str, own: Sequence[Variant], gain: Measure, drift:
 
 
 def _knob_alone(method: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
-    """The curve through a method's variants at full strength: nothing is chosen."""
-    seeds = min(len(variant.results) for variant in own)
+    """The curve through a method's variants at full strength, on the seeds of all of them: nothing is chosen."""
     parts = []
-    for index in range(seeds):
+    for seed in sorted(frozenset.intersection(*(variant.seeds for variant in own))):
+        of_seed = [next(row for row in variant.results if row["cell"]["seed"] == seed) for variant in own]
         curves = [
             curve(
-                [point for point in dial_points(v.results[index], "dial") if point["value"] == 1.0],
-                v.results[index]["data"]["groups"], gain, drift, draws,
+                [point for point in dial_points(result, "dial") if point["value"] == 1.0],
+                result["data"]["groups"], gain, drift, draws,
             )
-            for v in own
+            for result in of_seed
         ]  # fmt: skip
         parts.append([np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1)])
     rows = [areas(*part, limit_of(own[0].results[0], drift)) for part in parts]

@@ -231,7 +231,7 @@ def failures(suite: str, setting: str, variants: Sequence[Variant]) -> Iterator[
     for gain in gains:
         weak = []
         for variant in variants:
-            whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws(len(variant.seeds)))
+            whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws())
             if interval(whole)[1] < 0.001:
                 weak.append(f"{TITLES.get(variant.method, variant.method)} ({variant.label})")
         if weak:

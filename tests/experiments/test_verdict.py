@@ -1,11 +1,12 @@
 """The head of the results page, from made-up results: common seeds, goals met and not, the default, what failed."""
 
+import numpy as np
 import pytest
 
 from benchmarks.experiments.contests import contests, gains_at, pooled, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.report import shown_command, up_to
-from benchmarks.experiments.summary import Variant, variants
+from benchmarks.experiments.summary import Variant, method_areas, seed_mean, variants
 from benchmarks.experiments.tables import ablation_table, is_usual
 from benchmarks.experiments.verdict import measured_gains, verdict_lines, word
 from qadapter import QAdapterConfig
@@ -114,9 +115,35 @@ def test_domains_are_pooled_and_resampled_each_by_itself():
     assert f"| [s](results/s.md) | 2 | margin | KL | 2 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in page
 
 
+def test_fewer_seeds_than_the_others_have_are_drawn_alike():
+    # Two seeds beside a method with three: the first was drawn in two thirds of the cases.
+    draws = Draws(resamples=4000)
+    assert seed_mean([np.zeros(4001), np.ones(4001)], draws)[1:].mean() == pytest.approx(0.5, abs=0.03)
+    assert set(draws.seeds(3)[1:].ravel()) == {0, 1, 2}
+
+
+def test_the_curve_of_a_knob_is_of_one_training_seed_at_a_time():
+    def full(seed, kl, margin, beta):
+        point = {"dial": "strength", "value": 1.0, "pairs": {"kl": [kl] * 4, "margin_gain": [margin] * 4}}
+        return {"cell": {"setting": {"drift_limit": 0.25, "training": TRAINING}, "method": "dpo",
+                         "options": {"beta": beta}, "seed": seed},
+                "data": {"groups": [0, 1, 2, 3]}, "points": [point]}  # fmt: skip
+
+    both = [full(1, 0.0625, 1.0, 0.3), full(1, 0.25, 2.0, 0.1)]
+    further = [full(0, 0.0625, 9.0, 0.3)]  # of a seed that the other value lacks
+    (alone,) = [row for row in areas_of(variants(both)) if row.form == "knob"]
+    (beside,) = [row for row in areas_of(variants([*both, *further])) if row.form == "knob"]
+    assert beside.whole[0] == pytest.approx(alone.whole[0])
+    assert all(row.form != "knob" for row in areas_of(variants([further[0], both[1]])))
+
+
+def areas_of(found):
+    return method_areas(found, GAINS["margin"], DRIFTS["kl"], Draws())
+
+
 def test_a_gain_at_equal_drift_has_an_interval():
     (dpo,) = variants([result("dpo", seed, 1.0) for seed in (0, 1)])
-    gains = gains_at(dpo, GAINS["margin"], DRIFTS["kl"], 0.0225, Draws(2))
+    gains = gains_at(dpo, GAINS["margin"], DRIFTS["kl"], 0.0225, Draws())
     assert gains[0] == pytest.approx((0.1 + 0.1 * 0.0125 / 0.03) * 1.005)  # between KL 0.01 and 0.04
     assert gains[1:].min() < gains[0] < gains[1:].max()
 
@@ -125,7 +152,7 @@ def test_what_benchmarks_lose_is_a_drift_of_its_own():
     page = text([result("dpo", 0, 1.0, lost=0.16), result("qadapter", 0, 1.0, lost=0.04)])
     assert "| s | x | margin | benchmarks | 1 | " in page
     found = variants([result("dpo", 0, 1.0, lost=-1.0)])
-    assert gains_at(found[0], GAINS["margin"], DRIFTS["benchmarks"], 0.0, Draws(1))[0] >= 0  # a gain counts as no loss
+    assert gains_at(found[0], GAINS["margin"], DRIFTS["benchmarks"], 0.0, Draws())[0] >= 0  # a gain counts as no loss
 
 
 def test_the_default_is_compared_with_the_best_other_variant():
@@ -152,7 +179,7 @@ def test_without_a_rival_there_is_no_verdict():
 
 def test_an_ablation_is_compared_with_the_default():
     rows = [result("qadapter", 0, 1.0), result("qadapter", 0, 1.5, {"gamma": 0.9}), result("authors", 0, 0.5)]
-    lines = list(ablation_table(["gamma", "parametrisation"], variants(rows, TRAINING), TRAINING, Draws(1)))
+    lines = list(ablation_table(["gamma", "parametrisation"], variants(rows, TRAINING), TRAINING, Draws()))
     (gamma,) = [line for line in lines if "gamma = 0.9" in line]
     assert gamma.split(" | ")[-1].startswith(f"{AREA * 0.5:.3f}")
     assert sum("| Q-Adapter | defaults | 1 |" in line for line in lines) == 1
