@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve
 from benchmarks.experiments.measure import SCALE, STRENGTH
+from qadapter.errors import DataError
 
 Result = dict[str, Any]
 FORMS = {"dial": "with the strength dial", "scaled": "with scaled weights (WiSE-FT)", "knob": "by its own knob alone"}
@@ -56,10 +57,24 @@ def _short(value: Any) -> str:
 
 
 def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by the name of their setting; training that was changed by an option counts as an option."""
+    """Results by the name of their setting; training that was changed by an option counts as an option.
+
+    Raises:
+        DataError: a name stands for several settings (another base, dtype, size), whose cells are no seeds of one.
+    """
     found: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         found[result["cell"]["setting"]["name"]].append(result)
+    for name, own in found.items():
+        first = own[0]["cell"]["setting"]
+        for result in own[1:]:
+            other = result["cell"]["setting"]
+            differing = [key for key in first if key != "training" and first[key] != other.get(key)]
+            if differing:
+                raise DataError(
+                    f"{own[0]['file']} and {result['file']} are both of the setting {name} but differ in "
+                    f"{', '.join(differing)}: keep such results in folders of their own (--results)."
+                )
     return dict(found)
 
 
