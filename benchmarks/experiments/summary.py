@@ -128,12 +128,12 @@ def variant_areas(
     variant: Variant, form: str, gain: Measure, drift: Measure, draws: Draws, half: int | None = None
 ) -> tuple[Array, Array]:
     """The area of a variant's curve, all and lower half, in each resample, mean over seeds."""
-    key = (variant, form, gain.name, drift.name, half)
+    key = (variant, form, gain, drift, half)
     if key not in draws.known:
         rows = []
         for result in variant.results:
             curves = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws, half)
-            rows.append(areas(*curves, limit_of(result, drift)))
+            rows.append(areas(*curves, limit_of(result, drift), drift.root))
         whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
         draws.known[key] = whole, lower
     return draws.known[key]
@@ -182,7 +182,7 @@ def _knob_alone(method: str, own: Sequence[Variant], gain: Measure, drift: Measu
             for result in of_seed
         ]  # fmt: skip
         parts.append([np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1)])
-    rows = [areas(*part, limit_of(own[0].results[0], drift)) for part in parts]
+    rows = [areas(*part, limit_of(own[0].results[0], drift), drift.root) for part in parts]
     whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
     return MethodArea(method, "knob", whole, lower, ())
 

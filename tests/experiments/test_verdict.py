@@ -1,5 +1,7 @@
 """The head of the results page, from made-up results: common seeds, goals met and not, the default, what failed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -50,10 +52,36 @@ def test_a_third_more_gain_is_met_or_not_by_the_numbers():
     dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
     page = text([*dpo, *(result("qadapter", seed, 1.4) for seed in (0, 1))])
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 2 of 2" in page
-    assert f"| s | x | margin | KL | 2 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} | 0.09" in page
+    assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} | 0.09" in page
     assert "| 1.40 |" in page
     page = text([*dpo, *(result("qadapter", seed, 1.2) for seed in (0, 1))])
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 0 of 2" in page
+
+
+def test_a_lead_that_hangs_on_the_lines_between_points_is_shown_by_both_readings():
+    # Both gain as √KL does, but DPO was measured only at the limit: a straight line in KL takes a third of it away.
+    dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
+    for one in dpo:
+        one["points"] = one["points"][-1:]
+    page = text([*dpo, *(result("qadapter", seed, 1.0) for seed in (0, 1))])
+    assert "met in 2 of 2 comparisons, a third more gain in the lower half in 2 of 2; by √drift in 0 and in 0." in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| s | x | margin | KL | 2 | 1 / 1 |")]
+    assert "| met | 0.000 [0.000, 0.000] | not met |" in line
+    everywhere = contests(
+        variants([*dpo, result("qadapter", 0, 1.0)]), GAINS["margin"], replace(DRIFTS["kl"], root=True)
+    )
+    assert everywhere[0].other.whole[0] == pytest.approx(0.25, rel=1e-3)  # the mean of √KL up to √0.25
+
+
+def test_how_many_variants_each_side_chose_from_and_unlike_training_are_told():
+    own = [result("qadapter", 0, 1.0, {"beta": beta}) for beta in (1.0, 3.0, 10.0)]
+    once = result("dpo", 0, 1.0)
+    once["cell"]["setting"] = {"drift_limit": 0.25, "training": TRAINING | {"epochs": 1.0}}
+    assert "| s | x | margin | KL | 1 | 3 / 1 |" in text([*own, result("dpo", 0, 1.0)])
+    for one in own:
+        one["cell"]["setting"] = {"drift_limit": 0.25, "training": TRAINING | {"epochs": 3.0}}
+    found = contests(variants([*own, once]), GAINS["margin"], DRIFTS["kl"])
+    assert {one.values for one in found if one.other.method == "dpo"} == {"3 / 1*"}
 
 
 def test_one_seed_is_never_enough():
@@ -112,7 +140,9 @@ def test_domains_are_pooled_and_resampled_each_by_itself():
 
     names = {("s", "dsp-a"): cells(1.1), ("s", "dsp-b"): cells(1.5), ("s", "polite"): cells(9.0)}
     page = "\n".join(verdict_lines(names))
-    assert f"| [s](results/s.md) | 2 | margin | KL | 2 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in page
+    assert (
+        f"| [s](results/s.md) | 2 | margin | KL | 2 | 1 / 1 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in page
+    )
 
 
 def test_fewer_seeds_than_the_others_have_are_drawn_alike():
