@@ -1,5 +1,6 @@
 """Two methods against each other on the seeds that both have: difference of areas, and the goal in the lower half."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,16 +19,22 @@ from benchmarks.experiments.summary import (
 
 OWN = "qadapter"
 GOAL = 4 / 3  # of DPO's mean gain over the lower half: a third more
+UNLIKE = "*"
 Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A method's area and another's under the same resamples."""
+    """A method's area and another's under the same resamples.
+
+    Args:
+        values: how many variants each side chose from, as text: "3 / 1", with a mark where their training differs.
+    """
 
     own: MethodArea
     other: MethodArea
     seeds: int
+    values: str
 
     @property
     def whole(self) -> Interval:
@@ -64,10 +71,22 @@ def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str =
         seeds = frozenset.intersection(*(variant.seeds for variant in pair))
         if not seeds:
             continue
-        rows = method_areas([on_seeds(variant, seeds) for variant in pair], gain, drift, Draws(len(seeds)))
+        pair = [on_seeds(variant, seeds) for variant in pair]
+        rows = method_areas(pair, gain, drift, Draws())
         first = next(row for row in rows if row.method == own and row.form == "dial")
-        result += [Contest(first, row, len(seeds)) for row in rows if row is not first and row.method == method]
+        others = [row for row in rows if row is not first and row.method == method]
+        result += [Contest(first, row, len(seeds), knob_values(pair, own, method)) for row in others]
     return result
+
+
+def knob_values(pair: Sequence[Variant], own: str, other: str) -> str:
+    """How many variants the two methods choose from; UNLIKE marks sides that were not trained alike."""
+    counts, trainings = [], []
+    for method in (own, other):
+        variants = [variant for variant in pair if variant.method == method]
+        counts.append(str(len(variants)))
+        trainings.append({json.dumps(v.results[0]["cell"]["setting"]["training"], sort_keys=True) for v in variants})
+    return " / ".join(counts) + UNLIKE * (trainings[0] != trainings[1])
 
 
 def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure) -> list[Variant]:
@@ -100,7 +119,8 @@ def pooled(found: Sequence[Contest]) -> Contest:
         )
         return MethodArea(areas[0].method, areas[0].form, whole, lower, ())
 
-    return Contest(mean("own"), mean("other"), min(one.seeds for one in found))
+    values = ", ".join(dict.fromkeys(one.values for one in found))
+    return Contest(mean("own"), mean("other"), min(one.seeds for one in found), values)
 
 
 def mean_of_settings(rows: Sequence[Array]) -> Array:
@@ -136,7 +156,7 @@ def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Me
     seeds = one.seeds & other.seeds
     if not seeds:
         return None
-    draws = Draws(len(seeds))
+    draws = Draws()
     left, right = (variant_areas(on_seeds(variant, seeds), "dial", gain, drift, draws)[0] for variant in (one, other))
     return left - right
 

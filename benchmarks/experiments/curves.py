@@ -3,9 +3,13 @@
 A curve is what a policy reaches along its dial: points (drift, gain), the base being (0, 0). Since less is always to be
 had for less, its *envelope* is the largest gain at or below a drift. Between two measured points it is a straight line
 in drift: that much is to be had by answering a share of the requests at the one setting and the rest at the other,
-and more than was measured is credited to nobody. The area is the mean of the envelope over √(drift / limit) from 0 to
-1, weighed on the root axis because KL grows with the square of a small change; it has the gain's unit. Its lower half,
-up to a quarter of the limit, is the mean over √(drift / limit) from 0 to ½.
+and more than was measured is credited to nobody. But a method that drifts further at the same strengths has fewer
+points below the limit, and loses more to such lines: hence a second reading, with lines straight in √drift, the shape
+that gains have along a dial.
+
+The area is the mean of the envelope over √(drift / limit) from 0 to 1, weighed on the root axis because KL grows with
+the square of a small change; it has the gain's unit. Its lower half, up to a quarter of the limit, is the mean over
+√(drift / limit) from 0 to ½.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,12 +32,14 @@ class Measure:
         kind: "pairs", "samples" or a source of texts: units of one kind are resampled alike.
         read: from a point to its numbers; None where the point has none.
         limit: of a drift, the right end of its curves; None for the setting's own, in nats.
+        root: of a drift, whether lines between measured points are straight in its root.
     """
 
     name: str
     kind: str
     read: Any
     limit: float | None = None
+    root: bool = False
 
 
 def _pairs(key: str) -> Any:
@@ -112,12 +118,15 @@ class Draws:
     knob for each other.
     """
 
-    def __init__(self, seeds: int, resamples: int = RESAMPLES, seed: int = 0) -> None:
+    def __init__(self, resamples: int = RESAMPLES, seed: int = 0) -> None:
         self.resamples, self.seed = resamples, seed
         self._counts: dict[tuple[str, int, int | None], Array] = {}
         self.known: dict[tuple[Any, ...], Any] = {}  # what others have computed under these draws
-        generator = np.random.default_rng([seed, 0])
-        self.seeds = np.concatenate([[np.arange(seeds)], generator.integers(0, seeds, (resamples, seeds))])
+
+    def seeds(self, count: int) -> Array:
+        """Which of so many seeds were drawn, (resamples + 1, count)."""
+        generator = np.random.default_rng([self.seed, 0])
+        return np.concatenate([[np.arange(count)], generator.integers(0, count, (self.resamples, count))])
 
     def counts(self, kind: str, units: int, half: int | None = None) -> Array:
         """How often each unit was drawn, (resamples + 1, units)."""
@@ -167,14 +176,19 @@ def curve(
     return np.maximum(drifts, 0), gains
 
 
-def areas(drifts: Array, gains: Array, limit: float) -> tuple[Array, Array]:
-    """The area, all and lower half, in each resample; equals `area` row by row."""
+def areas(drifts: Array, gains: Array, limit: float, root: bool = False) -> tuple[Array, Array]:
+    """The area, all and lower half, in each resample; equals `area` row by row.
+
+    Args:
+        root: draw the lines between points straight in √drift.
+    """
     order = np.argsort(drifts, 1, kind="stable")
     zeros = np.zeros((len(drifts), 1))
     xs = np.concatenate([zeros, np.take_along_axis(drifts, order, 1)], 1) / limit
     ys = np.maximum.accumulate(np.concatenate([zeros, np.take_along_axis(gains, order, 1)], 1), 1)
     grid = np.linspace(0, 1, GRID)
-    heights = np.stack([np.interp(grid**2, *row) for row in zip(xs, ys, strict=True)])
+    xs, places = (np.sqrt(xs), grid) if root else (xs, grid**2)
+    heights = np.stack([np.interp(places, *row) for row in zip(xs, ys, strict=True)])
     return _mean_height(heights), _mean_height(heights[:, : GRID // 2 + 1])
 
 

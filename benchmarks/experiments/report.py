@@ -54,6 +54,12 @@ of its envelope (the largest gain at or below a drift) over √(drift / limit) f
 that ends before the limit is flat from there. The lower half is the same over drifts up to a quarter of the limit: the
 mean gain at equal small drift. No area is below 0, since the base is always there to fall back on.
 
+Between measured points the envelope is a straight line in drift, which answering a share of the requests at each of the
+two strengths reaches. Along a dial gains grow about with √drift, so that such lines credit too little between points
+far apart, and least to a method that passes the limit at a small strength. "By √drift" joins the same points by lines
+straight in √drift, which credits what was not measured. Where strengths were measured densely, the second is nearer to
+the whole curve (benchmarks/LOG.md).
+
 Gains: the change of the judge's score on sampled answers; its win rate against the base's answers at equal length,
 less ½; the change of log-prob(chosen) − log-prob(rejected) a token on held-out pairs. Drifts: KL(policy ‖ base) a token
 on the held-out pairs, on prose, on the policy's own samples; and the score that benchmarks lost, up to 0.04.
@@ -164,7 +170,7 @@ def setting_lines(
     """The section of a setting: methods by area, variants at full strength, plots."""
     yield f"## {setting}\n"
     yield described(found)
-    draws = Draws(number_of_seeds([result for variant in found for result in variant.results]))
+    draws = Draws()
     ablations = make_suite(suite).ablations if suite in SUITES else ()
     if ablations:
         yield from ablation_table(ablations, found, usual_training(suite, setting) or {}, draws)

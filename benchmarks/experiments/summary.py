@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve
 from benchmarks.experiments.measure import SCALE, STRENGTH
+from qadapter.errors import DataError
 
 Result = dict[str, Any]
 FORMS = {"dial": "with the strength dial", "scaled": "with scaled weights (WiSE-FT)", "knob": "by its own knob alone"}
@@ -56,10 +57,24 @@ def _short(value: Any) -> str:
 
 
 def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by the name of their setting; training that was changed by an option counts as an option."""
+    """Results by the name of their setting; training that was changed by an option counts as an option.
+
+    Raises:
+        DataError: a name stands for several settings (another base, dtype, size), whose cells are no seeds of one.
+    """
     found: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         found[result["cell"]["setting"]["name"]].append(result)
+    for name, own in found.items():
+        first = own[0]["cell"]["setting"]
+        for result in own[1:]:
+            other = result["cell"]["setting"]
+            differing = [key for key in first if key != "training" and first[key] != other.get(key)]
+            if differing:
+                raise DataError(
+                    f"{own[0]['file']} and {result['file']} are both of the setting {name} but differ in "
+                    f"{', '.join(differing)}: keep such results in folders of their own (--results)."
+                )
     return dict(found)
 
 
@@ -106,20 +121,19 @@ def limit_of(result: Result, drift: Measure) -> float:
 def seed_mean(rows: Sequence[Array], draws: Draws) -> Array:
     """Mean over seeds of (resamples + 1,) arrays, seeds resampled with the rest."""
     stacked = np.stack(rows, 1)
-    chosen = draws.seeds[:, : len(rows)] % len(rows)
-    return np.take_along_axis(stacked, chosen, 1).mean(1)
+    return np.take_along_axis(stacked, draws.seeds(len(rows)), 1).mean(1)
 
 
 def variant_areas(
     variant: Variant, form: str, gain: Measure, drift: Measure, draws: Draws, half: int | None = None
 ) -> tuple[Array, Array]:
     """The area of a variant's curve, all and lower half, in each resample, mean over seeds."""
-    key = (variant, form, gain.name, drift.name, half)
+    key = (variant, form, gain, drift, half)
     if key not in draws.known:
         rows = []
         for result in variant.results:
             curves = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws, half)
-            rows.append(areas(*curves, limit_of(result, drift)))
+            rows.append(areas(*curves, limit_of(result, drift), drift.root))
         whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
         draws.known[key] = whole, lower
     return draws.known[key]
@@ -135,7 +149,7 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
             if form == "scaled" and not any(_scaled_gain(variant, gain) for variant in own):
                 continue
             rows.append(_tuned(method, form, own, gain, drift, draws))
-        if len(own) > 1:
+        if len(own) > 1 and frozenset.intersection(*(variant.seeds for variant in own)):
             rows.append(_knob_alone(method, own, gain, drift, draws))
     return rows
 
@@ -156,19 +170,19 @@ def _tuned(method: str, form: str, own: Sequence[Variant], gain: Measure, drift:
 
 
 def _knob_alone(method: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
-    """The curve through a method's variants at full strength: nothing is chosen."""
-    seeds = min(len(variant.results) for variant in own)
+    """The curve through a method's variants at full strength, on the seeds of all of them: nothing is chosen."""
     parts = []
-    for index in range(seeds):
+    for seed in sorted(frozenset.intersection(*(variant.seeds for variant in own))):
+        of_seed = [next(row for row in variant.results if row["cell"]["seed"] == seed) for variant in own]
         curves = [
             curve(
-                [point for point in dial_points(v.results[index], "dial") if point["value"] == 1.0],
-                v.results[index]["data"]["groups"], gain, drift, draws,
+                [point for point in dial_points(result, "dial") if point["value"] == 1.0],
+                result["data"]["groups"], gain, drift, draws,
             )
-            for v in own
+            for result in of_seed
         ]  # fmt: skip
         parts.append([np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1)])
-    rows = [areas(*part, limit_of(own[0].results[0], drift)) for part in parts]
+    rows = [areas(*part, limit_of(own[0].results[0], drift), drift.root) for part in parts]
     whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
     return MethodArea(method, "knob", whole, lower, ())
 

@@ -1,6 +1,7 @@
 """The head of the results page: whether the goals are met, which default follows, and what did not work."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,21 @@ GAIN_TITLES = {"score": "judged samples", "margin": "margin", "body": "margin wi
 GOAL_GAINS = ("score", "margin")
 DRIFT_TITLES = {"kl": "KL", "benchmarks": "benchmarks"}
 # The heads of a contest's columns.
-CONTEST = "seeds | area | DPO's | difference | larger | lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
+CONTEST = (
+    "seeds | variants | area | DPO's | difference | larger | difference by √drift | larger by √drift | "
+    "lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
+)
+CONTEST_COLUMNS = CONTEST.count("|") + 1
 Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
 
 INTRODUCTION = """## Verdict
 
 Q-Adapter, its knob tuned and with the strength dial, against each rival with the same, on the seeds both have. *met*:
 the whole interval is on the right side; *one seed*: it is, but says nothing of the spread over seeds; *not shown*: the
-estimate is, the interval is not; *not met*: neither is.
+estimate is, the interval is not; *not met*: neither is. Between equals, one comparison in forty would be met by chance.
+*Variants* are what each side chose from, Q-Adapter's / the rival's, not always as many; a star marks sides that were
+not trained alike (for as many epochs, say). *By √drift*: the same points, joined by lines straight in √drift (see
+below); where the two readings disagree, too few strengths were measured to tell.
 The goals: a larger area than every rival, and in the lower half at least a third more gain than DPO at equal drift
 (lower half of Q-Adapter − 4/3 × lower half of DPO > 0).
 """
@@ -56,11 +64,18 @@ def verdict_lines(settings: Settings) -> Iterator[str]:
     if not found:
         return
     yield INTRODUCTION
-    yield from domain_table(found)
-    yield from goal_table(found)
+    by_root = {place: in_root(settings[place[0]], *place[1]) for place in found}
+    yield from domain_table(found, by_root)
+    yield from goal_table(found, by_root)
     yield from rival_table(found)
     yield from default_lines(settings)
     yield from failure_lines(settings)
+
+
+def in_root(variants: Sequence[Variant], gain: str, drift: str) -> list[Contest]:
+    """The contest with DPO where lines between measured points are straight in √drift."""
+    pair = [variant for variant in variants if variant.method in (OWN, RIVAL)]
+    return contests(pair, GAINS[gain], replace(DRIFTS[drift], root=True))
 
 
 def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
@@ -97,45 +112,51 @@ def word(value: Interval, seeds: int) -> str:
     return "not shown" if estimate > 0 else "not met"
 
 
-def domain_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
+def domain_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     """Q-Adapter against DPO in the mean over the domains of DSP, where a suite has several."""
-    parts: dict[tuple[str, str, str], list[Contest]] = {}
-    for ((suite, setting), (gain, drift)), own in found.items():
-        one = against_dpo(own)
-        if one is not None and setting.startswith("dsp-"):
-            parts.setdefault((suite, gain, drift), []).append(one)
+    parts: dict[tuple[str, str, str], list[tuple[Contest, Contest]]] = {}
+    for place, own in found.items():
+        (suite, setting), (gain, drift) = place
+        one, rooted = against_dpo(own), against_dpo(by_root[place])
+        if one is not None and rooted is not None and setting.startswith("dsp-"):
+            parts.setdefault((suite, gain, drift), []).append((one, rooted))
     rows = []
     for (suite, gain, drift), domains in parts.items():
         if len(domains) > 1:
             place = [f"[{suite}](results/{suite}.md)", str(len(domains)), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
-            rows.append(row(place, pooled(domains)))
+            rows.append(row(place, *(pooled(readings) for readings in zip(*domains, strict=True))))
     if rows:
         yield "**The mean over the domains of DSP** (seeds: the fewest of a domain):\n"
         yield f"| suite | domains | gain by | against | {CONTEST} |"
-        yield "|---" * 12 + "|"
+        yield "|---" * (4 + CONTEST_COLUMNS) + "|"
         yield from rows
         yield ""
 
 
-def goal_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
+def goal_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     """Q-Adapter against DPO by each yardstick."""
     rows, words = [], []
-    for ((suite, setting), (gain, drift)), own in found.items():
-        one = against_dpo(own)
-        if one is None:
+    for place, own in found.items():
+        (suite, setting), (gain, drift) = place
+        one, rooted = against_dpo(own), against_dpo(by_root[place])
+        if one is None or rooted is None:
             continue
-        words.append((word(one.whole, one.seeds), word(one.beyond_goal, one.seeds)))
-        rows.append(row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one))
+        words.append(
+            [word(value, one.seeds) for value in (one.whole, one.beyond_goal, rooted.whole, rooted.beyond_goal)]
+        )
+        rows.append(row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one, rooted))
     if not rows:
         return
-    larger, third = (sum(pair[place] == "met" for pair in words) for place in (0, 1))
+    larger, third, root_larger, root_third = (
+        sum(word == "met" for word in column) for column in zip(*words, strict=True)
+    )
     yield (
         f"**Against DPO: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
-        f"half in {third} of {len(rows)}.**\n"
+        f"half in {third} of {len(rows)}; by √drift in {root_larger} and in {root_third}.**\n"
     )
     yield "<details><summary>Each comparison</summary>\n"
     yield f"| suite | setting | gain by | against | {CONTEST} |"
-    yield "|---" * 12 + "|"
+    yield "|---" * (4 + CONTEST_COLUMNS) + "|"
     yield from rows
     yield "\n</details>\n"
 
@@ -145,12 +166,13 @@ def against_dpo(found: Sequence[Contest]) -> Contest | None:
     return next((one for one in found if (one.other.method, one.other.form) == (RIVAL, "dial")), None)
 
 
-def row(place: Sequence[str], one: Contest) -> str:
-    """A row of a table of contests."""
+def row(place: Sequence[str], one: Contest, rooted: Contest) -> str:
+    """A row of a table of contests; `rooted` is the same one, read by √drift."""
     ratio = f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
     areas = [f"{one.own.whole[0]:.3f}", f"{one.other.whole[0]:.3f}", bracketed(one.whole)]
-    goals = [word(one.whole, one.seeds), ratio, bracketed(one.beyond_goal), word(one.beyond_goal, one.seeds)]
-    return "| " + " | ".join([*place, str(one.seeds), *areas, *goals]) + " |"
+    larger = [word(one.whole, one.seeds), bracketed(rooted.whole), word(rooted.whole, one.seeds)]
+    goals = [ratio, bracketed(one.beyond_goal), word(one.beyond_goal, one.seeds)]
+    return "| " + " | ".join([*place, str(one.seeds), one.values, *areas, *larger, *goals]) + " |"
 
 
 def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
@@ -166,13 +188,14 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.**\n"
     yield "<details><summary>Area − the rival's</summary>\n"
     yield (
-        "| suite | setting | rival | form | seeds | "
+        "| suite | setting | rival | form | seeds | variants | "
         + " | ".join(f"{GAIN_TITLES[gain]} | larger" for gain in gains)
         + " |"
     )
-    yield "|---" * (5 + 2 * len(gains)) + "|"
+    yield "|---" * (6 + 2 * len(gains)) + "|"
     for (suite, setting, method, form), row in rows.items():
-        cells = [suite, setting, TITLES.get(method, method), FORMS[form], str(next(iter(row.values())).seeds)]
+        first = next(iter(row.values()))
+        cells = [suite, setting, TITLES.get(method, method), FORMS[form], str(first.seeds), first.values]
         for gain in gains:
             cells += [bracketed(row[gain].whole), word(row[gain].whole, row[gain].seeds)] if gain in row else ["–", "–"]
         yield "| " + " | ".join(cells) + " |"
@@ -272,7 +295,7 @@ def failures(suite: str, setting: str, variants: Sequence[Variant]) -> Iterator[
     for gain in gains:
         weak = []
         for variant in variants:
-            whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws(len(variant.seeds)))
+            whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws())
             if interval(whole)[1] < 0.001:
                 weak.append(f"{TITLES.get(variant.method, variant.method)} ({variant.label})")
         if weak:

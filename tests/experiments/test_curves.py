@@ -65,7 +65,7 @@ def test_means_weigh_groups_by_their_size():
 
 
 def test_draws_keep_the_halves_apart_and_are_the_same_for_every_method():
-    draws, again = Draws(2), Draws(2)
+    draws, again = Draws(), Draws()
     counts = draws.counts("pairs", 7, half=1)
     assert counts[0].tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert not counts[:, ::2].any()
@@ -81,7 +81,7 @@ def test_a_curve_leaves_out_points_without_samples():
             made["samples"] = {"score": [value, 2 * value], "base_score": [0.0, 0.0]}
         return made
 
-    draws = Draws(1)
+    draws = Draws()
     points = [point(0.1, True), point(0.2, False)]
     drifts, gains = curve(points, [0, 0, 1], GAINS["score"], DRIFTS["kl"], draws)
     assert drifts[0].tolist() == pytest.approx([0.1])

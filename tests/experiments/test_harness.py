@@ -17,6 +17,7 @@ from benchmarks.experiments.measure import scaled
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
 from benchmarks.experiments.suites import SUITES, make_suite, narrowed
+from benchmarks.experiments.summary import by_setting
 from qadapter.errors import ConfigError, DataError
 
 NOWHERE = Path("no-such-folder")
@@ -121,6 +122,14 @@ def test_the_page_is_made_of_the_files(finished, tmp_path):
     assert {"dpo dial", "qadapter dial", "sft dial"} <= set(figures["margin against kl"])
     value = figures["margin against kl"]["dpo dial"]["whole"][0]
     assert f"{value:.3f}" in page
+
+
+def test_results_on_another_base_are_not_taken_for_further_seeds(cells, tmp_path):
+    store = Store(tmp_path / "smoke", tmp_path)
+    for setting in (cells[0].setting, replace(cells[0].setting, base="other", dtype="bfloat16")):
+        store.write(replace(cells[0], setting=setting), {})
+    with pytest.raises(DataError, match=r"both of the setting smoke but differ in base, dtype: .*--results"):
+        by_setting(list(read_results(store.results)))
 
 
 def test_an_empty_folder_gives_no_page(tmp_path):

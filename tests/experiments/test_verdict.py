@@ -1,11 +1,14 @@
 """The head of the results page, from made-up results: common seeds, goals met and not, the default, what failed."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from benchmarks.experiments.contests import contests, gains_at, pooled, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.report import shown_command, up_to
-from benchmarks.experiments.summary import Variant, variants
+from benchmarks.experiments.summary import Variant, method_areas, seed_mean, variants
 from benchmarks.experiments.tables import ablation_table, is_usual
 from benchmarks.experiments.verdict import measured_gains, pooled_default_lines, verdict_lines, word
 from qadapter import QAdapterConfig
@@ -49,10 +52,36 @@ def test_a_third_more_gain_is_met_or_not_by_the_numbers():
     dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
     page = text([*dpo, *(result("qadapter", seed, 1.4) for seed in (0, 1))])
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 2 of 2" in page
-    assert f"| s | x | margin | KL | 2 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} | 0.09" in page
+    assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} | 0.09" in page
     assert "| 1.40 |" in page
     page = text([*dpo, *(result("qadapter", seed, 1.2) for seed in (0, 1))])
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 0 of 2" in page
+
+
+def test_a_lead_that_hangs_on_the_lines_between_points_is_shown_by_both_readings():
+    # Both gain as √KL does, but DPO was measured only at the limit: a straight line in KL takes a third of it away.
+    dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
+    for one in dpo:
+        one["points"] = one["points"][-1:]
+    page = text([*dpo, *(result("qadapter", seed, 1.0) for seed in (0, 1))])
+    assert "met in 2 of 2 comparisons, a third more gain in the lower half in 2 of 2; by √drift in 0 and in 0." in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| s | x | margin | KL | 2 | 1 / 1 |")]
+    assert "| met | 0.000 [0.000, 0.000] | not met |" in line
+    everywhere = contests(
+        variants([*dpo, result("qadapter", 0, 1.0)]), GAINS["margin"], replace(DRIFTS["kl"], root=True)
+    )
+    assert everywhere[0].other.whole[0] == pytest.approx(0.25, rel=1e-3)  # the mean of √KL up to √0.25
+
+
+def test_how_many_variants_each_side_chose_from_and_unlike_training_are_told():
+    own = [result("qadapter", 0, 1.0, {"beta": beta}) for beta in (1.0, 3.0, 10.0)]
+    once = result("dpo", 0, 1.0)
+    once["cell"]["setting"] = {"drift_limit": 0.25, "training": TRAINING | {"epochs": 1.0}}
+    assert "| s | x | margin | KL | 1 | 3 / 1 |" in text([*own, result("dpo", 0, 1.0)])
+    for one in own:
+        one["cell"]["setting"] = {"drift_limit": 0.25, "training": TRAINING | {"epochs": 3.0}}
+    found = contests(variants([*own, once]), GAINS["margin"], DRIFTS["kl"])
+    assert {one.values for one in found if one.other.method == "dpo"} == {"3 / 1*"}
 
 
 def test_one_seed_is_never_enough():
@@ -114,12 +143,40 @@ def test_domains_are_pooled_and_resampled_each_by_itself():
 
     names = {("s", "dsp-a"): cells(1.1), ("s", "dsp-b"): cells(1.5), ("s", "polite"): cells(9.0)}
     page = "\n".join(verdict_lines(names))
-    assert f"| [s](results/s.md) | 2 | margin | KL | 2 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in page
+    assert (
+        f"| [s](results/s.md) | 2 | margin | KL | 2 | 1 / 1 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in page
+    )
+
+
+def test_fewer_seeds_than_the_others_have_are_drawn_alike():
+    # Two seeds beside a method with three: the first was drawn in two thirds of the cases.
+    draws = Draws(resamples=4000)
+    assert seed_mean([np.zeros(4001), np.ones(4001)], draws)[1:].mean() == pytest.approx(0.5, abs=0.03)
+    assert set(draws.seeds(3)[1:].ravel()) == {0, 1, 2}
+
+
+def test_the_curve_of_a_knob_is_of_one_training_seed_at_a_time():
+    def full(seed, kl, margin, beta):
+        point = {"dial": "strength", "value": 1.0, "pairs": {"kl": [kl] * 4, "margin_gain": [margin] * 4}}
+        return {"cell": {"setting": {"drift_limit": 0.25, "training": TRAINING}, "method": "dpo",
+                         "options": {"beta": beta}, "seed": seed},
+                "data": {"groups": [0, 1, 2, 3]}, "points": [point]}  # fmt: skip
+
+    both = [full(1, 0.0625, 1.0, 0.3), full(1, 0.25, 2.0, 0.1)]
+    further = [full(0, 0.0625, 9.0, 0.3)]  # of a seed that the other value lacks
+    (alone,) = [row for row in areas_of(variants(both)) if row.form == "knob"]
+    (beside,) = [row for row in areas_of(variants([*both, *further])) if row.form == "knob"]
+    assert beside.whole[0] == pytest.approx(alone.whole[0])
+    assert all(row.form != "knob" for row in areas_of(variants([further[0], both[1]])))
+
+
+def areas_of(found):
+    return method_areas(found, GAINS["margin"], DRIFTS["kl"], Draws())
 
 
 def test_a_gain_at_equal_drift_has_an_interval():
     (dpo,) = variants([result("dpo", seed, 1.0) for seed in (0, 1)])
-    gains = gains_at(dpo, GAINS["margin"], DRIFTS["kl"], 0.0225, Draws(2))
+    gains = gains_at(dpo, GAINS["margin"], DRIFTS["kl"], 0.0225, Draws())
     assert gains[0] == pytest.approx((0.1 + 0.1 * 0.0125 / 0.03) * 1.005)  # between KL 0.01 and 0.04
     assert gains[1:].min() < gains[0] < gains[1:].max()
 
@@ -128,7 +185,7 @@ def test_what_benchmarks_lose_is_a_drift_of_its_own():
     page = text([result("dpo", 0, 1.0, lost=0.16), result("qadapter", 0, 1.0, lost=0.04)])
     assert "| s | x | margin | benchmarks | 1 | " in page
     found = variants([result("dpo", 0, 1.0, lost=-1.0)])
-    assert gains_at(found[0], GAINS["margin"], DRIFTS["benchmarks"], 0.0, Draws(1))[0] >= 0  # a gain counts as no loss
+    assert gains_at(found[0], GAINS["margin"], DRIFTS["benchmarks"], 0.0, Draws())[0] >= 0  # a gain counts as no loss
 
 
 def test_the_default_is_compared_with_the_best_other_variant():
@@ -168,7 +225,7 @@ def test_without_a_rival_there_is_no_verdict():
 
 def test_an_ablation_is_compared_with_the_default():
     rows = [result("qadapter", 0, 1.0), result("qadapter", 0, 1.5, {"gamma": 0.9}), result("authors", 0, 0.5)]
-    lines = list(ablation_table(["gamma", "parametrisation"], variants(rows, TRAINING), TRAINING, Draws(1)))
+    lines = list(ablation_table(["gamma", "parametrisation"], variants(rows, TRAINING), TRAINING, Draws()))
     (gamma,) = [line for line in lines if "gamma = 0.9" in line]
     assert gamma.split(" | ")[-1].startswith(f"{AREA * 0.5:.3f}")
     assert sum("| Q-Adapter | defaults | 1 |" in line for line in lines) == 1
