@@ -113,10 +113,8 @@ def pooled(found: Sequence[Contest]) -> Contest:
 
     def mean(side: str) -> MethodArea:
         areas: list[MethodArea] = [getattr(one, side) for one in found]
-        whole, lower = (
-            mean_of_settings([area.whole for area in areas]),
-            mean_of_settings([area.lower for area in areas]),
-        )
+        whole = mean_of_settings([area.whole for area in areas])
+        lower = mean_of_settings([area.lower for area in areas])
         return MethodArea(areas[0].method, areas[0].form, whole, lower, ())
 
     values = ", ".join(dict.fromkeys(one.values for one in found))
@@ -149,7 +147,8 @@ def variant_difference(one: Variant, other: Variant, gain: Measure, drift: Measu
 def pooled_difference(pairs: Sequence[tuple[Variant, Variant]], gain: Measure, drift: Measure) -> Interval | None:
     """Its mean over settings, each with its pair of variants; None if a pair shares no seed."""
     rows = [_resampled_difference(*pair, gain, drift) for pair in pairs]
-    return None if any(row is None for row in rows) else interval(mean_of_settings(rows))  # type: ignore[arg-type]
+    known = [row for row in rows if row is not None]
+    return interval(mean_of_settings(known)) if len(known) == len(rows) else None
 
 
 def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Array | None:

@@ -124,7 +124,7 @@ def domain_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, S
     for (suite, gain, drift), domains in parts.items():
         if len(domains) > 1:
             place = [f"[{suite}](results/{suite}.md)", str(len(domains)), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
-            rows.append(row(place, *(pooled(readings) for readings in zip(*domains, strict=True))))
+            rows.append(contest_row(place, *(pooled(readings) for readings in zip(*domains, strict=True))))
     if rows:
         yield "**The mean over the domains of DSP** (seeds: the fewest of a domain):\n"
         yield f"| suite | domains | gain by | against | {CONTEST} |"
@@ -144,11 +144,11 @@ def goal_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Seq
         words.append(
             [word(value, one.seeds) for value in (one.whole, one.beyond_goal, rooted.whole, rooted.beyond_goal)]
         )
-        rows.append(row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one, rooted))
+        rows.append(contest_row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one, rooted))
     if not rows:
         return
     larger, third, root_larger, root_third = (
-        sum(word == "met" for word in column) for column in zip(*words, strict=True)
+        sum(says == "met" for says in column) for column in zip(*words, strict=True)
     )
     yield (
         f"**Against DPO: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
@@ -166,7 +166,7 @@ def against_dpo(found: Sequence[Contest]) -> Contest | None:
     return next((one for one in found if (one.other.method, one.other.form) == (RIVAL, "dial")), None)
 
 
-def row(place: Sequence[str], one: Contest, rooted: Contest) -> str:
+def contest_row(place: Sequence[str], one: Contest, rooted: Contest) -> str:
     """A row of a table of contests; `rooted` is the same one, read by √drift."""
     ratio = f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
     areas = [f"{one.own.whole[0]:.3f}", f"{one.other.whole[0]:.3f}", bracketed(one.whole)]
