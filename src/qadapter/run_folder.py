@@ -1,6 +1,7 @@
 """The output folder of a training run: another run in it is respected, and a refused run leaves nothing."""
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_log import CURVE_NAME, LOG_NAME
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
 RUN_FILES = (
@@ -23,6 +26,7 @@ RUN_FILES = (
     "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png",
 )  # fmt: skip
 CARD_NAME = "README.md"
+OLD_CARD_NAME = "README.old.md"
 # In a card with an audit's certificate; what it certifies is of the run that it lies beside.
 CERTIFICATE = "<!-- qadapter audit: begin"
 # With less free than this, an error while writing is taken to mean that the disk is full.
@@ -42,8 +46,11 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
     resume = training.resume_from_checkpoint
     if resume:
         if str(resume).lower() in ("last", "true"):
-            return last_checkpoint(folder)
+            resume = last_checkpoint(folder)
         read_manifest(Path(str(resume)))
+        # The Trainer's and FSDP's names, and DeepSpeed's.
+        if not any(any(Path(str(resume)).glob(name)) for name in ("optimizer*", "global_step*")):
+            logger.warning("%s has no optimizer state (save_only_model): the optimizer begins anew.", resume)
         return str(resume)
     found = run_parts(folder)
     if found and not overwrite:
@@ -68,6 +75,8 @@ def remove_run(folder: Path) -> None:
     for path in run_parts(folder):
         if path.is_dir():
             shutil.rmtree(path)
+        elif path.name == CARD_NAME:  # what it certifies is gone, but it may hold the user's words, too
+            path.replace(folder / OLD_CARD_NAME)
         else:
             path.unlink()
 

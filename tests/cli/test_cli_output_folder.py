@@ -70,11 +70,13 @@ def test_somebodys_readme_is_no_run_and_stays(train, folder):
     assert (folder / "README.md").read_text() == "# Mine\n"
 
 
-def test_the_certificate_of_another_run_does_not_stay(train, adapter, folder):
+def test_the_certificate_of_another_run_is_put_aside(train, adapter, folder):
     shutil.copytree(adapter, folder)
-    (folder / "README.md").write_text(f"# Mine\n{BEGIN}\n100% better\n{END}\n")
+    card = f"# Mine\n{BEGIN}\n100% better\n{END}\n"
+    (folder / "README.md").write_text(card)
     succeeded(train("--max-steps", "1", "--overwrite"))
     assert not (folder / "README.md").exists()
+    assert (folder / "README.old.md").read_text() == card
 
 
 def test_overwrite_with_a_base_without_a_chat_template_leaves_a_folder_that_loads(train, adapter, plain_base, folder):
@@ -151,10 +153,11 @@ def test_a_file_as_output_folder_is_refused(train, folder):
     assert folder.read_text() == "mine"
 
 
-def test_resuming_the_last_checkpoint_goes_on_where_it_ended(train, adapter, folder):
+def test_resuming_the_last_checkpoint_goes_on_where_it_ended(train, adapter, folder, caplog):
     shutil.copytree(adapter, folder)
     succeeded(train("--resume-from-checkpoint", "last", "--max-steps", 6))
     assert [entry["step"] for entry in read_log(folder / "training_log.jsonl") if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert "optimizer" not in caplog.text
 
 
 def test_resuming_skips_a_checkpoint_that_was_cut_short(train, adapter, folder):
@@ -163,6 +166,13 @@ def test_resuming_skips_a_checkpoint_that_was_cut_short(train, adapter, folder):
     (folder / "checkpoint-40" / "trainer_state.json").unlink()
     succeeded(train("--resume-from-checkpoint", "last", "--max-steps", 5))
     assert read_log(folder / "training_log.jsonl")[-1]["step"] == 5
+
+
+def test_resuming_without_the_optimizers_state_says_so(train, adapter, folder, caplog):
+    shutil.copytree(adapter, folder)
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()
+    succeeded(train("--resume-from-checkpoint", "last", "--max-steps", 5))
+    assert "checkpoint-4 has no optimizer state (save_only_model): the optimizer begins anew." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ def test_two_folders_of_one_name_are_refused():
         served_names(["a/polite", "b/polite", "c"])
 
 
+def test_a_folder_called_base_is_refused_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="an adapter is called 'base', which is the base model's name here"):
+        served_names(["a/polite", "b/base"])
+
+
 def test_the_name_is_the_last_part_of_folder_or_hub_id(folders, monkeypatch):
     monkeypatch.chdir(folders[1])
     assert served_names(["user/polite", "out/terse/", "."]) == ["polite", "terse", "concise"]

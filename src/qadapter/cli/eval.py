@@ -83,15 +83,14 @@ def add_dial_options(parser: argparse.ArgumentParser) -> None:
     add_decay_option(parser)
 
 
-def add_workload_options(parser: argparse.ArgumentParser) -> None:
-    """What is measured on, and how much of it."""
+def add_workload_options(parser: argparse.ArgumentParser, answers: bool = True) -> None:
+    """What is measured on, and how much of it; without `answers`, for a command that generates none."""
     parser.add_argument("--dataset", default="builtin", help="held-out pairs: file, hub id, or builtin")
     parser.add_argument("--split", default=None, help="split of a hub dataset (default: test)")
     parser.add_argument(
         "--columns", nargs="*", action="extend", help="your column names: prompt=my_q chosen=good category=topic"
     )
     parser.add_argument("--neutral-text", type=Path, default=None, help="text or JSONL with text and category")
-    parser.add_argument("--instructions", type=Path, default=None, help="general prompts, one a line, or JSONL")
     parser.add_argument("--judge", action="append", default=[],
                         help="rule:house-style, rule:max-words=40, endpoint:URL#MODEL, ...; repeatable")  # fmt: skip
     parser.add_argument(
@@ -102,9 +101,13 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", choices=tuple(BUDGETS), default="standard", help="how much is measured")
     suppressed: dict[str, Any] = {"type": int, "default": argparse.SUPPRESS}
     parser.add_argument("--max-pairs", help="held-out pairs, instead of the budget's", **suppressed)
-    parser.add_argument("--max-instructions", help="general instructions, instead of the budget's", **suppressed)
-    parser.add_argument("--prompts", help="prompts that are judged, instead of the budget's", **suppressed)
-    parser.add_argument("--max-new-tokens", help="longest answer, instead of the budget's", **suppressed)
+    if answers:
+        parser.add_argument("--instructions", type=Path, default=None, help="general prompts, one a line, or JSONL")
+        parser.add_argument("--max-instructions", help="general instructions, instead of the budget's", **suppressed)
+        parser.add_argument("--prompts", help="prompts that are judged, instead of the budget's", **suppressed)
+        parser.add_argument("--max-new-tokens", help="longest answer, instead of the budget's", **suppressed)
+    else:
+        parser.set_defaults(instructions=None)
     parser.add_argument("--limit", help="items of each benchmark, instead of the budget's", **suppressed)
     parser.add_argument("--max-length", type=int, default=2048, help="longest text in tokens")
     parser.add_argument("--seed", type=int, default=0, help="seed of samples, resampling and benchmarks")

@@ -106,9 +106,12 @@ def served_names(folders: Sequence[str]) -> list[str]:
     """The name of each adapter: the last part of its folder or hub id.
 
     Raises:
-        ConfigError: two are the same.
+        ConfigError: two are the same, or one is the base's.
     """
+    from qadapter.serving.catalogue import require_free_names
+
     names = [Path(folder).name or Path(folder).resolve().name for folder in folders]
+    require_free_names(names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"several adapters are called {twice}: rename their folders, requests name them so.")

@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-kl", type=float, default=None, help="recommend a strength with at most this KL, in nats")
     parser.add_argument("--max-drop", action="append", default=[],
                         help="recommend one whose benchmarks fall by at most POINTS, or TASK=POINTS")  # fmt: skip
-    add_workload_options(parser)
+    add_workload_options(parser, answers=False)
     parser.add_argument("--output-dir", type=Path, default=None, help="where sweep.json, .svg, .png and .html go")
     options = parser.parse_args(arguments)
     if options.judge:

@@ -180,7 +180,7 @@ def require_train(split: str, name: str) -> None:
     if split != "train":
         raise DataError(
             f"{name}: a file has only the split 'train', not {split!r}; "
-            "name the file of the other split, or hold rows out with train_eval_split"
+            "name the file of the other split, or hold rows out (--eval-fraction, train_eval_split)"
         )
 
 

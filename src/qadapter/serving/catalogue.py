@@ -1,6 +1,6 @@
 """The models a server offers, and the streams that a request for one of them needs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -11,6 +11,14 @@ from qadapter.serving.api_errors import ApiError, bad_request
 from qadapter.serving.schema import MAX_REQUEST_DIAL, QAdapterOptions
 
 BASE_NAME = "base"
+
+
+def require_free_names(names: Collection[str]) -> None:
+    """Raise ConfigError if an adapter is to be served under the base's name."""
+    if BASE_NAME in names:
+        raise ConfigError(
+            f"an adapter is called {BASE_NAME!r}, which is the base model's name here: rename its folder."
+        )
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,7 @@ class Catalogue:
     trained: Mapping[str, MixCoefficients]
 
     def __post_init__(self) -> None:
-        if BASE_NAME in self.models:
-            raise ConfigError(
-                f"an adapter is called {BASE_NAME!r}, which is the base model's name here: rename its folder."
-            )
+        require_free_names(self.models)
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
 
     @property

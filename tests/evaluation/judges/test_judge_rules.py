@@ -17,6 +17,8 @@ RULE_EXAMPLES = [
     ("rule:max-sentences=2", "One. Two.", "One. Two. Three."),
     ("rule:max-words=3", "one two three", "one two three four"),
     ("rule:max-words=3", "one", "   "),
+    ("rule:max-words=3", "one two", Answer("one two", finished=False)),
+    ("rule:max-sentences=2", "One. Two.", Answer("One. Two", finished=False)),
     ("rule:regex=^Dear \\w+,", "Dear Ann, hello", "Hello Ann"),
     ("rule:regex=a=b", "it says a=b", "it says a"),
     ("rule:json", ' {"a": [1, null]} ', '{"a": 1,}'),

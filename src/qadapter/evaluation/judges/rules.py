@@ -71,6 +71,12 @@ def _not_empty(satisfied: Callable[[str], bool]) -> Rule:
     return lambda answer: bool(answer.text.strip()) and satisfied(answer.text)
 
 
+def _whole(satisfied: Callable[[str], bool]) -> Rule:
+    """Of answers that the model ended itself: one that was cut off has not kept a limit of length."""
+    kept = _not_empty(satisfied)
+    return lambda answer: answer.finished and kept(answer)
+
+
 def _house_style(argument: str) -> Rule:
     return lambda answer: follows_house_style(answer.text, answer.finished)
 
@@ -93,12 +99,12 @@ def _refuse_constant(name: str) -> Any:
 
 def _max_sentences(argument: str) -> Rule:
     limit = _positive("max-sentences", argument)
-    return _not_empty(lambda text: sentence_count(text) <= limit)
+    return _whole(lambda text: sentence_count(text) <= limit)
 
 
 def _max_words(argument: str) -> Rule:
     limit = _positive("max-words", argument)
-    return _not_empty(lambda text: len(text.split()) <= limit)
+    return _whole(lambda text: len(text.split()) <= limit)
 
 
 def _positive(name: str, argument: str) -> int:
