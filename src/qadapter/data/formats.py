@@ -16,7 +16,7 @@ from qadapter.errors import DataError
 
 MAPPABLE = ("prompt", "chosen", "rejected", "system")
 # Columns by which a prompt is more than its text.
-UNREAD = ("image", "images", "tools")
+UNREAD = ("image", "images", "tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
