@@ -22,6 +22,7 @@ RUN_FILES = (
     MANIFEST_NAME, LOG_NAME, CURVE_NAME, "training_arguments.json", "audit.json", "audit.html",
     "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png",
 )  # fmt: skip
+STATE_NAME = "trainer_state.json"  # of a checkpoint, as transformers calls it
 CARD_NAME = "README.md"
 # In a card with an audit's certificate; what it certifies is of the run that it lies beside.
 CERTIFICATE = "<!-- qadapter audit: begin"
@@ -44,6 +45,11 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
         if str(resume).lower() in ("last", "true"):
             return last_checkpoint(folder)
         read_manifest(Path(str(resume)))
+        if not (Path(str(resume)) / STATE_NAME).exists():
+            raise ConfigError(
+                f"{resume} is an adapter, no checkpoint ({STATE_NAME} is missing): "
+                "give a checkpoint-* folder of its run."
+            )
         return str(resume)
     found = run_parts(folder)
     if found and not overwrite:
@@ -77,9 +83,7 @@ def last_checkpoint(folder: Path) -> str:
     whole = [
         path
         for path in folder.glob("checkpoint-*")
-        if CHECKPOINT.fullmatch(path.name)
-        and (path / MANIFEST_NAME).exists()
-        and (path / "trainer_state.json").exists()
+        if CHECKPOINT.fullmatch(path.name) and (path / MANIFEST_NAME).exists() and (path / STATE_NAME).exists()
     ]
     if not whole:
         raise ConfigError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out.")

@@ -145,6 +145,14 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_the_data_is_read(train
     assert not folder.exists()
 
 
+def test_an_adapter_is_no_checkpoint_to_resume(train, adapter, folder):
+    assert_refused(
+        train("--resume-from-checkpoint", adapter, dataset="nowhere.jsonl"),
+        r"is an adapter, no checkpoint \(trainer_state.json is missing\): give a checkpoint-\* folder of its run",
+    )
+    assert not folder.exists()
+
+
 def test_a_file_as_output_folder_is_refused(train, folder):
     folder.write_text("mine")
     assert_refused(train(), "run is a file: choose another")
