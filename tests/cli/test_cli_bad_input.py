@@ -232,6 +232,12 @@ def test_bad_prompt_files_are_named(adapter, tmp_path, data, match):
     assert_refused(qadapter("generate", adapter, "--prompts-file", tmp_path / "prompts.jsonl"), match)
 
 
+def test_rows_of_another_kind_are_no_prompts(adapter, tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt\nWhy?\n")
+    match = r"prompts.csv: give plain text, or JSON Lines in a file that ends with \.jsonl"
+    assert_refused(qadapter("generate", adapter, "--prompts-file", tmp_path / "prompts.csv"), match)
+
+
 @pytest.mark.parametrize("command", ["generate", "chat", "info", "export"])
 def test_a_folder_that_is_not_there_is_named(tmp_path, command):
     options = ("--output-dir", tmp_path / "out") if command == "export" else ()

@@ -268,7 +268,7 @@ def test_a_mapping_to_a_column_that_is_not_there_is_refused():
 
 
 def test_a_mapping_of_an_unknown_name_is_refused():
-    with pytest.raises(DataError, match="'reward' cannot be mapped"):
+    with pytest.raises(DataError, match="'reward' cannot be mapped; the names are .*, and in evaluations category"):
         normalise_row(PLAIN, {"reward": "prompt"})
 
 

@@ -27,6 +27,12 @@ def has_known_suffix(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def require_text_or_jsonl(path: Path) -> None:
+    """Raise DataError for a file of rows where texts are read: JSON or CSV would pass for prose, line by line."""
+    if has_known_suffix(path.name) and path.suffix != ".jsonl":
+        raise DataError(f"{path}: give plain text, or JSON Lines in a file that ends with .jsonl")
+
+
 def read_rows(path: Path) -> Iterator[RawRow]:
     """The rows of a file, lazily and in order; a row that cannot be parsed carries its RowError.
 
