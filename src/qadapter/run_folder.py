@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from qadapter.errors import ConfigError
 from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
+from qadapter.new_folders import require_writable
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_log import CURVE_NAME, LOG_NAME
 
@@ -34,12 +35,13 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
     """The checkpoint to resume from, if any; changes nothing.
 
     Raises:
-        ConfigError: the folder is a file, holds another run and `overwrite` is false, or has no checkpoint.
+        ConfigError: the folder is a file or read-only, holds another run without `overwrite`, or has no checkpoint.
         AdapterFormatError: what is named is no checkpoint.
     """
     folder = Path(str(training.output_dir))
     if folder.is_file():
         raise ConfigError(f"output folder {folder} is a file: choose another.")
+    require_writable(folder)
     resume = training.resume_from_checkpoint
     if resume:
         if str(resume).lower() in ("last", "true"):
