@@ -95,6 +95,28 @@ def test_the_legend_never_covers_the_plot(count):
     assert max(float(box.get("y")) + 10 for box in chart.iter(f"{SVG}rect") if box.get("y")) < top
 
 
+@pytest.mark.parametrize("name", ["loss", "rewards/accuracies (held out)", "llama-3.1-8b-dsp-academy-beta-10-kl"])
+def test_names_in_the_legend_neither_run_into_each_other_nor_over_the_edge(name):
+    chart = drawn({f"{name} {number}": [(0, 0), (1, number)] for number in range(6)})
+    written = [element for element in chart.iter(f"{SVG}text") if element.text.startswith(name)]
+    rows = {}
+    for element in written:
+        rows.setdefault(element.get("y"), []).append(float(element.get("x")))
+    for starts in rows.values():  # 7 units a letter: as wide as DejaVu Sans, the widest of usual fonts, at this size
+        assert all(start + 7 * len(f"{name} 0") <= end for start, end in pairwise([*starts, WIDTH]))
+    assert sum(map(len, rows.values())) == 6
+
+
+@pytest.mark.parametrize("largest", [10_000, 0.0125, -0.0125])
+def test_numbers_on_the_axes_are_whole_and_stay_on_the_paper(largest):
+    chart = drawn({"a": [(0, 0), (largest, largest)]})
+    ends = {"start": (0, 1), "middle": (0.5, 0.5), "end": (1, 0)}
+    for element in chart.iter(f"{SVG}text"):
+        before, after = (share * 7.6 * len(element.text) for share in ends[element.get("text-anchor")])
+        assert before <= float(element.get("x")) <= WIDTH - after
+    assert f"{largest:g}" in texts(chart)
+
+
 @settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=5))
 def test_ticks_enclose_the_values_evenly_and_are_few(values):

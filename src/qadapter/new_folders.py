@@ -1,4 +1,4 @@
-"""The folder that an export, or a base written anew, goes to: a new one, whole or not there."""
+"""Output folders: what can be written to, and new ones (of exports, of a base written anew), whole or not there."""
 
 import os
 import shutil
@@ -16,13 +16,24 @@ def require_new_folder(folder: Path) -> None:
     """Refuse a folder that holds something, or cannot be made: nothing is overwritten.
 
     Raises:
-        ConfigError: `folder` exists and is not empty, or would have to lie in a file.
+        ConfigError: `folder` exists and is not empty, or cannot be made.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output folder {folder} exists and is not empty: choose another one.")
-    for parent in folder.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise ConfigError(f"output folder {folder}: {parent} is a file. Choose another one.")
+    require_writable(folder)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, or cannot be made where it is to lie: before hours of work.
+
+    Raises:
+        ConfigError: it, or what is there of the path to it, is a file or read-only.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output folder {folder}: {nearest} is a file. Choose another one.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output folder {folder}: {nearest} cannot be written to. Choose another one.")
 
 
 def into_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:

@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7c3aed", "#0e7490", "#a16207")
 INK, GREY, GRID = "#111111", "#374151", "#e5e7eb"
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 66, 44
+LEFT, RIGHT, TOP, BOTTOM = 72, 28, 66, 44  # room for a number of seven characters, whole or in half
 # The legend: rows of entries between title and plot, which have room for two; with more of them a chart is higher.
-ENTRIES_A_ROW, ENTRY_WIDTH = 3, 185
+# Entries are three in a row, fewer where a name is longer than that: SVG wraps nothing, and knows no width of a text.
+ENTRIES_A_ROW, CHARACTER_WIDTH, AROUND_A_NAME = 3, 7, 26
 ROW_HEIGHT, ROWS_WITH_ROOM = 16, 2
 
 Point = tuple[float, float]
@@ -99,7 +100,9 @@ def chart(
     everything = [point for points in finite.values() for point in points] or [(0.0, 0.0), (1.0, 1.0)]
     xs, ys = ticks([x for x, _ in everything]), ticks([y for _, y in everything])
 
-    height = HEIGHT + ROW_HEIGHT * max(0, math.ceil(len(series) / ENTRIES_A_ROW) - ROWS_WITH_ROOM)
+    longest = AROUND_A_NAME + CHARACTER_WIDTH * max(map(len, series), default=0)
+    in_a_row = max(1, min(ENTRIES_A_ROW, (WIDTH - LEFT - RIGHT) // longest))
+    height = HEIGHT + ROW_HEIGHT * max(0, math.ceil(len(series) / in_a_row) - ROWS_WITH_ROOM)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - xs[0]) / (xs[-1] - xs[0])
@@ -110,12 +113,12 @@ def chart(
     for y in ys:
         _, at = place(xs[0], y)
         shapes.append(Rule(at))
-        shapes.append(Label(LEFT - 8, at + 4, f"{y:.4g}", GREY, "end"))
+        shapes.append(Label(LEFT - 8, at + 4, f"{y:.6g}", GREY, "end"))
     for x in xs:
         at, _ = place(x, ys[0])
-        shapes.append(Label(at, height - BOTTOM + 18, f"{x:.4g}", GREY, "middle"))
+        shapes.append(Label(at, height - BOTTOM + 18, f"{x:.6g}", GREY, "middle"))
     for index, (name, points) in enumerate(finite.items()):
-        shapes += _series(name, [place(*point) for point in points], index)
+        shapes += _series(name, [place(*point) for point in points], index, in_a_row)
     for text, point in (marked or {}).items():
         x, y = place(*point)
         right = x > (WIDTH + LEFT) / 2  # of the middle: the text goes to the left, where there is room
@@ -129,9 +132,10 @@ def chart(
     return Chart(title, shapes, height)
 
 
-def _series(name: str, places: list[tuple[float, float]], index: int) -> list[Shape]:
+def _series(name: str, places: list[tuple[float, float]], index: int, in_a_row: int) -> list[Shape]:
     colour = COLOURS[index % len(COLOURS)]
-    x, y = LEFT + ENTRY_WIDTH * (index % ENTRIES_A_ROW), 28 + ROW_HEIGHT * (index // ENTRIES_A_ROW)
+    width = (WIDTH - LEFT - RIGHT) / in_a_row
+    x, y = LEFT + width * (index % in_a_row), 28 + ROW_HEIGHT * (index // in_a_row)
     dots = [Dot(*at, 2.5, colour) for at in places]
     return [Line(places, colour, 2), *dots, Box(x, y, 10, colour), Label(x + 16, y + 9, name)]
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from qadapter.errors import ConfigError
 from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
+from qadapter.new_folders import require_writable
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_log import CURVE_NAME, LOG_NAME
 
@@ -25,6 +26,7 @@ RUN_FILES = (
     MANIFEST_NAME, LOG_NAME, CURVE_NAME, "training_arguments.json", "audit.json", "audit.html",
     "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png",
 )  # fmt: skip
+STATE_NAME = "trainer_state.json"  # of a checkpoint, as transformers calls it
 CARD_NAME = "README.md"
 OLD_CARD_NAME = "README.old.md"
 # In a card with an audit's certificate; what it certifies is of the run that it lies beside.
@@ -37,17 +39,23 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
     """The checkpoint to resume from, if any; changes nothing.
 
     Raises:
-        ConfigError: the folder is a file, holds another run and `overwrite` is false, or has no checkpoint.
+        ConfigError: the folder is a file or read-only, holds another run without `overwrite`, or has no checkpoint.
         AdapterFormatError: what is named is no checkpoint.
     """
     folder = Path(str(training.output_dir))
     if folder.is_file():
         raise ConfigError(f"output folder {folder} is a file: choose another.")
+    require_writable(folder)
     resume = training.resume_from_checkpoint
     if resume:
         if str(resume).lower() in ("last", "true"):
             resume = last_checkpoint(folder)
         read_manifest(Path(str(resume)))
+        if not (Path(str(resume)) / STATE_NAME).exists():
+            raise ConfigError(
+                f"{resume} is an adapter, no checkpoint ({STATE_NAME} is missing): "
+                "give a checkpoint-* folder of its run."
+            )
         # The Trainer's and FSDP's names, and DeepSpeed's.
         if not any(any(Path(str(resume)).glob(name)) for name in ("optimizer*", "global_step*")):
             logger.warning("%s has no optimizer state (save_only_model): the optimizer begins anew.", resume)
@@ -86,9 +94,7 @@ def last_checkpoint(folder: Path) -> str:
     whole = [
         path
         for path in folder.glob("checkpoint-*")
-        if CHECKPOINT.fullmatch(path.name)
-        and (path / MANIFEST_NAME).exists()
-        and (path / "trainer_state.json").exists()
+        if CHECKPOINT.fullmatch(path.name) and (path / MANIFEST_NAME).exists() and (path / STATE_NAME).exists()
     ]
     if not whole:
         raise ConfigError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out.")

@@ -147,6 +147,7 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
         ("per_device_eval_batch_size", training.per_device_eval_batch_size >= 1, "must be at least 1"),
         ("gradient_accumulation_steps", training.gradient_accumulation_steps >= 1, "must be at least 1"),
         ("learning_rate", 0 < training.learning_rate < math.inf, "must be a number above 0"),
+        ("seed", 0 <= training.seed < 2**32, "must lie in [0, 2**32)"),
         ("num_train_epochs", training.max_steps > 0 or training.num_train_epochs > 0, "must be above 0"),
     )
 

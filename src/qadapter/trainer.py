@@ -94,8 +94,28 @@ class QAdapterTrainer(Trainer):
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
 
+    def _check_trainable(self) -> None:
+        """Refuse a model without weights to train, and pairs of which no batch is made: no step would be done."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError(
+                "no weight of the model can be trained: from_pretrained loads an adapter for use, and "
+                "LoraConfig.inference_mode freezes a new one. Make a new one with from_base, or go on with the loaded "
+                "one after `for weight in model.adapter_parameters().values(): weight.requires_grad_(True)`."
+            )
+        pairs, batch = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        if pairs is not None and self.args.dataloader_drop_last and has_length(pairs) and len(pairs) < batch:
+            raise ConfigError(
+                f"dataloader_drop_last = True: {len(pairs)} pairs do not fill a batch of {batch}, so none would be "
+                "trained on. Leave it out, or lower per_device_train_batch_size."
+            )
+
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's; with `cache_base_states`, the base's states are computed first, by one process for all."""
+        """As the Trainer's; with `cache_base_states`, the base's states are computed first, by one process for all.
+
+        Raises:
+            ConfigError: there is nothing to train, no batch to train on, or no folder that all processes see.
+        """
+        self._check_trainable()
         where = self.args.cache_base_states
         if where and not isinstance(self.train_dataset, PairsWithStates):
             if where == IN_MEMORY and self.args.world_size > 1:

@@ -98,6 +98,9 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--lora-target-modules", "nope"), "'nope'.* not found in the base model"),
         (("--learning-rate", "-1"), "learning_rate = -1.0: must be a number above 0"),
         (("--learning-rate", "nan"), "learning_rate = nan: must be a number above 0"),
+        (("--seed", "-1"), r"seed = -1: must lie in \[0, 2\*\*32\)"),
+        (("--lora-r", "5000"), r"LoraConfig.r = 5000: must be 4096 or below"),
+        (("--dataloader-drop-last", "--per-device-train-batch-size", "9"), "7 pairs do not fill a batch of 9"),
         (("--per-device-train-batch-size", "0"), "per_device_train_batch_size = 0: must be at least 1"),
         (("--gradient-accumulation-steps", "0"), "gradient_accumulation_steps.*0"),
         (("--max-steps", "-1", "--num-train-epochs", "0"), "num_train_epochs = 0.0: must be above 0"),
@@ -227,6 +230,12 @@ def test_generate_without_a_prompt_says_where_to_give_one(adapter):
 def test_bad_prompt_files_are_named(adapter, tmp_path, data, match):
     (tmp_path / "prompts.jsonl").write_bytes(data)
     assert_refused(qadapter("generate", adapter, "--prompts-file", tmp_path / "prompts.jsonl"), match)
+
+
+def test_rows_of_another_kind_are_no_prompts(adapter, tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt\nWhy?\n")
+    match = r"prompts.csv: give plain text, or JSON Lines in a file that ends with \.jsonl"
+    assert_refused(qadapter("generate", adapter, "--prompts-file", tmp_path / "prompts.csv"), match)
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "info", "export"])

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,10 +148,60 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_the_data_is_read(train
     assert not folder.exists()
 
 
+def test_an_adapter_is_no_checkpoint_to_resume(train, adapter, folder):
+    assert_refused(
+        train("--resume-from-checkpoint", adapter, dataset="nowhere.jsonl"),
+        r"is an adapter, no checkpoint \(trainer_state.json is missing\): give a checkpoint-\* folder of its run",
+    )
+    assert not folder.exists()
+
+
 def test_a_file_as_output_folder_is_refused(train, folder):
     folder.write_text("mine")
     assert_refused(train(), "run is a file: choose another")
     assert folder.read_text() == "mine"
+
+
+def read_only(monkeypatch, folder):
+    """Let `folder` look read-only: the mode of a folder does not hold root, as whom tests may run."""
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder and access(path, mode))
+
+
+@pytest.mark.parametrize("above", ["run", "."])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_data_is_read(
+    train, folder, tmp_path, monkeypatch, above
+):
+    (tmp_path / above).mkdir(exist_ok=True)
+    read_only(monkeypatch, tmp_path / above)
+    before = sorted(tmp_path.iterdir())
+    outcome = train(dataset="nowhere.jsonl")
+    assert_refused(outcome, f"output folder {folder}: {tmp_path / above} cannot be written to. Choose another one")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "match"),
+    [
+        ("audit", (), "cannot be written to. Choose another one"),
+        ("audit", ("--output-dir", "."), "cannot be written to, nor its README.md: leave that alone with --no-card"),
+        ("sweep", (), "cannot be written to. Choose another one"),
+    ],
+)
+def test_an_adapter_that_cannot_be_written_to_is_refused_before_anything_is_measured(
+    adapter, monkeypatch, command, options, match
+):
+    read_only(monkeypatch, adapter)
+    outcome = qadapter(command, adapter, *options, "--dataset", "nowhere.jsonl")
+    assert_refused(outcome, match, code=2 if command == "audit" else 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("eval", "--output"), ("compare", "--output-dir"), ("export", "--output-dir")]
+)
+def test_results_go_to_no_folder_that_cannot_be_written_to(adapter, tmp_path, monkeypatch, command, option):
+    read_only(monkeypatch, tmp_path)
+    assert_refused(qadapter(command, adapter, option, tmp_path / "new"), f"{tmp_path} cannot be written to")
 
 
 def test_resuming_the_last_checkpoint_goes_on_where_it_ended(train, adapter, folder, caplog):

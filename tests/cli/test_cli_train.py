@@ -51,6 +51,11 @@ def test_all_linear_adapts_what_no_names_do(train, adapter, tmp_path):
     assert adapter_settings(tmp_path / "run")["modules"] == adapter_settings(adapter)["modules"]
 
 
+@pytest.mark.filterwarnings("always:target_modules")
+def test_a_target_that_is_not_there_is_warned_of(train):
+    assert "warning: target_modules: no layer" in train("--lora-target-modules", "q_proj", "vproj").err
+
+
 def test_a_list_given_in_two_options_is_warned_of(train, pairs):
     outcome = train("--dataset", pairs)
     succeeded(outcome)

@@ -109,6 +109,22 @@ def test_an_unreadable_line_is_named(tmp_path, line, message):
         load_preference_dataset(path)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_that_is_called_json_lines_is_named(tmp_path, indent):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(PAIRS, indent=indent))
+    with pytest.raises(DataError, match="holds one JSON list, not an object a line; rename it to end with .json"):
+        load_preference_dataset(path)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_csv_with_other_separators_is_named(tmp_path, separator):
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(separator.join(row) for row in [("prompt", "chosen", "rejected"), ("a", "b", "c")]))
+    with pytest.raises(DataError, match="pairs.csv: its fields are separated by .*; save it with commas between them"):
+        load_preference_dataset(path)
+
+
 def test_of_a_repeated_key_the_last_value_counts(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n')

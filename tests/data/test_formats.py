@@ -232,6 +232,20 @@ def test_a_faulty_row_is_named_with_its_rule(reason, row, change, message):
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (PLAIN | {"prompt": 7}, "prompt is int, text is needed"),
+        (PLAIN | {"prompt": USER}, "prompt is dict, text is needed"),
+        (PLAIN | {"chosen": 1, "rejected": -1}, "chosen is int, text is needed"),
+        (CHAT | {"chat_template_kwargs": {"enable_thinking": False}}, "the prompt has chat_template_kwargs, which"),
+    ],
+)
+def test_a_dataset_whose_known_columns_are_of_another_type_is_told_so(row, message):
+    with pytest.raises(RowError, match=message):
+        recognise(row, [row]).normalise(row)
+
+
 def test_unknown_columns_are_listed_with_the_known_layouts_and_the_way_out():
     row = {"topic": "sums", "winner": "Four.", "loser": "Five."}
     with pytest.raises(DataError, match="topic, winner, loser") as caught:
@@ -254,7 +268,7 @@ def test_a_mapping_to_a_column_that_is_not_there_is_refused():
 
 
 def test_a_mapping_of_an_unknown_name_is_refused():
-    with pytest.raises(DataError, match="'reward' cannot be mapped"):
+    with pytest.raises(DataError, match="'reward' cannot be mapped; the names are .*, and in evaluations category"):
         normalise_row(PLAIN, {"reward": "prompt"})
 
 

@@ -197,3 +197,11 @@ def test_anything_but_a_dataset_is_refused(chatml, dataset):
 def test_impossible_options_are_refused(chatml, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         tokenise_preferences(Dataset.from_list(CHATS), chatml, **options)
+
+
+@pytest.mark.parametrize("kind", [None, "pandas", "numpy", "torch", "arrow"])
+def test_the_format_of_a_dataset_changes_no_ids_and_hidden_columns_stay_hidden(chatml, kind):
+    expected, _ = tokenise_preferences(Dataset.from_list(CHATS), chatml)
+    noted = Dataset.from_list([row | {"tools": "none of them"} for row in CHATS])
+    shown = noted.with_format(kind, columns=["prompt", "chosen", "rejected"])
+    assert tokenise_preferences(shown, chatml)[0].to_list() == expected.to_list()

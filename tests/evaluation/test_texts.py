@@ -130,3 +130,12 @@ def test_the_digest_sees_ids_split_and_category(files, tokenizer):
     assert digest(texts) == digest(list(texts))
     assert digest(texts) != digest(texts[::-1])
     assert excerpt("a\n b " + "c" * 300, 9) == "a b cccc…"
+
+
+@pytest.mark.parametrize("name", ["texts.json", "texts.csv", "texts.JSONL"])
+def test_rows_of_another_kind_are_neither_prose_nor_instructions(tmp_path, tokenizer, name):
+    (tmp_path / name).write_text('[{"text": "Two words.", "prompt": "Why?"}]')
+    with pytest.raises(DataError, match=f"{name}: give plain text, or JSON Lines in a file that ends with .jsonl"):
+        neutral_texts(tokenizer, tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: give plain text, or JSON Lines in a file that ends with .jsonl"):
+        instructions(tmp_path / name)

@@ -147,13 +147,17 @@ REFUSED = {
     "bias of B": (lora(lora_bias=True), r"LoraConfig\.lora_bias is set"),
     "PiSSA": (lora(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     "OLoRA": (lora(init_lora_weights="olora"), "init_lora_weights = 'olora'"),
+    "rank": (lora(r=4097), r"LoraConfig\.r = 4097: must be 4096 or below"),
+    "a rank": (lora(rank_pattern={"q_proj": 5000}), r"LoraConfig\.rank_pattern = .*5000.*: ranks must be 4096"),
+    "alpha": (lora(lora_alpha=1_000_000), r"LoraConfig\.lora_alpha = 1000000: must lie between 0 and 1e\+06"),
+    "an alpha": (lora(alpha_pattern={"q_proj": -1}), r"LoraConfig\.alpha_pattern = .*: must lie between 0 and 1e\+06"),
     "embedding": (lora(target_modules=["embed_tokens", "q_proj"]), r"embed_tokens \(Embedding\)"),
     "IA3": (IA3Config(task_type="CAUSAL_LM"), "peft_config is a IA3Config"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_adapters_that_would_change_the_base_are_refused(kind):
+def test_adapters_that_would_change_the_base_or_not_be_read_back_are_refused(kind):
     peft_config, message = REFUSED[kind]
     base = tiny_base()
     before = copy.deepcopy(base.state_dict())
@@ -256,3 +260,9 @@ def test_products_written_as_sums_are_the_products(streams, monkeypatch):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         actual = policy(input_ids=ids, strength=strength).logits
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_target_among_others_that_is_not_there_is_warned_of():
+    with pytest.warns(UserWarning, match="no layer of LlamaForCausalLM is called 'vproj'; only the others are adapted"):
+        policy = QAdapterForCausalLM.from_base(tiny_base(), APART, lora(target_modules=["q_proj", "vproj"]))
+    assert {name.split(".")[-4] for name in policy.adapter_parameters()} == {"q_proj"}

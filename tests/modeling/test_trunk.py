@@ -21,6 +21,8 @@ def upper_policy(architecture="llama", first=FIRST, dtype=torch.float64, **chang
     depth = {"n_layer": DEPTH} if architecture == "gpt2" else {"num_hidden_layers": DEPTH}
     names = ["c_attn", "c_fc"] if architecture == "gpt2" else ["q_proj", "v_proj", "query_key_value", "down_proj"]
     base = tiny_base(architecture, dtype=dtype, **depth, **changes)
+    there = {module.rsplit(".")[-1] for module, _ in base.named_modules()}
+    names = [name for name in names if name in there]
     peft_config = lora(target_modules=names, layers_to_transform=list(range(first, DEPTH)))
     if architecture == "gpt2":
         peft_config.fan_in_fan_out = True

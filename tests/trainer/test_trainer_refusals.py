@@ -9,7 +9,7 @@ from models import tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_p
 from trainer_examples import TEXT_PAIRS
 from transformers import TrainerCallback, TrainingArguments
 
-from qadapter import QAdapterTrainer, QAdapterTrainingArguments
+from qadapter import QAdapterForCausalLM, QAdapterTrainer, QAdapterTrainingArguments
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.training_log import LOG_NAME, read_log
 
@@ -139,3 +139,21 @@ def test_several_splits_to_train_on_are_refused(policy, tmp_path):
     splits = DatasetDict({name: Dataset.from_list(TEXT_PAIRS) for name in ("train", "test")})
     with pytest.raises(DataError, match=r"train_dataset has the splits 'train', 'test': .*dataset\['train'\]"):
         QAdapterTrainer(model=policy, args=args, train_dataset=splits, processing_class=tiny_tokenizer())
+
+
+def test_pairs_that_fill_no_batch_are_refused(policy, tmp_path):
+    trainer = tiny_trainer(policy, tmp_path / "run", per_device_train_batch_size=9, dataloader_drop_last=True)
+    with pytest.raises(ConfigError, match="dataloader_drop_last = True: 8 pairs do not fill a batch of 9, so none"):
+        trainer.train()
+
+
+def test_a_policy_without_weights_to_train_is_refused_and_trains_with_the_way_out(tmp_path):
+    tiny_policy().save_pretrained(tmp_path / "adapter")
+    loaded = QAdapterForCausalLM.from_pretrained(tmp_path / "adapter", base_model=tiny_base())
+    with pytest.raises(ConfigError, match=r"no weight of the model can be trained: .*weight.requires_grad_\(True\)"):
+        tiny_trainer(loaded, tmp_path / "run").train()
+    before = {name: weight.detach().clone() for name, weight in loaded.adapter_parameters().items()}
+    for weight in loaded.adapter_parameters().values():
+        weight.requires_grad_(True)
+    tiny_trainer(loaded, tmp_path / "run").train()
+    assert not all(torch.equal(weight, before[name]) for name, weight in loaded.adapter_parameters().items())

@@ -18,6 +18,7 @@ from qadapter.cli.eval import (
     workload_of,
 )
 from qadapter.cli.sweep import output_folder
+from qadapter.errors import ConfigError
 from qadapter.evaluation.audit import EXIT_CODES, EXIT_COULD_NOT_RUN, run_audit
 from qadapter.evaluation.audit_report import HTML_NAME, JSON_NAME, print_audit, write_audit
 from qadapter.evaluation.benchmarks import require_lm_eval
@@ -59,6 +60,8 @@ def _run(arguments: list[str]) -> int:
     has_card = adapter.is_dir() and not options.no_card
     if has_card:
         check_card(adapter)
+        if not os.access(adapter, os.W_OK):
+            raise ConfigError(f"{adapter} cannot be written to, nor its README.md: leave that alone with --no-card.")
     with measuring() as track:
         subject = subject_of(options.adapter, options)
         audit = run_audit(subject, column, workload, limits, store_of(options), track)

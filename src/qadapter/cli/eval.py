@@ -28,6 +28,7 @@ from qadapter.evaluation.progress import Track, tracked
 from qadapter.evaluation.subjects import Subject, open_subject
 from qadapter.evaluation.tables import headline, print_table
 from qadapter.evaluation.workload import BUDGETS, Workload
+from qadapter.new_folders import require_writable
 
 # Options that a budget sets, unless they are given.
 BUDGETED = ("max_pairs", "max_instructions", "prompts", "max_new_tokens", "limit")
@@ -41,8 +42,10 @@ def run(arguments: list[str]) -> int:
     add_workload_options(parser)
     parser.add_argument("--output", type=Path, default=None, help="also write all figures to this JSON file")
     options = parser.parse_args(arguments)
-    if options.output is not None and options.output.is_dir():
-        raise ConfigError(f"--output {options.output} is a folder: name a file in it.")
+    if options.output is not None:
+        if options.output.is_dir():
+            raise ConfigError(f"--output {options.output} is a folder: name a file in it.")
+        require_writable(options.output.parent)
     column = column_of(options)
     workload, store = workload_of(options), store_of(options)
     with measuring() as track:

@@ -13,6 +13,7 @@ from qadapter.cli.policies import (
     quiet_libraries,
     sampling_of,
 )
+from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.messages import as_text
 from qadapter.data.rows import RowError
 from qadapter.errors import ConfigError, DataError
@@ -82,6 +83,7 @@ def _standard_input() -> str:
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text or JSONL file."""
+    require_text_or_jsonl(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside JSON, too
     except UnicodeDecodeError as error:

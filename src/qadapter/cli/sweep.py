@@ -21,6 +21,7 @@ from qadapter.evaluation.columns import Column, parse_strengths
 from qadapter.evaluation.gate import parse_drops
 from qadapter.evaluation.sweep import SweepLimits, run_sweep
 from qadapter.evaluation.sweep_report import PNG_NAME, print_sweep, write_sweep
+from qadapter.new_folders import require_writable
 
 
 def run(arguments: list[str]) -> int:
@@ -105,6 +106,7 @@ def output_folder(options: argparse.Namespace) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError if an output folder is a file: before an hour of measuring."""
+    """Raise ConfigError if an output folder is a file or read-only: before an hour of measuring."""
     if folder.is_file():
         raise ConfigError(f"output folder {folder} is a file: choose another.")
+    require_writable(folder)

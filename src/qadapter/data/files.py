@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,12 @@ MAX_JSON_BYTES = 2**30  # a JSON list is parsed as a whole; larger data belongs 
 def has_known_suffix(name: str) -> bool:
     """Whether the name ends like a file that can be read here."""
     return name.lower().endswith(SUFFIXES)
+
+
+def require_text_or_jsonl(path: Path) -> None:
+    """Raise DataError for a file of rows where texts are read: JSON or CSV would pass for prose, line by line."""
+    if has_known_suffix(path.name) and path.suffix != ".jsonl":
+        raise DataError(f"{path}: give plain text, or JSON Lines in a file that ends with .jsonl")
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
@@ -48,6 +55,8 @@ def text_rows(path: Path) -> Iterator[RawRow]:
             yield from csv_rows(stream, str(path))
         elif name.endswith(".json") and starts_with_bracket(stream):
             yield from json_list_rows(stream, str(path))
+        elif re.match(rb"\[\s*\{", start_of(stream)):
+            raise DataError(f"{path} holds one JSON list, not an object a line; rename it to end with .json")
         else:
             yield from json_line_rows(stream, str(path))
 
@@ -60,7 +69,12 @@ def open_binary(path: Path) -> io.BufferedReader:
 
 def starts_with_bracket(stream: io.BufferedReader) -> bool:
     """Whether the first sign of the file opens a list; only the first 4 KiB are looked through."""
-    return stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    return start_of(stream)[:1] == b"["
+
+
+def start_of(stream: io.BufferedReader) -> bytes:
+    """What the file begins with, without blanks and byte order mark."""
+    return stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def json_line_rows(stream: io.BufferedReader, source: str) -> Iterator[RawRow]:
@@ -127,6 +141,9 @@ def csv_rows(stream: io.BufferedReader, source: str) -> Iterator[RawRow]:
     """The rows below the header, every value as text; quotes as in RFC 4180, fields up to 128 KiB."""
     reader = csv.DictReader(decoded_lines(stream, source), strict=True)
     try:
+        header = reader.fieldnames or []
+        if len(header) == 1 and (other := re.search("[;\t|]", header[0])):
+            raise DataError(f"{source}: its fields are separated by {other[0]!r}; save it with commas between them")
         for number, row in enumerate(reader, start=1):
             yield RawRow(number, f"{source}, row {number} (line {reader.reader.line_num})", complete_or_error(row))
     except csv.Error as error:

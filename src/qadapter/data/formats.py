@@ -16,7 +16,7 @@ from qadapter.errors import DataError
 
 MAPPABLE = ("prompt", "chosen", "rejected", "system")
 # Columns by which a prompt is more than its text.
-UNREAD = ("image", "images", "tools")
+UNREAD = ("image", "images", "tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def checked_plain(pair: Pair, prompt_needed: bool) -> Pair:
 def check_mapping(columns: Mapping[str, str] | None, names: list[str], source: str) -> None:
     for name, path in (columns or {}).items():
         if name not in MAPPABLE:
-            raise DataError(f"--columns: {name!r} cannot be mapped; the names are {', '.join(MAPPABLE)}")
+            known = f"{', '.join(MAPPABLE)}, and in evaluations category"
+            raise DataError(f"--columns: {name!r} cannot be mapped; the names are {known}")
         if path not in names and path.split(".", 1)[0] not in names:
             raise DataError(f"{source}: --columns maps {name} to {path!r}, the columns are {', '.join(names)}")
 

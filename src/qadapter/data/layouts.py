@@ -32,8 +32,12 @@ def first_present(row: Row, names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
+def answers(row: Row) -> tuple[Any, Any]:
+    return row.get("chosen"), row.get("rejected")
+
+
 def has_answers(row: Row, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(row.get("chosen"), kind) and isinstance(row.get("rejected"), kind)
+    return all(isinstance(answer, kind) for answer in answers(row))
 
 
 def has_transcripts(row: Row) -> bool:
@@ -195,7 +199,8 @@ LAYOUTS = {
     "plain": Layout(
         f"{' or '.join(PROMPT_COLUMNS)} (with optional input), chosen, rejected: text",
         False,
-        lambda row: has_prompt_text(row) and has_answers(row, str),
+        # Of any type: that a prompt is a number, say, is an error of its row.
+        lambda row: all(value is not None for value in (first_present(row, PROMPT_COLUMNS), *answers(row))),
         read_text,
     ),
     "plain-implicit": Layout(

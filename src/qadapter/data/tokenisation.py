@@ -82,6 +82,7 @@ def tokenise_preferences(
     Raises DataError for rows that are no pair, a missing chat template, and when nothing is left.
     """
     limits = checked_limits(max_length, max_prompt_length)
+    dataset = as_python(dataset)
     first = first_rows(dataset)
     names = list(dict.fromkeys(name for row in first for name in row))
     row_format = recognise(names, first)
@@ -101,6 +102,15 @@ def first_rows(dataset: Any) -> list[dict[str, Any]]:
     if not isinstance(dataset, Dataset | IterableDataset):
         raise DataError(f"got {type(dataset).__name__}; give one split as a Dataset, or Dataset.from_list(rows)")
     return list(dataset.take(FIRST_ROWS))
+
+
+def as_python(dataset: Any) -> Any:
+    """The columns that the dataset's format shows, as Python's own values; a transform stays, as it makes the rows."""
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return dataset
+    return dataset.select_columns(dataset.format["columns"]).with_format(None)
 
 
 def mapped(dataset: Any, tokenise: "PairTokeniser", names: list[str]) -> Any:

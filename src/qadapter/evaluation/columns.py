@@ -119,7 +119,8 @@ def parse_strengths(text: str) -> list[float]:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            f"--strengths {text!r}: give numbers such as 0.25,0.5,1, or FIRST:LAST:COUNT such as 0:2:21."
+            f"--strengths {text!r}: give numbers such as 0.25,0.5,1, or FIRST:LAST:COUNT such as 0:2:21 "
+            f"(of 2 to {MAX_STRENGTHS})."
         ) from None
     values = sorted({round(value, 9) + 0.0 for value in values})  # + 0.0: no negative zero
     if len(values) > MAX_STRENGTHS:

@@ -206,7 +206,7 @@ def _flat(point: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, An
 SCRIPT = r"""
 const data = JSON.parse(document.getElementById("data").textContent);
 const colours = ["#0b6bcb", "#c2410c", "#15803d", "#7c3aed", "#0e7490", "#a16207"];
-const W = 640, H = 340, L = 70, R = 16, T = 16, B = 48;
+const W = 640, L = 72, R = 28, T = 12 + 16 * data.lines.length, H = 330 + T, B = 48;
 const gain = document.getElementById("gain"), cost = document.getElementById("cost");
 const values = document.getElementById("values"), plot = document.getElementById("plot");
 for (const [select, figures] of [[gain, data.gains], [cost, data.costs]])
@@ -251,6 +251,7 @@ function draw() {
   for (const x of xs) svg.append(element("text", {x: X(x), y: H - B + 18, "text-anchor": "middle"}, number(x)));
   const title = select => select.selectedOptions[0].textContent;
   svg.append(element("text", {x: (L + W) / 2, y: H - 8, "text-anchor": "middle"}, title(cost)));
+  svg.setAttribute("aria-label", title(gain) + " against " + title(cost));
   svg.append(element("text", {transform: `translate(14 ${H / 2}) rotate(-90)`, "text-anchor": "middle"}, title(gain)));
   data.lines.forEach((line, index) => {
     const colour = colours[index % colours.length], points = known(line);
@@ -264,8 +265,8 @@ function draw() {
       for (const event of ["mouseenter", "focus", "click"]) dot.addEventListener(event, () => show(line, point));
       svg.append(dot);
     }
-    svg.append(element("rect", {x: W - 170, y: H - B - 16 * (index + 1), width: 10, height: 10, fill: colour}));
-    svg.append(element("text", {x: W - 154, y: H - B - 16 * index - 7}, line.name));
+    svg.append(element("rect", {x: L, y: 4 + 16 * index, width: 10, height: 10, fill: colour}));
+    svg.append(element("text", {x: L + 16, y: 13 + 16 * index}, line.name));
   });
 }
 gain.addEventListener("change", draw);

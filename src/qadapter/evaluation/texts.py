@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from qadapter.builtin import neutral_paragraphs
 from qadapter.data import RowError, tokenise_preferences
+from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.formats import value_at
 from qadapter.data.sources import existing_path, open_source, pair_features, pair_or_error
 from qadapter.errors import ConfigError, DataError
@@ -184,6 +185,7 @@ def neutral_texts(tokenizer: Any, path: Path | None = None, max_length: int | No
 
 
 def _read_texts(path: Path) -> list[tuple[str, str | None]]:
+    require_text_or_jsonl(path)
     if path.suffix == ".jsonl":
         return _read_objects(path, "text")
     paragraphs = read_utf8(path).replace("\r\n", "\n").split("\n\n")
@@ -237,6 +239,7 @@ def instructions(path: Path | None = None, limit: int | None = None, seed: int =
     elif path.suffix == ".jsonl":
         rows = _read_objects(path, "prompt")
     else:
+        require_text_or_jsonl(path)
         rows = [(line.strip(), None) for line in read_utf8(path).split("\n")]
     rows = [(text, category) for text, category in rows if text.strip()]
     if not rows:

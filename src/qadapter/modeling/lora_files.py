@@ -19,12 +19,11 @@ from torch import Tensor
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.bases import BaseSource
 from qadapter.modeling.manifest import read_json_object
-from qadapter.modeling.streams import SUPPORTED_INITIALISATIONS, UNSUPPORTED_SETTINGS
+from qadapter.modeling.streams import ALPHA_LIMIT, MAX_RANK, SUPPORTED_INITIALISATIONS, UNSUPPORTED_SETTINGS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_TENSORS = 100_000
-MAX_RANK = 4096
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\.lora_(A\.weight|B\.weight|magnitude_vector)")
 CONVERSION = (
@@ -159,8 +158,10 @@ def _rank(parts: dict[str, Tensor], where: str) -> int:
     if "A.weight" not in parts or "B.weight" not in parts:
         raise AdapterFormatError(f"{where}: a LoRA needs both lora_A and lora_B.")
     a, b = parts["A.weight"], parts["B.weight"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not 0 < a.shape[0] <= MAX_RANK:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] < 1:
         raise AdapterFormatError(f"{where}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit together.")
+    if a.shape[0] > MAX_RANK:
+        raise AdapterFormatError(f"{where}: the rank is {a.shape[0]}; at most {MAX_RANK} is read.")
     return a.shape[0]
 
 
@@ -180,8 +181,8 @@ def _alpha(alpha: Any, patterns: dict[str, Any], module: str, where: Path) -> fl
     parts = module.split(".")
     suffixes = {".".join(parts[start:]) for start in range(len(parts))}
     alpha = next((value for pattern, value in patterns.items() if pattern in suffixes), alpha)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
-        raise AdapterFormatError(f"{where}: lora_alpha is {alpha!r}, must be a number above 0.")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < ALPHA_LIMIT:
+        raise AdapterFormatError(f"{where}: lora_alpha is {alpha!r}, must lie between 0 and {ALPHA_LIMIT:g}.")
     return alpha
 
 

@@ -1,5 +1,6 @@
 """The customised policy as a transformers causal language model: a frozen base, LoRA adapters, and a dial."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -146,6 +147,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             base = load_base(source, **model_kwargs)
         elif model_kwargs:
             raise ConfigError(f"{sorted(model_kwargs)} apply to a model that is loaded by id, not to a given one.")
+        warn_of_missing_targets(peft_config, base)
         if first_adapted_layer:
             peft_config = with_first_layer(peft_config, base, first_adapted_layer)
         model = cls(base, {DEFAULT_ADAPTER: config or QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
@@ -322,6 +324,20 @@ def check_adapter_names(names: list[str]) -> None:
             raise ConfigError(f"adapter name {name!r} is an attribute of PyTorch's modules: choose another.")
         if name in "lora_" or "lora_" in name or "." in name:
             raise ConfigError(f"adapter name {name!r} cannot be told from PEFT's parameter names: choose another.")
+
+
+def warn_of_missing_targets(peft_config: LoraConfig, base: PreTrainedModel) -> None:
+    """Warn of names in target_modules that the base does not have: PEFT says so only where all of them are missing."""
+    if not isinstance(targets := getattr(peft_config, "target_modules", None), list | set):
+        return  # a regular expression, or a word for many layers
+    ends = {f".{name}" for name, _ in base.named_modules()}
+    missing = sorted(name for name in targets if not any(end.endswith(f".{name}") for end in ends))
+    if 0 < len(missing) < len(targets):
+        warnings.warn(
+            f"target_modules: no layer of {type(base).__name__} is called {', '.join(map(repr, missing))}; "
+            "only the others are adapted.",
+            stacklevel=3,
+        )
 
 
 def default_peft_config() -> LoraConfig:

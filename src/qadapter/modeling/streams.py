@@ -33,6 +33,8 @@ UNSUPPORTED_SETTINGS = (
     "arrow_config", "use_bdlora", "use_qalora", "lora_bias", "megatron_config", "velora_config", "monteclora_config",
     "kasa_config",
 )  # fmt: skip
+# What is read back: a rank may be MAX_RANK at most, an alpha lies below ALPHA_LIMIT.
+MAX_RANK, ALPHA_LIMIT = 4096, 1e6
 SUPPORTED_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 # Compiled decoding writes products of at most this rank, for at most so many tokens, as sums.
@@ -200,7 +202,12 @@ def with_stream_layers(peft_config: LoraConfig) -> LoraConfig:
     for field in UNSUPPORTED_SETTINGS:
         if getattr(peft_config, field, None):
             raise ConfigError(f"LoraConfig.{field} is set: it would change the base model, which must stay frozen.")
+    ranks, alphas = (peft_config.rank_pattern or {}).values(), (peft_config.alpha_pattern or {}).values()
     rules = [
+        (peft_config.r <= MAX_RANK, "r", f"must be {MAX_RANK} or below."),
+        (all(rank <= MAX_RANK for rank in ranks), "rank_pattern", f"ranks must be {MAX_RANK} or below."),
+        (0 < peft_config.lora_alpha < ALPHA_LIMIT, "lora_alpha", f"must lie between 0 and {ALPHA_LIMIT:g}."),
+        (all(0 < a < ALPHA_LIMIT for a in alphas), "alpha_pattern", f"must lie between 0 and {ALPHA_LIMIT:g}."),
         (peft_config.bias == "none", "bias", 'use bias="none", the base must stay frozen.'),
         (
             peft_config.init_lora_weights in SUPPORTED_INITIALISATIONS,

@@ -125,12 +125,18 @@ EXTRA = "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight"
             "do not fit together",
         ),
         (
+            lambda t: t.update(
+                {name: torch.zeros((5000, 32) if "lora_A" in name else (t[name].shape[0], 5000)) for name in t}
+            ),
+            "the rank is 5000; at most 4096 is read",
+        ),
+        (
             lambda t: t.update({name.replace("layers.1", "layers.7"): t.pop(name) for name in list(t)}),
             "does not fit",
         ),
         (lambda t: t.update({name: t[name].long() for name in t}), "holds numbers of type"),
     ],
-    ids=["missing", "none", "extra", "base weights", "misshaped", "flat", "elsewhere", "integers"],
+    ids=["missing", "none", "extra", "base weights", "misshaped", "flat", "high", "elsewhere", "integers"],
 )
 def test_tensors_that_are_missing_extra_or_misshaped_are_refused(folder, change, message):
     change_tensors(folder, change)
