@@ -189,6 +189,11 @@ def test_updates_that_vllm_cannot_run_are_refused(tmp_path, changes, match):
     [
         ({"enable_lora": True}, "--enable-lora is not supported"),
         ({"load_format": "dummy"}, "--load-format dummy has no base weights"),
+        (
+            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+            "caches outside the engine .* are told apart by the base's name",
+        ),
+        ({"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"}, "caches outside the engine"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "drafts need the V2 model runner"),
     ],
 )

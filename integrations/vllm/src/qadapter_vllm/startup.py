@@ -60,6 +60,7 @@ def refuse_unread_entry(vllm_config: "VllmConfig") -> None:
 
 def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    cache = vllm_config.cache_config
     rules: list[tuple[bool, str]] = [
         (parallel.pipeline_parallel_size == 1, "pipeline parallelism is not supported: use --tensor-parallel-size."),
         (
@@ -70,6 +71,12 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
         (
             vllm_config.load_config.load_format != "dummy",
             "--load-format dummy has no base weights that could be checked.",
+        ),
+        (
+            vllm_config.kv_transfer_config is None
+            and (cache.kv_offloading_size is None or cache.kv_offloading_backend == "native"),
+            "key-value caches outside the engine (--kv-transfer-config, --kv-offloading-backend) are not supported: "
+            "they are told apart by the base's name, and policies over one base would read each other's.",
         ),
         (
             speculative is None or speculative.method in DRAFT_METHODS,
