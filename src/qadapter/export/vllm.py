@@ -12,6 +12,7 @@ from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import save, write_json
 from qadapter.modeling.heads import Head
+from qadapter.modeling.mixing import checked_number
 from qadapter.new_folders import into_new_folder
 
 # The families that the plugin has; a test there compares the two lists.
@@ -41,8 +42,9 @@ def export_vllm(
         strength: what the server uses where a request gives none.
 
     Raises:
-        ConfigError: a base that the plugin cannot serve, or whose files are not safetensors.
+        ConfigError: a base that the plugin cannot serve, or whose files are not safetensors; a strength that is none.
     """
+    strength = checked_number(strength, "strength")
     architecture = type(model.base).__name__
     if architecture not in VLLM_ARCHITECTURES:
         raise ConfigError(
