@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qadapter import ConfigError, QAdapterForCausalLM
-from qadapter.export import distil, export_gguf_ready, export_merged, gguf
+from qadapter.export import distil, export_gguf_ready, export_merged, export_vllm, gguf
 from qadapter.modeling.bases import BaseSource
 from qadapter.new_folders import into_new_folder
 
@@ -183,6 +183,13 @@ def test_vllm_is_the_policy_over_the_folder_s_own_weights(adapter, exported, pol
         logits(QAdapterForCausalLM.from_pretrained(exported, base_model=exported)), logits(policy), rtol=0, atol=0
     )
     assert AutoTokenizer.from_pretrained(exported).chat_template is not None
+
+
+@pytest.mark.parametrize("strength", [float("nan"), 1e6, "high"])
+def test_a_strength_that_vllm_would_refuse_is_refused_before_anything_is_written(policy, exported, strength):
+    with pytest.raises(ConfigError, match=re.escape(f"strength = {strength!r}: must")):
+        export_vllm(policy, exported, strength=strength)
+    assert not exported.exists()
 
 
 def test_a_base_that_the_vllm_plugin_lacks_is_refused(exported, tmp_path):

@@ -109,10 +109,12 @@ def work(connection: Any, options: argparse.Namespace, variant: dict[str, Any]) 
     llm = LLM(
         dtype=options.dtype,
         enforce_eager=not options.compile,
-        max_model_len=1536,
+        max_model_len=max(1536, options.prompt + options.tokens + 1, options.long_prompt + 1),
         max_num_seqs=max(options.batches),
-        max_num_batched_tokens=2048,
+        # All prompts of a question in one step: what comes after it are single tokens.
+        max_num_batched_tokens=max(2048, max(options.batches) * options.prompt, options.long_prompt),
         kv_cache_memory_bytes=options.cache_mib * 2**20,
+        gpu_memory_utilization=0.01,  # the cache's size is given; a GPU must have this share free, with all engines up
         enable_prefix_caching=False,
         generation_config="vllm",
         tensor_parallel_size=options.tensor_parallel,
@@ -145,9 +147,11 @@ def steps(llm: Any, batch: int, prompt: int, tokens: int, lora: str | None) -> d
     request = LoRARequest("adapter", 1, lora) if lora else None
     parameters = SamplingParams(temperature=0, max_tokens=tokens + 1, ignore_eos=True)
     starts = {clock: read() for clock, read in CLOCKS.items()}
-    for row in torch.randint(5, 40_000, (batch, prompt), generator=generator).tolist():
+    vocabulary = min(40_000, engine.model_config.get_vocab_size())
+    for row in torch.randint(5, vocabulary, (batch, prompt), generator=generator).tolist():
         engine.add_request(f"{time.monotonic_ns()}", {"prompt_token_ids": row}, parameters, lora_request=request)
-    engine.step()
+    while not engine.step():  # where it schedules ahead (on a GPU), the first steps give nothing yet
+        pass
     firsts = {clock: read() for clock, read in CLOCKS.items()}
     while engine.has_unfinished_requests():
         engine.step()
@@ -234,7 +238,8 @@ def setting(run: dict[str, Any], options: argparse.Namespace) -> str:
     """The run's key in the file of results."""
     how = "compiled" if options.compile else "eager"
     batches = " ".join(map(str, options.batches))
-    return f"{run['device']}, {options.base}, {options.dtype}, {how}, batches {batches}"
+    ranks = f", tensor parallel {options.tensor_parallel}" if options.tensor_parallel > 1 else ""
+    return f"{run['device']}, {options.base}, {options.dtype}, {how}, batches {batches}{ranks}"
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def test_strengths_over_http_and_a_server_that_survives_wrong_ones_and_a_client_
             assert_same(policy, rows, answers, strength=strength)
         for wrong, message in [
             ({"qadapter_strength": "high"}, "qadapter_strength = 'high': must be a finite number"),
+            ({"qadapter_strength": 1e39}, "qadapter_strength = 1e+39: must lie within"),
             ({"qadapter_strenght": 0.5}, "'qadapter_strenght' is unknown"),
         ]:
             with pytest.raises(HTTPError) as refusal:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from models import APART, lora
+from safetensors.torch import save_file
 from served import FAMILIES, MIXED, STRENGTH, UPPER, assert_same, engine, exported, greedy, metric, prompts, tiny_folder
+from transformers import AutoModelForCausalLM
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 
@@ -16,6 +18,21 @@ def test_every_family_equals_transformers(tmp_path, family):
     rows = prompts(*MIXED)
     with engine(exported(policy, tmp_path / "out")) as llm:
         assert_same(policy, rows, greedy(llm, rows))
+
+
+def test_mistral_s_own_files_beside_those_trained_on_are_left_alone(tmp_path):
+    policy, base = tiny_folder(tmp_path, "mistral")
+    policy.save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="100KB")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(3, 3)}, base / "consolidated.safetensors")
+    (base / "params.json").write_text('{"dim": 3}')
+    (base / "tokenizer.model.v3").touch()
+    rows = prompts(*MIXED)
+    with engine(tmp_path / "adapter", hf_overrides={"qadapter": {"strength": STRENGTH}}) as llm:
+        assert_same(policy, rows, greedy(llm, rows))
+    assert not list(exported(policy, tmp_path / "out").glob("consolidated*"))
 
 
 @pytest.mark.parametrize("parametrisation", ["residual", "logits"])

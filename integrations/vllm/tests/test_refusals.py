@@ -14,6 +14,7 @@ from qadapter import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.export import export_vllm
 from qadapter.export.vllm import VLLM_ARCHITECTURES
+from qadapter.modeling import loading
 from qadapter_vllm import FAMILIES
 from qadapter_vllm.startup import StartupChecks
 
@@ -89,6 +90,38 @@ def test_adapter_folders_that_cannot_be_served_by_themselves(folders, changes, o
         start(adapter, **options)
 
 
+def test_a_composition_on_the_base_that_an_adapter_folder_names(folders):
+    base, adapter = folders
+    entry = {"adapters": {"one": str(adapter), "two": str(adapter)}}
+    config = start(adapter, hf_overrides={"qadapter": entry}).model_config
+    assert (config.model, config.hf_config.qadapter) == (str(base), entry)
+
+
+def test_a_composition_over_different_bases_is_refused(tmp_path, folders):
+    base, adapter = folders
+    shutil.copytree(adapter, tmp_path / "other")
+    path = tmp_path / "other" / "qadapter_config.json"
+    manifest = json.loads(path.read_text())
+    manifest["base"] |= {"fingerprint": "another"}
+    path.write_text(json.dumps(manifest))
+    # Of a quantised copy only the probes would be left to tell.
+    entry = {"adapters": {"one": str(adapter), "two": str(tmp_path / "other")}, "quantised": True}
+    with pytest.raises(AdapterFormatError, match="'one' and 'two' were trained on different base models"):
+        start(base, hf_overrides={"architectures": ["QAdapterLlamaForCausalLM"], "qadapter": entry})
+
+
+def test_base_and_adapter_on_the_hub_are_of_one_revision(tmp_path, monkeypatch):
+    policy, _ = tiny_folder(tmp_path)
+    folder = exported(policy, tmp_path / "out")
+    config = start(folder)
+    asked = []
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs)) or folder)
+    config.model_config.model, config.model_config.revision = "me/exported", "v1"
+    StartupChecks.verify_and_update_config(config)
+    ((name, options),) = asked
+    assert (name, options["revision"]) == ("me/exported", "v1")
+
+
 def test_a_changed_adapter_is_refused(folders):
     base, adapter = folders
     path = adapter / "adapters" / "default" / "adapter_model.safetensors"
@@ -127,6 +160,16 @@ def test_a_probe_that_is_not_met_is_refused(folders):
         pass
 
 
+def test_a_probe_with_unknown_tokens_is_refused(folders):
+    base, adapter = folders
+    path = adapter / "qadapter_config.json"
+    manifest = json.loads(path.read_text())
+    manifest["probe"]["input_ids"][3] = 97
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(AdapterFormatError, match="names tokens that the base"), engine(base, **overridden(adapter)):
+        pass
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -146,6 +189,11 @@ def test_updates_that_vllm_cannot_run_are_refused(tmp_path, changes, match):
     [
         ({"enable_lora": True}, "--enable-lora is not supported"),
         ({"load_format": "dummy"}, "--load-format dummy has no base weights"),
+        (
+            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+            "caches outside the engine .* are told apart by the base's name",
+        ),
+        ({"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"}, "caches outside the engine"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "drafts need the V2 model runner"),
     ],
 )
@@ -154,6 +202,16 @@ def test_engine_options_that_do_not_fit_are_refused(folders, monkeypatch, option
     base, adapter = folders
     with pytest.raises(ConfigError, match=match):
         start(base, **overridden(adapter), **options)
+
+
+def test_pipeline_parallelism_is_refused_and_a_fusion_that_expects_one_row_a_token_is_off(folders):
+    base, adapter = folders
+    fused = {"pass_config": {"fuse_allreduce_rms": True}}
+    config = start(base, **overridden(adapter), compilation_config=fused)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is False
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(ConfigError, match="pipeline parallelism is not supported: use --tensor-parallel-size"):
+        StartupChecks.verify_and_update_config(config)
 
 
 @pytest.mark.parametrize("method", ["eagle3", "mtp", "suffix"])
@@ -189,11 +247,22 @@ def test_another_tokenizer_is_refused(tmp_path):
         start(folder)
 
 
-def test_an_entry_without_the_architecture_that_reads_it_is_refused(folders):
+@pytest.mark.parametrize(
+    ("implementation", "architecture"), [("auto", "LlamaForCausalLM"), ("transformers", "TransformersForCausalLM")]
+)
+def test_an_entry_without_the_architecture_that_reads_it_is_refused(folders, implementation, architecture):
     base, adapter = folders
-    with pytest.raises(ConfigError, match=r'which a LlamaForCausalLM ignores: .*\["QAdapterLlamaForCausalLM"\]'):
-        start(base, hf_overrides={"qadapter": {"adapter": str(adapter)}})
-    assert start(base).model_config.architecture == "LlamaForCausalLM"
+    match = rf'which a {architecture} ignores: .*\["QAdapterLlamaForCausalLM"\]'
+    with pytest.raises(ConfigError, match=match):
+        start(base, hf_overrides={"qadapter": {"adapter": str(adapter)}}, model_impl=implementation)
+    assert start(base, model_impl=implementation).model_config.architecture == architecture
+
+
+def test_an_entry_for_an_architecture_that_cannot_be_served_is_refused(tmp_path, folders):
+    tiny_base("granite", max_position_embeddings=256).save_pretrained(tmp_path / "granite")
+    tiny_tokenizer().save_pretrained(tmp_path / "granite")
+    with pytest.raises(ConfigError, match="which a GraniteForCausalLM ignores: served are Llama.*qadapter serve"):
+        start(tmp_path / "granite", hf_overrides={"qadapter": {"adapter": str(folders[1])}})
 
 
 def test_a_folder_without_an_adapter_is_refused(folders):

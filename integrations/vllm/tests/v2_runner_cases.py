@@ -20,8 +20,10 @@ def test_each_request_has_its_own_strength(tmp_path):
         answers = answers_at(llm, rows, [None, 0.2, None, 1.0, 0.0, None])
         for row, answer, strength in zip(rows, answers, [0.7, 0.2, 0.7, 1.0, 0.0, 0.7], strict=True):
             assert_same(policy, [row], [answer], strength=strength)
-        with pytest.raises(VLLMValidationError, match="must be a finite number"):
-            answers_at(llm, rows[:1], [float("nan")])
+        for wrong, message in [(float("nan"), "must be a finite number"), (1e39, "must lie within ±10000")]:
+            with pytest.raises(VLLMValidationError, match=message):
+                answers_at(llm, rows[:1], [wrong])
+        assert_same(policy, rows[:1], answers_at(llm, rows[:1], [0.3]), strength=0.3)
 
 
 def test_one_stream_refuses_strengths_unless_the_dial_is_kept(tmp_path):

@@ -12,6 +12,7 @@ from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import save, write_json
 from qadapter.modeling.heads import Head
+from qadapter.modeling.mixing import checked_number
 from qadapter.new_folders import into_new_folder
 
 # The families that the plugin has; a test there compares the two lists.
@@ -23,6 +24,8 @@ VLLM_ARCHITECTURES = (
     "GemmaForCausalLM",
     "Gemma3ForCausalLM",
 )
+# The same weights once more, in Mistral's own format, which vLLM would prefer.
+MISTRAL_FILES = "consolidated"
 BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -39,8 +42,9 @@ def export_vllm(
         strength: what the server uses where a request gives none.
 
     Raises:
-        ConfigError: a base that the plugin cannot serve, or whose files are not safetensors.
+        ConfigError: a base that the plugin cannot serve, or whose files are not safetensors; a strength that is none.
     """
+    strength = checked_number(strength, "strength")
     architecture = type(model.base).__name__
     if architecture not in VLLM_ARCHITECTURES:
         raise ConfigError(
@@ -58,7 +62,8 @@ def export_vllm(
         save(model, scratch, tokenizer=tokenizer)
         for pattern in BASE_FILES:
             for path in sorted(source.glob(pattern)):
-                _link_or_copy(path.resolve(), scratch / path.name)
+                if not path.name.startswith(MISTRAL_FILES):
+                    _link_or_copy(path.resolve(), scratch / path.name)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config |= {"architectures": [f"QAdapter{architecture}"], "qadapter": {"strength": strength}}
         (scratch / "config.json").unlink()  # a link to the base's own file, which must stay as it is
@@ -77,7 +82,14 @@ def base_folder(model: QAdapterForCausalLM) -> Path:
     if os.path.isdir(source.path):
         folder = Path(source.path)
     else:
-        folder = Path(snapshot_download(source.path, revision=source.hub_revision, allow_patterns=list(BASE_FILES)))
+        folder = Path(
+            snapshot_download(
+                source.path,
+                revision=source.hub_revision,
+                allow_patterns=list(BASE_FILES),
+                ignore_patterns=[f"{MISTRAL_FILES}*"],
+            )
+        )
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{folder} has no config.json with safetensors beside it: vLLM needs the base's own files.")
     return folder

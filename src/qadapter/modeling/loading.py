@@ -125,7 +125,7 @@ def _assemble(
 ) -> QAdapterForCausalLM:
     """The model of all stored adapters on one base, each checked against it."""
     first = next(iter(stored.values()))
-    _check_same_origin(stored)
+    check_same_origin(stored)
     base, source = _load_base(first.manifest, base_model, model_kwargs)
     fingerprint = weight_fingerprint(base)
     # The fingerprint is one for float32 and bfloat16; float16 holds other numbers.
@@ -158,7 +158,7 @@ def _assemble(
     return model
 
 
-def _check_same_origin(stored: Mapping[str, StoredAdapter]) -> None:
+def check_same_origin(stored: Mapping[str, StoredAdapter]) -> None:
     """Raise AdapterFormatError unless all adapters were trained on one base, vocabulary and chat template."""
     (first_name, first), *others = stored.items()
     for name, entry in others:

@@ -20,7 +20,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from qadapter_vllm.adapter_folders import take_adapter_folders
-    from qadapter_vllm.startup import PlainBaseChecks, StartupChecks
+    from qadapter_vllm.startup import StartupChecks
 
     if not __version__.startswith(f"{TESTED_VLLM}."):
         init_logger(__name__).warning(
@@ -32,5 +32,4 @@ def register() -> None:
         ModelRegistry.register_model(PREFIX + family, f"qadapter_vllm.models:{PREFIX}{family}")
         # vLLM has no public hook for checks of an out-of-tree model's configuration; this is where its own are.
         MODELS_CONFIG_MAP[PREFIX + family] = StartupChecks
-        MODELS_CONFIG_MAP.setdefault(family, PlainBaseChecks)
     take_adapter_folders()

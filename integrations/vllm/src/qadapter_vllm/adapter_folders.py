@@ -9,13 +9,14 @@ from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling.bases import resolve_base
 from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
 from qadapter_vllm import FAMILIES, PREFIX
+from qadapter_vllm.startup import refuse_unread_entry
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 
 def take_adapter_folders() -> None:
-    """Let `vllm serve` and `LLM` take an adapter folder.
+    """Let `vllm serve` and `LLM` take an adapter folder, and refuse a `qadapter` entry that nobody would read.
 
     vLLM asks for a config before anything of a plugin's is called, and has no hook before that; it swaps model and
     tokenizer in the same place itself, where the model is a speculator.
@@ -27,7 +28,10 @@ def take_adapter_folders() -> None:
     @functools.wraps(create)
     def create_engine_config(self: "EngineArgs", *arguments: Any, **options: Any) -> Any:
         serve_base_of(self)
-        return create(self, *arguments, **options)
+        read_files_trained_on(self)
+        config = create(self, *arguments, **options)
+        refuse_unread_entry(config)
+        return config
 
     EngineArgs.create_engine_config = create_engine_config
 
@@ -59,8 +63,24 @@ def serve_base_of(arguments: "EngineArgs") -> None:
     if arguments.tokenizer is None and (folder / "tokenizer_config.json").exists():
         arguments.tokenizer = str(folder)
     # The user's own overrides win.
-    entry = {"adapter": str(folder), **overrides.get("qadapter", {})}
+    entry = dict(overrides.get("qadapter", {}))
+    if not entry.get("adapters"):
+        entry = {"adapter": str(folder), **entry}
     arguments.hf_overrides = {"architectures": [f"{PREFIX}{base['architecture']}"], **overrides, "qadapter": entry}
+
+
+def read_files_trained_on(arguments: "EngineArgs") -> None:
+    """Take config, weights and tokenizer as transformers has them, unless the user chose others.
+
+    vLLM prefers the files in Mistral's own format where a repository holds both: other names, another chat template.
+    """
+    overrides = arguments.hf_overrides
+    named = overrides.get("architectures") if isinstance(overrides, Mapping) else None
+    if f"{PREFIX}MistralForCausalLM" not in (named or ()):
+        return
+    for format_of in ("config_format", "load_format", "tokenizer_mode"):
+        if getattr(arguments, format_of) == "auto":
+            setattr(arguments, format_of, "hf")
 
 
 def _overrides(folder: Path, given: Any) -> dict[str, Any]:

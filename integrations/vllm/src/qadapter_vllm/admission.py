@@ -3,12 +3,14 @@
 vLLM lets logits processors look at a request's parameters before it is admitted. These do that, and leave logits alone.
 """
 
-import math
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
+
+from qadapter.errors import ConfigError
+from qadapter.modeling.mixing import checked_number
 
 NAME = "qadapter_strength"
 OURS = "qadapter"
@@ -18,7 +20,7 @@ def requested_strength(params: SamplingParams) -> float | None:
     """The strength that a request asks for, None if it leaves that to the server.
 
     Raises:
-        ValueError: it is no finite number, or there is a misspelt parameter of ours.
+        ValueError: it is no finite number, larger than any dial, or there is a misspelt parameter of ours.
     """
     extra: dict[str, Any] = params.extra_args or {}
     if unknown := sorted(key for key in extra if key.startswith(OURS) and key != NAME):
@@ -26,9 +28,10 @@ def requested_strength(params: SamplingParams) -> float | None:
     value = extra.get(NAME)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{NAME} = {value!r}: must be a finite number (0 is the base, 1 the policy).")
-    return float(value)
+    try:
+        return checked_number(value, NAME)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None  # what vLLM makes an answer to the client of
 
 
 class V1Guard(V1LogitsProcessor):
@@ -59,11 +62,11 @@ class V1Guard(V1LogitsProcessor):
 
 
 class StrengthGuard(V2LogitsProcessor):
-    """On the V2 model runner: any finite strength."""
+    """On the V2 model runner: any strength of a dial."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a strength that is no number."""
+        """Refuse a strength that is none."""
         requested_strength(sampling_params)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:

@@ -32,7 +32,8 @@ class QAdapterModel(nn.Module, SupportsQuant):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config = config
-        self.policy = read_policy(config, vllm_config.model_config.model)
+        model = vllm_config.model_config
+        self.policy = read_policy(config, model.model, model.revision)
         self.tied = config.tie_word_embeddings
         self.dtype = vllm_config.model_config.dtype
         self.quantisation = vllm_config.model_config.quantization

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.functional import MixCoefficients, composed_coefficients, mix_coefficients
-from qadapter.modeling.loading import StoredAdapter, local_folder, read_folder
+from qadapter.modeling.loading import StoredAdapter, check_same_origin, local_folder, read_folder
 from qadapter.modeling.lora_files import KEY
 from qadapter.modeling.mixing import checked_number, checked_weights
 
@@ -128,18 +128,19 @@ def layer_of(module: str) -> int:
     return int(TARGET.fullmatch(module).group(1))  # type: ignore[union-attr]
 
 
-def read_policy(hf_config: Any, model: str) -> Policy:
+def read_policy(hf_config: Any, model: str, revision: str | None = None) -> Policy:
     """The policy that a model's config asks for, its files read and checked as far as that goes without the base.
 
     Args:
         model: the model's folder or hub id, where the adapter is unless the config names one.
+        revision: of the model on the hub.
 
     Raises:
         AdapterFormatError: a folder is no adapter, or is damaged.
         ConfigError: settings that cannot be served.
     """
     settings = Settings.of(hf_config)
-    stored = _stored_adapters(settings, model)
+    stored = _stored_adapters(settings, model, revision)
     defaults = {name: entry.manifest.weights[entry.stored_name] for name, entry in stored.items()}
     if settings.adapters is not None:
         defaults = dict.fromkeys(stored, 1.0)
@@ -163,9 +164,11 @@ def _mix(config: QAdapterConfig) -> MixCoefficients:
     return mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)  # type: ignore[arg-type]
 
 
-def _stored_adapters(settings: Settings, model: str) -> dict[str, StoredAdapter]:
+def _stored_adapters(settings: Settings, model: str, revision: str | None) -> dict[str, StoredAdapter]:
     if settings.adapters is None:
-        return read_folder(_folder(settings.adapter or model), settings.verify)
+        # Without a name base and adapter are in one repository, and of one revision.
+        folder = _folder(settings.adapter) if settings.adapter else _folder(model, revision)
+        return read_folder(folder, settings.verify)
     result = {}
     for name, folder in settings.adapters.items():
         stored = read_folder(_folder(folder), settings.verify)
@@ -174,13 +177,14 @@ def _stored_adapters(settings: Settings, model: str) -> dict[str, StoredAdapter]
         (result[name],) = stored.values()
     if not result:
         raise ConfigError("qadapter.adapters names no adapter.")
+    check_same_origin(result)
     return result
 
 
-def _folder(name: str) -> Path:
+def _folder(name: Any, revision: str | None = None) -> Path:
     if not isinstance(name, str | os.PathLike):
         raise ConfigError(f"qadapter: {name!r} is no adapter folder.")
-    return local_folder(name)
+    return local_folder(name, revision)
 
 
 def lora_updates(entry: StoredAdapter) -> dict[str, LoraUpdate]:

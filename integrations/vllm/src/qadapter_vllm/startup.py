@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling.bases import BaseSource, load_tokenizer, tokenizer_fingerprint
-from qadapter_vllm import PREFIX
+from qadapter_vllm import FAMILIES, PREFIX
 from qadapter_vllm.settings import Policy, read_policy
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class StartupChecks(VerifyAndUpdateConfig):
             ConfigError, AdapterFormatError: see the message.
         """
         model = vllm_config.model_config
-        policy = read_policy(model.hf_config, model.model)
+        policy = read_policy(model.hf_config, model.model, model.revision)
         _refuse_unsupported(vllm_config)
         _check_architecture(model, policy)
         if not model.skip_tokenizer_init:
@@ -42,26 +42,25 @@ class StartupChecks(VerifyAndUpdateConfig):
         _guard_requests(vllm_config, policy)
 
 
-class PlainBaseChecks(VerifyAndUpdateConfig):
-    """The same for the families' own architectures, which would answer as the bare base."""
+def refuse_unread_entry(vllm_config: "VllmConfig") -> None:
+    """Refuse a `qadapter` entry that nobody would read: the model would answer as the bare base.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Refuse a `qadapter` entry that nobody would read.
-
-        Raises:
-            ConfigError: there is one.
-        """
-        model = vllm_config.model_config
-        if getattr(model.hf_config, "qadapter", None) is not None:
-            raise ConfigError(
-                f"the model's config has a `qadapter` entry, which a {model.architecture} ignores: override "
-                f'"architectures" as well, with ["{PREFIX}{model.architecture}"].'
-            )
+    Raises:
+        ConfigError: there is one.
+    """
+    model = vllm_config.model_config
+    if getattr(model.hf_config, "qadapter", None) is None or model.architecture.startswith(PREFIX):
+        return
+    named = model.architectures[0]
+    way_out = f"served are {', '.join(FAMILIES)}. Use `qadapter serve`."
+    if named in FAMILIES:  # `model.architecture` may be the transformers backend's
+        way_out = f'override "architectures" as well, with ["{PREFIX}{named}"], and leave --model-impl out.'
+    raise ConfigError(f"the model's config has a `qadapter` entry, which a {model.architecture} ignores: {way_out}")
 
 
 def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    cache = vllm_config.cache_config
     rules: list[tuple[bool, str]] = [
         (parallel.pipeline_parallel_size == 1, "pipeline parallelism is not supported: use --tensor-parallel-size."),
         (
@@ -72,6 +71,12 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
         (
             vllm_config.load_config.load_format != "dummy",
             "--load-format dummy has no base weights that could be checked.",
+        ),
+        (
+            vllm_config.kv_transfer_config is None
+            and (cache.kv_offloading_size is None or cache.kv_offloading_backend == "native"),
+            "key-value caches outside the engine (--kv-transfer-config, --kv-offloading-backend) are not supported: "
+            "they are told apart by the base's name, and policies over one base would read each other's.",
         ),
         (
             speculative is None or speculative.method in DRAFT_METHODS,

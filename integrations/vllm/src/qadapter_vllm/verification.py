@@ -77,11 +77,14 @@ def check_probe(model: "QAdapterModel") -> None:
     for name, entry in policy.stored.items():
         manifests.setdefault(entry.root, (entry.manifest, {}))[1][entry.stored_name] = name
     for root, (manifest, names) in manifests.items():
+        ids = manifest.probe["input_ids"]
+        if max(ids) >= model.config.vocab_size:  # looking one up on a GPU ends the process
+            raise AdapterFormatError(f"{root}: the probe names tokens that the base does not know.")
         for stored_name, expected in manifest.probe["logps"].items():
             coefficients = _coefficients(policy, names.get(stored_name), manifest, stored_name)
             if coefficients is None:
                 continue
-            logits = model.probe_logits(manifest.probe["input_ids"], coefficients)
+            logits = model.probe_logits(ids, coefficients)
             if logits is None:  # another rank has them
                 continue
             actual = logits.log_softmax(-1)
