@@ -56,6 +56,15 @@ def test_labels_give_the_mean_negative_log_likelihood(policy):
     torch.testing.assert_close(output.loss, expected)
 
 
+def test_the_number_of_items_divides_the_loss_as_in_the_base(policy):
+    labels = BATCH["input_ids"].masked_fill(~REAL, -100)
+    with torch.no_grad():
+        actual = policy(**BATCH, labels=labels, strength=0.0, num_items_in_batch=100).loss
+        with policy.plan.running(None):
+            expected = policy.base(**BATCH, labels=labels, num_items_in_batch=100).loss
+    torch.testing.assert_close(actual, expected)
+
+
 def test_two_steps_with_a_cache_equal_one_pass(policy):
     ids = torch.tensor(token_ids(7, 7))
     with torch.no_grad():
