@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -70,6 +71,9 @@ class StackedPasses:
             fork = ForkRows(self.shared_layers, rows, len(streams))
         else:
             batch = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
+        if self.training and torch.is_grad_enabled():
+            # The resting plan, too: activation checkpointing runs the layers again in the backward pass.
+            self.plan.blocks = tuple(streams)
         with self.plan.running(*streams, layer_pass=fork):
             output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
         blocks = output.last_hidden_state.split(rows)
