@@ -1,5 +1,6 @@
 """How far the policy moved each token of a text, and what both models would have said instead."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from qadapter.functional import kl_divergence
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.mixing import StepState, Strength, evaluated
 
 ALTERNATIVES = 5
 
@@ -38,13 +40,17 @@ class TokenView:
 def inspect_tokens(
     model: QAdapterForCausalLM, tokenizer: Any, ids: Tensor, prompt_length: int, settings: Mapping[str, Any]
 ) -> list[TokenView]:
-    """A view of each token of `ids` (1, T) after the prompt, under the policy at `settings` (as of `generate`)."""
+    """A view of each token of `ids` (1, T) after the prompt, under the policy at `settings` (as of `generate`).
+
+    Where a setting is not given, the model's own counts.
+    """
     kept = ids.shape[1] - prompt_length + 1
     if kept < 2:
         return []
-    settings = dict(settings)
-    asked = settings.get("strength", 1.0) * settings.pop("decay", 1.0) ** torch.arange(kept - 1)  # (answer tokens,)
-    if not torch.equal(asked, asked[:1].expand_as(asked)):
+    own = {"strength": model.strength, "max_kl": model.max_kl, "decay": model.decay}
+    settings = own | {name: value for name, value in settings.items() if value is not None}
+    asked = _asked(settings["strength"], settings.pop("decay"), ids, prompt_length)
+    if callable(settings["strength"]) or not torch.equal(asked, asked[:1].expand_as(asked)):
         settings["strength"] = torch.zeros(ids.shape)
         settings["strength"][0, prompt_length - 1 : -1] = asked
     used = model(ids, use_cache=False, logits_to_keep=kept, **settings)
@@ -68,13 +74,22 @@ def inspect_tokens(
     return views
 
 
+def _asked(strength: Strength, decay: float, ids: Tensor, prompt_length: int) -> Tensor:
+    """The strength asked for at each answer token, on the CPU."""
+    ends = range(prompt_length, ids.shape[1])
+    if callable(strength):
+        seen = [evaluated(strength, StepState(ids[:, :end], prompt_length)) for end in ends]
+        strength = torch.cat(seen)  # type: ignore[arg-type]
+    return torch.as_tensor(strength).cpu() * decay ** torch.arange(len(ends))
+
+
 def _share(
     policy: Tensor, base: Tensor, model: QAdapterForCausalLM, ids: Tensor, settings: Mapping[str, Any]
 ) -> Tensor:
     """The share of the strength that a cap let through at each answer token, on the CPU."""
     if settings.get("max_kl") is None:
         return torch.ones(len(policy))
-    free = {name: value for name, value in settings.items() if name != "max_kl"}
+    free = {**settings, "max_kl": math.inf}  # None would take the model's own
     whole = model(ids, use_cache=False, logits_to_keep=len(policy) + 1, **free).logits[0, :-1].float().log_softmax(-1)
     # On the path from the base, centred logits move in proportion to the strength.
     moved, full = ((x - base) - (x - base).mean(-1, keepdim=True) for x in (policy, whole))

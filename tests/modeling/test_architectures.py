@@ -5,16 +5,20 @@ import torch
 from models import (
     APART,
     ARCHITECTURES,
+    SIZES,
     defined_logps,
+    lora,
     padded,
     plain_peft,
+    randomise,
     tiny_base,
     tiny_policy,
     token_ids,
     two_passes,
 )
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from qadapter import QAdapterConfig
+from qadapter import ConfigError, QAdapterConfig
 from qadapter.functional import mix_coefficients, mix_streams
 from qadapter.fused import token_statistics
 
@@ -71,3 +75,41 @@ def test_token_statistics_equal_full_logits(architecture):
     for name in expected._fields:
         values = torch.where(completion_mask[:, 1:], getattr(expected, name), 0.0)
         torch.testing.assert_close(getattr(actual, name).double(), values, **ROUNDING, msg=name)
+
+
+def test_a_base_that_changes_its_positions_on_the_way_is_followed():
+    """Phi-3 with LongRoPE begins anew, without its cache, where the text outgrows the short factors."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0}
+    sizes = {name: value for name, value in SIZES.items() if name != "bos_token_id"}
+    config = AutoConfig.for_model(
+        "phi3", **sizes, original_max_position_embeddings=12,
+        rope_parameters=scaling | {"factor": 4.0, "original_max_position_embeddings": 12},
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).eval()
+    randomise(base)
+    policy = tiny_policy(base)
+    ids, options = torch.tensor(token_ids(9, 9, 9)), {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(policy.generate(ids, strength=0.0, **options), base.generate(ids, **options))
+    cached = policy.generate(ids, strength=0.5, **options)
+    assert torch.equal(cached, policy.generate(ids, strength=0.5, use_cache=False, **options))
+
+
+def test_assisted_decoding_is_refused_on_a_base_whose_cache_cannot_go_back():
+    kinds = ["linear_attention", "full_attention"]
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    config = AutoConfig.for_model("qwen3_5_text", **SIZES, head_dim=8, layer_types=kinds, **linear)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    policy = tiny_policy(base, peft_config=lora(target_modules=["q_proj", "down_proj"]))
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        policy.generate(torch.tensor(token_ids(9)), prompt_lookup_num_tokens=2, max_new_tokens=3)
+
+
+def test_a_base_that_does_not_give_its_decoder_is_refused_by_name():
+    config = AutoConfig.for_model("llama4_text", **SIZES, head_dim=8, num_local_experts=2, intermediate_size_mlp=48)
+    with pytest.raises(ConfigError, match="Llama4ForCausalLM does not give its decoder alone: it cannot be customised"):
+        tiny_policy(AutoModelForCausalLM.from_config(config))

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -209,6 +209,55 @@ def test_a_cache_of_other_streams_is_refused(first, second):
         policy.generate(before.sequences, past_key_values=own, strength=second, **options)
 
 
+def test_a_single_row_may_change_its_strength_between_calls_as_a_tensor():
+    policy = tiny_policy(config=QAdapterConfig())  # as numbers, 0 and 1 would need one stream alone
+    ids, cache, options = torch.tensor(PROMPTS[:1]), DynamicCache(), {"max_new_tokens": 3, "do_sample": False}
+    for strength in (0.0, 0.5, 1.0):
+        expected = policy.generate(ids, strength=strength, **options)
+        ids = policy.generate(ids, past_key_values=cache, strength=torch.tensor(strength), **options)
+        assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("generating", [False, True])
+def test_a_cache_that_forward_has_filled_with_other_streams_is_refused(generating):
+    policy = tiny_policy(config=QAdapterConfig())
+    ids = torch.tensor(PROMPTS[:1])
+    cache = policy(ids[:, :3], use_cache=True, strength=1.0).past_key_values
+    if generating:
+        run, inputs = partial(policy.generate, max_new_tokens=2), ids
+    else:
+        run, inputs = policy.forward, ids[:, 3:]
+    with pytest.raises(
+        ConfigError, match=r"past_key_values holds the streams \['default'\], and this call runs \['base'"
+    ):
+        run(inputs, past_key_values=cache, strength=0.0)
+
+
+def test_decay_and_callables_count_the_token_that_a_text_without_prompt_begins_with(policy):
+    options = {"max_new_tokens": 3, "do_sample": False, "strength": 0.8, "decay": 0.5, "output_strengths": True}
+    expected = policy.generate(torch.tensor([[3]]), **options)
+    actual = policy.generate(bos_token_id=3, **options)
+    assert torch.equal(actual.strengths, expected.strengths)
+    assert torch.equal(actual.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ({"strength": lambda state: 0.5}, "a callable strength"),
+        ({"decay": 0.5}, "a decay"),
+        ({"output_strengths": True}, "output_strengths"),
+    ],
+)
+def test_a_prefill_in_pieces_is_refused_where_the_whole_prompt_must_be_seen(policy, setting, what):
+    with pytest.raises(ConfigError, match=f"{what} cannot be used with prefill_chunk_size"):
+        policy.generate(torch.tensor(PROMPTS[:1]), prefill_chunk_size=2, max_new_tokens=2, **setting)
+
+
+def test_a_prefill_in_pieces_writes_the_same(policy):
+    assert generated(policy, strength=0.5, prefill_chunk_size=2) == generated(policy, strength=0.5)
+
+
 def test_embeddings_instead_of_ids_give_the_same_text(policy):
     batch = padded(PROMPTS)
     with torch.no_grad():
@@ -236,6 +285,22 @@ def test_beam_search_equals_brute_force(policy, plain):
 def test_cached_beam_search_equals_uncached(policy, strength):
     cached = generated(policy, num_beams=3, strength=strength)
     assert cached == generated(policy, num_beams=3, strength=strength, use_cache=False)
+
+
+def test_beams_of_threads_that_share_a_policy_keep_their_own_streams():
+    policy = tiny_policy()
+    expected, meddled = generated(policy, strength=0.5, num_beams=3), []
+    reorder = policy._reorder_cache
+
+    def meddle(cache, beam_idx):  # as another thread's call between two steps
+        if not meddled:
+            meddled.append(True)
+            policy.generate(torch.tensor(PROMPTS[:1]), strength=0.0, num_beams=2, max_new_tokens=2)
+        return reorder(cache, beam_idx)
+
+    policy._reorder_cache = meddle
+    assert generated(policy, strength=0.5, num_beams=3) == expected
+    assert meddled
 
 
 def test_beams_may_come_from_a_generation_config(policy):
@@ -353,6 +418,13 @@ def test_guidance_compares_the_policy_with_itself_without_the_prompt(policy, dia
 def test_guidance_with_what_its_second_pass_cannot_follow_is_refused(policy, dial, what):
     with pytest.raises(ConfigError, match=f"{what} cannot be used with guidance_scale"):
         generated(policy, PROMPTS[:1], guidance_scale=1.5, **dial)
+
+
+@pytest.mark.parametrize("dial", [{"strength": torch.tensor([0.6, -0.3, 1.0])}, {"max_kl": 0.05}])
+def test_guidance_keeps_the_dial_of_a_row_in_all_its_texts(policy, dial):
+    rows, options = torch.tensor(token_ids(5, 5, 5)), {"guidance_scale": 1.5, "max_new_tokens": 3, "do_sample": True}
+    texts = policy.generate(rows, num_return_sequences=2, top_k=1, **options, **dial)
+    assert torch.equal(texts, policy.generate(rows, top_k=1, **options, **dial).repeat_interleave(2, dim=0))
 
 
 def test_drafts_by_the_lower_layers_are_refused(policy):

@@ -56,6 +56,35 @@ def test_labels_give_the_mean_negative_log_likelihood(policy):
     torch.testing.assert_close(output.loss, expected)
 
 
+def test_the_number_of_items_divides_the_loss_as_in_the_base(policy):
+    labels = BATCH["input_ids"].masked_fill(~REAL, -100)
+    with torch.no_grad():
+        actual = policy(**BATCH, labels=labels, strength=0.0, num_items_in_batch=100).loss
+        with policy.plan.running(None):
+            expected = policy.base(**BATCH, labels=labels, num_items_in_batch=100).loss
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("weights", [{"other": 1.0}, {"default": 0.5, "other": 1.0}])
+def test_gradients_of_labels_survive_activation_checkpointing(weights):
+    adapters = {"default": QAdapterConfig(), "other": QAdapterConfig()}
+    policy = QAdapterForCausalLM(tiny_base(), adapters, {name: lora() for name in adapters})
+    train_randomly(policy).train()
+    for name in adapters:
+        for parameter in policy.adapter_parameters(name).values():
+            parameter.requires_grad_(True)
+
+    def gradients():
+        policy.zero_grad()
+        policy(**BATCH, labels=BATCH["input_ids"], adapter_weights=weights).loss.backward()
+        return [parameter.grad for parameter in policy.adapter_parameters("other").values()]
+
+    expected = gradients()
+    policy.activation_checkpointing_enable()
+    for actual, gradient in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, gradient)
+
+
 def test_two_steps_with_a_cache_equal_one_pass(policy):
     ids = torch.tensor(token_ids(7, 7))
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """The shared trunk: layers below the first adapted one run once, and nothing else changes."""
 
+import pickle
+
 import pytest
 import torch
 from models import APART, lora, padded, tiny_base, tiny_policy, token_ids
@@ -149,6 +151,16 @@ def test_layers_that_read_what_others_keep_are_not_left_out(monkeypatch):
     monkeypatch.setattr(trunk, "stream_layer_class", trunk.stream_layer_class.__wrapped__)
     monkeypatch.setattr(layer_class, "forward", reading_the_first_layers_input)
     assert upper_policy().shared_layers == 0
+
+
+def test_a_policy_that_shares_layers_survives_pickle():
+    policy, inputs = upper_policy(), padded(token_ids(9, 5, 7))
+    again = pickle.loads(pickle.dumps(policy))
+    assert again.shared_layers == FIRST
+    assert {type(layer) for layer in decoder_layers(again.base)} == {type(decoder_layers(policy.base)[0])}
+    again.strength = policy.strength = 0.7
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, policy(**inputs).logits)
 
 
 def test_the_layers_keep_the_name_of_their_class():

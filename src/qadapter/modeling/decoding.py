@@ -21,7 +21,6 @@ from qadapter.modeling.mixing import (
     evaluated,
     finite,
 )
-from qadapter.modeling.streams import Stream
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
@@ -52,23 +51,24 @@ class PolicyGenerationMixin(GenerationMixin):
 
         Raises:
             ConfigError: a setting that is not finite or has the wrong shape; a callable strength, a decay or
-                `output_strengths` where a step is not one token of one row (assisted decoding, beams); a callable
-                strength, a decay or weights a row with `guidance_scale`; `assistant_early_exit`; a cache that another
-                call has filled with other streams.
+                `output_strengths` where a step is not one token of one row (assisted decoding, beams) or sees a piece
+                of the prompt (`prefill_chunk_size`); a callable strength, a decay or weights a row with
+                `guidance_scale`; `assistant_early_exit`; a cache that another call has filled with other streams.
         """
         strength = self.strength if strength is None else strength
         if isinstance(strength, Tensor):
             strength = finite(strength, "strength").to(self.device)
-            strength = strength.item() if strength.numel() == 1 else strength
         elif not callable(strength):
             strength = checked_number(strength, "strength")
         prompt = kwargs.get("input_ids", inputs)
         given = kwargs.get("inputs_embeds") if prompt is None else prompt
         rows = 1 if given is None else len(given)
+        if isinstance(strength, Tensor) and strength.numel() == 1:  # generate repeats tensors row by row
+            strength = strength.reshape(()).expand(rows)
         adapter_weights = self.adapter_weights if adapter_weights is None else adapter_weights
         adapter_weights = stacked_weights(adapter_weights, self.adapters, rows, self.device)
         cap = checked_cap(self.max_kl if max_kl is None else max_kl, self.device)
-        if cap is not None and cap.numel() == 1:  # generate repeats tensors row by row
+        if cap is not None and cap.numel() == 1:
             cap = cap.reshape(()).expand(rows)
         decay = checked_decay(self.decay if decay is None else decay)
         if isinstance(strength, float) and strength == 0.0:
@@ -81,19 +81,13 @@ class PolicyGenerationMixin(GenerationMixin):
         if guided and (changing or isinstance(adapter_weights, Tensor)):
             what = changing or "weights a row"
             raise ConfigError(f"{what} cannot be used with guidance_scale: its second pass is not told of them.")
-        # Neither stream's cache may come or go in the middle of a text: the set of streams is fixed here.
-        needed = self.stream_coefficients(torch.ones(1) if changing else strength, adapter_weights)
-        streams = tuple(dict.fromkeys([*needed, None] if cap is not None else needed))
-        self._streams_in_cache = len(streams)
-        given_cache = kwargs.get("past_key_values")
-        require_streams(given_cache, streams)
         record: list[Tensor] | None = [] if output_strengths else None
         settings = {
             "strength": strength,
             "adapter_weights": adapter_weights,
             "max_kl": cap,
             "strength_record": record,
-            "prompt_length": 0 if prompt is None else prompt.shape[1],
+            "prompt_length": int(given is None) if prompt is None else prompt.shape[1],  # 1: generate begins with BOS
             "decay": decay if decay < 1 else None,
         }
         # Only what differs from the defaults goes into the loop: fewer arguments to guard when compiled.
@@ -103,12 +97,13 @@ class PolicyGenerationMixin(GenerationMixin):
         if kwargs.get("assistant_model") is not None:  # it would be handed every argument of the loop
             with self.defaults(strength, adapter_weights, cap):
                 return super().generate(inputs, *args, **kwargs)
-        # The pass without the prompt that guidance makes is not handed the loop's arguments.
-        with self.defaults(strength, adapter_weights, cap) if guided else nullcontext():
+        # The pass without the prompt that guidance makes is not handed the loop's arguments, but its rows.
+        texts = max(
+            kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        own = [v.repeat_interleave(texts) if isinstance(v, Tensor) else v for v in (strength, cap)]
+        with self.defaults(own[0], adapter_weights, own[1]) if guided else nullcontext():
             output = super().generate(inputs, *args, **kwargs, **settings)
-        for used in (given_cache, getattr(output, "past_key_values", None)):
-            if used is not None:
-                used.qadapter_streams = streams
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
         return output
@@ -146,8 +141,8 @@ class PolicyGenerationMixin(GenerationMixin):
         decay: float | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As GenerationMixin's, with a strength callable asked for this step's value, and the strength decayed."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        """As the base's, with a strength callable asked for this step's value, and the strength decayed."""
+        inputs = self.base.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         value = None if strength is None else evaluated(strength, StepState(input_ids, prompt_length))
         if decay is not None and value is not None:
             value = decayed(value, decay ** (input_ids.shape[1] - prompt_length), input_ids)
@@ -156,9 +151,10 @@ class PolicyGenerationMixin(GenerationMixin):
 
     def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:
         """`cache` with the rows of every stream in the order of `beam_idx` (B,); beam search calls it."""
-        offsets = torch.arange(self._streams_in_cache, device=beam_idx.device).unsqueeze(1) * len(beam_idx)
+        streams = len(cache.qadapter_streams)  # type: ignore[attr-defined]
+        offsets = torch.arange(streams, device=beam_idx.device).unsqueeze(1) * len(beam_idx)
         stacked = (offsets + beam_idx).flatten()
-        shared = self.shared_layers if self.forks(self._streams_in_cache) else 0
+        shared = self.shared_layers if self.forks(streams) else 0
         for index, layer in enumerate(cache.layers):
             layer.reorder_cache(beam_idx if index < shared else stacked)
         return cache
@@ -191,17 +187,6 @@ def stacked_weights(
     return finite(torch.stack(columns, dim=-1), "adapter_weights")
 
 
-def require_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
-    """Raise ConfigError if a call of `generate` has filled the cache with keys and values of other streams."""
-    filled = getattr(cache, "qadapter_streams", streams)
-    if filled != streams and cache.get_seq_length() > 0:
-        names = [[stream or "base" for stream in own] for own in (filled, streams)]
-        raise ConfigError(
-            f"past_key_values holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "
-            "cap such that the same ones run (a tensor as the strength runs all), or start without the cache."
-        )
-
-
 def refuse_unsupported(changing: str, recorded: bool, kwargs: Mapping[str, Any], config: Any) -> None:
     """Raise ConfigError where one step of generation is not one token of one row.
 
@@ -222,5 +207,8 @@ def refuse_unsupported(changing: str, recorded: bool, kwargs: Mapping[str, Any],
     if (changing or recorded) and assisted:
         what = changing or "output_strengths"
         raise ConfigError(f"{what} cannot be used with {assisted[0]}: one pass there covers several tokens.")
+    if (changing or recorded) and setting("prefill_chunk_size") is not None:
+        what = changing or "output_strengths"
+        raise ConfigError(f"{what} cannot be used with prefill_chunk_size: a pass there sees a piece of the prompt.")
     if recorded and beams:
         raise ConfigError("output_strengths cannot be used with num_beams > 1: beams change rows at every token.")

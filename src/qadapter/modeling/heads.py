@@ -59,7 +59,12 @@ class Head:
             return
         ids = torch.arange(3, device=parameter.device).unsqueeze(0)
         with torch.no_grad():
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            output = model.get_decoder()(input_ids=ids, use_cache=False)
+            if "last_hidden_state" not in output:  # Llama 4 gives itself as its decoder
+                raise ConfigError(
+                    f"{type(model).__name__} does not give its decoder alone: it cannot be customised yet."
+                )
+            hidden = output.last_hidden_state
             ours, theirs = self.logits(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > 1e-3 * theirs.abs().max() + 1e-4:
             raise ConfigError(

@@ -82,9 +82,9 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         self.configs = dict(configs)
         self.generation_config = base.generation_config
         self._no_split_modules = base._no_split_modules
+        self._is_stateful = base._is_stateful  # such a cache cannot go back: assisted decoding is refused
         names = list(peft_configs)
         self.plan = StreamPlan(names[0])
-        self._streams_in_cache = 1
         # In a tuple: as a submodule, PEFT's wrapper would register every parameter of the base a second time.
         self._peft = (self._inject(base, peft_configs),)
         self.base = self.peft_model.get_base_model()
@@ -208,11 +208,13 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
             gather_indices: with it, and what else `PackedCollator` makes, the result is `packed_statistics`.
-            kwargs: of the decoder; for training statistics `base_states` and `trunk_states` (`qadapter.base_states`).
+            kwargs: of the decoder; `num_items_in_batch`, by which the loss of all `labels` is divided instead of by
+                their number; for training statistics `base_states` and `trunk_states` (`qadapter.base_states`).
 
         Raises:
-            ConfigError: a setting of the dial that is not finite or has another number of rows; `decay`, which is
-                `generate`'s; `output_hidden_states` or `output_attentions`.
+            ConfigError: a setting of the dial that is not finite (strengths and weights in tensors are not read, which
+                would hold up every token) or has another number of rows; a cache that holds other streams; `decay`,
+                which is `generate`'s; `output_hidden_states` or `output_attentions`.
         """
         if gather_indices is not None:
             packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
@@ -229,7 +231,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             raise ConfigError(
                 "decay is of generate: forward does not know where an answer begins. Give strength (B, T)."
             )
-        return_dict = kwargs.pop("return_dict", None)
+        return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
         rows, tokens = shape_of(batch)
@@ -258,7 +260,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             strength_record.append(last_strength(kept_columns(used, kept), share, logits))
         loss = None
         if labels is not None:
-            loss = ForCausalLMLoss(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 

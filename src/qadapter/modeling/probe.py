@@ -20,19 +20,17 @@ OTHER_DTYPE_FACTOR = 4
 
 def probe_logps(model: QAdapterForCausalLM, ids: list[int]) -> dict[str, Tensor]:
     """Log-probabilities (V,) after `ids` of the base ("") and of each adapter's trained policy."""
-    training, weights = model.training, dict(model.adapter_weights)
+    training = model.training
     model.eval()
     result = {}
     with torch.no_grad():
         for name in ["", *model.adapters]:
-            model.adapter_weights = dict.fromkeys(model.adapters, 0.0)
-            if name:
-                model.adapter_weights[name] = 1.0
             batch = torch.tensor([ids], device=model.device)
-            logits = model(batch, strength=1.0, use_cache=False, logits_to_keep=1).logits[0, -1]
+            weights = {adapter: float(adapter == name) for adapter in model.adapters}
+            with model.defaults(1.0, weights, None):  # without the model's own cap
+                logits = model(batch, use_cache=False, logits_to_keep=1).logits[0, -1]
             result[name] = logits.float().log_softmax(-1).cpu()
     model.train(training)
-    model.adapter_weights = weights
     return result
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -63,11 +64,16 @@ class StackedPasses:
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        if cache is not None:
+            mark_streams(cache, tuple(streams))
         fork = None
         if self.forks(len(streams)):
             fork = ForkRows(self.shared_layers, rows, len(streams))
         else:
             batch = {name: repeat_rows(value, len(streams), rows) for name, value in batch.items()}
+        if self.training and torch.is_grad_enabled():
+            # The resting plan, too: activation checkpointing runs the layers again in the backward pass.
+            self.plan.blocks = tuple(streams)
         with self.plan.running(*streams, layer_pass=fork):
             output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
         blocks = output.last_hidden_state.split(rows)
@@ -80,6 +86,24 @@ class StackedPasses:
         """
         flexible = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
         return streams > 1 and self.shared_layers > 0 and not flexible
+
+
+def mark_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
+    """Note in the cache whose keys and values it gets.
+
+    Raises:
+        ConfigError: it holds those of other streams.
+    """
+    filled = getattr(cache, "qadapter_streams", None)
+    if filled == streams:
+        return
+    if filled is not None and cache.get_seq_length() > 0:
+        names = [[stream or "base" for stream in own] for own in (filled, streams)]
+        raise ConfigError(
+            f"past_key_values holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "
+            "cap such that the same ones run (a tensor as the strength runs all), or start without the cache."
+        )
+    cache.qadapter_streams = streams
 
 
 def shape_of(batch: Mapping[str, Any]) -> tuple[int, int]:

@@ -78,6 +78,10 @@ class StreamLayer(nn.Module):
     plan: StreamPlan
     layer_index: int
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """How pickle and copy make the layer again: its class is in no module."""
+        return empty_stream_layer, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:]
+
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, or what the running pass makes of it."""
         if self.plan.layer_pass is None:
@@ -89,6 +93,12 @@ class StreamLayer(nn.Module):
 def stream_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """The layer's class with `StreamLayer` before it; it keeps its name, by which FSDP finds the layers to wrap."""
     return type(layer_class.__name__, (StreamLayer, layer_class), {"__module__": layer_class.__module__})
+
+
+def empty_stream_layer(layer_class: type[nn.Module]) -> nn.Module:
+    """A layer of the class with streams that has no state yet."""
+    made = stream_layer_class(layer_class)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList | None:
