@@ -92,6 +92,19 @@ def test_training_is_the_same_and_the_base_runs_once_a_pair(tmp_path, packing):
     assert list(passes.values()) == [9, 3, 3]
 
 
+def test_states_are_kept_as_mixed_precision_computes_them(tmp_path):
+    """A new adapter says what the base says, and does so only if both have computed in the same precision."""
+    policy = tiny_policy(tiny_base(num_hidden_layers=4), QAdapterConfig(), UPPER, trained=False)
+    folder = tmp_path / "states"
+    trainer = tiny_trainer(policy, tmp_path / "run", max_steps=1, bf16=True, cache_base_states=str(folder))
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["qadapter/kl"] == pytest.approx(0, abs=1e-6)
+    twin = tiny_trainer(policy, tmp_path / "run", max_steps=1, cache_base_states=str(folder))
+    with pytest.raises(ConfigError, match=r"different: dtype\)"):
+        twin.train()
+
+
 def folder_of_states(tmp_path, policy=None, pairs=None):
     policy, folder = policy or upper_policy(), tmp_path / "states"
     pairs = pairs or Dataset.from_list(token_pairs(6))

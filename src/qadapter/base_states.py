@@ -123,7 +123,8 @@ def keep_base_states(
     paths: list[Path] = []
     if folder is not None:
         paths = [folder / f"pairs-{start:08d}.safetensors" for start in starts]
-        stated = fingerprint(model, pairs)
+        with precision():
+            stated = fingerprint(model, pairs)
         check_folder(folder, stated)
     missing = [i for i in range(len(starts)) if not (paths and paths[i].exists())]
     check_size(model, pairs, len(missing) / max(1, len(starts)), folder)
@@ -189,16 +190,19 @@ def check_folder(folder: Path, stated: dict[str, Any]) -> None:
 
 
 def fingerprint(model: QAdapterForCausalLM, pairs: Dataset) -> dict[str, Any]:
-    """What the states depend on."""
+    """What the states depend on, in the precision of the context."""
     digest = hashlib.sha256()
     for row in pairs:
         digest.update(json.dumps([row["prompt_ids"], *(row[side] for side in SIDES)]).encode())
+    device, dtype = model.device.type, str(model.dtype)
+    if torch.is_autocast_enabled(device):
+        dtype = f"{dtype} with products in {torch.get_autocast_dtype(device)}"
     return {
         "format": FORMAT,
         "base": weight_fingerprint(model.base),
         "pairs": digest.hexdigest(),
         "shared_layers": model.shared_layers,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype.replace("torch.", ""),
     }
 
 

@@ -70,4 +70,7 @@ class QAdapterTrainingArguments(TrainingArguments):
         # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
+        # Else the host waits, at each batch's copy to the device, for the step before, and collates only then.
+        if self.dataloader_pin_memory and self.device.type == "cuda":
+            self.accelerator_config.non_blocking = True
         self.label_names: list[str] = self.label_names or []

@@ -10,7 +10,13 @@ from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.packed import enable_packing
 from qadapter.objective import pair_losses
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    # What the compiler itself warns of.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3"]
 

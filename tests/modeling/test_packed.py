@@ -1,6 +1,7 @@
 """Packed rows: a pair's prompt runs once, and loss and gradients are those of padded rows."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.data.packing import PackedSequences
+from qadapter.fused import TokenStatistics
 from qadapter.modeling import varlen
 from qadapter.modeling.packed import enable_packing
+from qadapter.modeling.passes import laid_out
 from qadapter.objective import pair_losses
 
 PACKING = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "gpt_neox", "gpt2", "granite", "cohere"]
@@ -76,6 +79,30 @@ def test_statistics_stand_in_the_order_of_padded_rows():
         lines = zip(values, row["completion_mask"], expected, rows["completion_mask"][:, 1:], strict=True)
         for line, mask, expected_row, expected_mask in lines:
             torch.testing.assert_close(line[mask], expected_row[expected_mask], rtol=1e-9, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_statistics_are_laid_out_as_masked_scatter_does_it(share):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(4, 7, generator=generator) < share
+    size = int(mask.sum())
+    columns = TokenStatistics(*(torch.randn(size, generator=generator, requires_grad=i < 2) for i in range(6)))
+    for column, ours in zip(columns, laid_out(columns, mask), strict=True):
+        expected = column.new_zeros(mask.shape).masked_scatter(mask, column)
+        assert torch.equal(ours, expected)
+        assert ours.requires_grad == column.requires_grad
+        if column.requires_grad:
+            weights = torch.randn(mask.shape, generator=generator)
+            gradients = [torch.autograd.grad((out * weights).sum(), column)[0] for out in (ours, expected)]
+            assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("empty", ["chosen_ids", "rejected_ids"])
+def test_an_answer_without_tokens_is_as_in_padded_rows(empty):
+    pairs = [pair | ({empty: []} if number == 1 else {}) for number, pair in enumerate(token_pairs(3))]
+    policy = tiny_policy(tiny_base(dtype=torch.float64))
+    expected = padded_loss(policy, pairs)
+    torch.testing.assert_close(packed_loss(policy, pairs), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_what_sequences_begin_with_stands_once():
@@ -160,6 +187,13 @@ def test_training_is_the_same_with_and_without(tmp_path, packing):
     expected = [entry["loss"] for entry in twin.state.log_history if "loss" in entry]
     assert losses == pytest.approx(expected, rel=1e-6)
     assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("head", "fits"), [(64, True), (100, False), (256, True), (264, False)])
+def test_heads_that_the_kernel_does_not_take_go_to_sdpa(head, fits, monkeypatch):
+    monkeypatch.setattr(varlen, "AVAILABLE", True)
+    query = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 7, head))
+    assert varlen.fits(query, query, {}) == fits
 
 
 def test_gradients_of_gathering_and_restoring_are_those_of_indexing():

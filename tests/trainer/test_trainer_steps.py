@@ -18,7 +18,8 @@ class HostReads(TorchDispatchMode):
     Those by which transformers chooses a mask are its own affair.
     """
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+    # The last one selects by its mask, of which the dispatcher tells nothing.
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "masked_scatter_backward")
 
     def __init__(self):
         super().__init__()
@@ -77,6 +78,13 @@ def test_a_whole_step_with_the_optimiser_s_does_not_read_the_device(filtered, mi
         **options,
     ).train()
     assert counter.reads.found == (["aten._local_scalar_dense.default"] * 2 if filtered else [])
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cuda", False), ("mps", True)])
+def test_pinned_batches_are_copied_to_a_gpu_without_waiting(device, pinned, tmp_path, monkeypatch):
+    monkeypatch.setattr(QAdapterTrainingArguments, "device", property(lambda self: torch.device(device)))
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), dataloader_pin_memory=pinned)
+    assert args.accelerator_config.non_blocking == (device == "cuda" and pinned)
 
 
 def test_one_process_trains_on_one_of_several_gpus(policy, tmp_path):

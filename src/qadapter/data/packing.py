@@ -76,6 +76,6 @@ class PackedCollator:
         lengths = torch.tensor([len(answer) for _, answer in sides])
         return packed._asdict() | {
             "state_indices": torch.cat([s[len(p) - 1 : -1] for s, (p, _) in zip(places, sides, strict=True)]),
-            "target_ids": torch.cat([torch.tensor(answer) for _, answer in sides]),
+            "target_ids": torch.tensor([token for _, answer in sides for token in answer], dtype=torch.long),
             "completion_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(-1),
         }

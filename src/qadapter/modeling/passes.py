@@ -162,7 +162,7 @@ class TrainingPasses:
             self.plan,
             kl_gradient=self.configs[adapter].penalty == "kl",
         )
-        return TokenStatistics(*(column.new_zeros(mask.shape).masked_scatter(mask, column) for column in flat))
+        return laid_out(flat, mask)
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> ImpliedRewards:
@@ -181,6 +181,15 @@ class TrainingPasses:
         statistics = self.token_statistics(input_ids, attention_mask, completion_mask)
         self.train(training)
         return implied(statistics, completion_mask[:, 1:].bool(), self.configs[self.adapters[0]])
+
+
+def laid_out(flat: TokenStatistics, mask: Tensor) -> TokenStatistics:
+    """The statistics (N,) of the tokens that `mask` (B, C) marks as (B, C), zero outside.
+
+    `masked_scatter` does the same, but the host waits for the device in its backward pass, which selects by the mask.
+    """
+    places = mask.flatten().cumsum(0) * mask.flatten()  # (B·C,), counted from 1: 0 is a zero put in front
+    return TokenStatistics(*(F.pad(column, (1, 0)).index_select(0, places).view(mask.shape) for column in flat))
 
 
 def _decoder_batch(input_ids: Tensor, attention_mask: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

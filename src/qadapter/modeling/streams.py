@@ -164,14 +164,15 @@ class StreamLinear(LoraLinear):
             variant = self.lora_variant[stream]
             return variant.forward(self, active_adapter=stream, x=x, result=result).to(result.dtype)
         lora_a, lora_b = self.lora_A[stream], self.lora_B[stream]
-        x = self.lora_dropout[stream](x)
+        x, scale = self.lora_dropout[stream](x), self.scaling[stream]
+        # Scaled where there are r numbers a token, not where there are as many as the layer gives.
         if x.dtype in HALF_PRECISION:
             # Matmuls in the adapter's float32 would take the hidden states there and run ten times slower.
             with torch.autocast(x.device.type, x.dtype):
-                update = lora_b(lora_a(x))
+                update = lora_b(lora_a(x) * scale)
         else:
-            update = lora_b(lora_a(self._cast_input_dtype(x, lora_a.weight.dtype)))
-        return (result + update * self.scaling[stream]).to(result.dtype)
+            update = lora_b(lora_a(self._cast_input_dtype(x, lora_a.weight.dtype)) * scale)
+        return (result + update).to(result.dtype)
 
 
 def _version(*weights: Tensor) -> tuple[int, ...]:

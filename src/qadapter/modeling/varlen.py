@@ -21,7 +21,7 @@ PARAMETERS: Mapping[str, Any] = inspect.signature(varlen_attn).parameters if var
 AVAILABLE = "window_size" in PARAMETERS and "scale" in PARAMETERS
 
 # The kernel's limits, and the arguments of an architecture's attention that it does not know.
-LARGEST_HEAD = 256
+LARGEST_HEAD, HEAD_STEP = 256, 8
 UNKNOWN_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 
 
@@ -32,6 +32,7 @@ def fits(query: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> bool:
         and query.is_cuda
         and query.dtype in HALF_PRECISION
         and query.shape[-1] == value.shape[-1] <= LARGEST_HEAD
+        and query.shape[-1] % HEAD_STEP == 0
         and not arguments.get("dropout")
         and all(arguments.get(name) is None for name in UNKNOWN_ARGUMENTS)
     )
