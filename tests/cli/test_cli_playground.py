@@ -61,6 +61,7 @@ def test_names_that_a_slider_cannot_tell_apart_are_refused(adapter, tmp_path):
     [
         (("--port", 70_000), "port = 70000: must lie in 0 ... 65535"),
         (("--strength", "nan"), "strength = nan: must be a finite number"),
+        (("--strength", 11), "strength = 11: the page's dial goes from -10 to 10"),
     ],
 )
 def test_impossible_options_are_refused(adapter, options, match):

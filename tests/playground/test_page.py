@@ -1,5 +1,6 @@
 """The playground through its HTTP side, and as a person uses it in headless Chromium."""
 
+import functools
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ fastapi = pytest.importorskip("fastapi", reason="the extra `serve` is not instal
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
-from qadapter.playground.app import create_app  # noqa: E402
+from qadapter.playground.app import added_texts, create_app  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,20 @@ def address(policy):
     server.should_exit = True
     thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+def half_character_tokenizer():
+    """Tokens are bytes: ASCII's, and those of "é" and "😀"."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    [(letters, _)] = bytelevel.pre_tokenize_str("".join(models.PRINTABLE) + "é😀")
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *dict.fromkeys(letters)])}
+    tokenizer = Tokenizer(kinds.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytelevel, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
 def ask(address, **body):
@@ -108,6 +123,23 @@ def test_a_decaying_strength_is_shown_at_every_token(address, policy, max_kl):
         assert view["text"] == tokenizer.decode([token])
         assert view["logp"] == pytest.approx(float(logps[token]), abs=1e-4)
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_tokens_that_are_part_of_a_character_join_to_it():
+    tokenizer = half_character_tokenizer()
+    ids = tokenizer("é 😀!", add_special_tokens=False)["input_ids"]
+    texts = added_texts(tokenizer, [*ids, tokenizer.eos_token_id, ids[-2], *ids[:1]])
+    assert texts == ["", "é", " ", "", "", "", "😀", "!", "</s>", "", ""]
+
+
+def test_tokens_keep_the_spaces_between_them():
+    """SentencePiece's decoders take the space off a token that stands alone."""
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer = models.tiny_tokenizer(characters=["\u2581the", "\u2581sky", "."])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    assert added_texts(tokenizer, [2, 3, 4]) == ["the", " sky", "."]
 
 
 def test_weights_select_the_adapters(address):
@@ -360,3 +392,139 @@ def test_an_error_is_said_on_the_page(address, browser):
     browser.execute_script("arguments[0].value = 'x'.repeat(400)", prompt)
     browser.find_element("id", "send").click()
     wait_until(lambda: "passes the model's" in browser.find_element("id", "status").text)
+
+
+@pytest.fixture
+def slow_page(policy, address, browser, monkeypatch):
+    """The page, with a model that answers only as fast as the test lets it."""
+    gate = threading.Semaphore(0)
+    forward = type(policy).forward
+
+    @functools.wraps(forward)
+    def waiting(self, *args, **kwargs):
+        assert gate.acquire(timeout=60)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(policy), "forward", waiting)
+    yield Page(browser, address), gate
+    gate.release(10_000)
+    wait_until(lambda: browser.find_element("id", "status").text in ("Done.", "Stopped."))
+
+
+def write(page, name, value):
+    """Set a field at once."""
+    page.browser.execute_script(
+        "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))", page.find(name), value
+    )
+
+
+def test_base_and_policy_answer_the_prompt_that_was_sent(slow_page, browser):
+    """Also where the prompt is written on while the base answers."""
+    page, gate = slow_page
+    browser.execute_script("window.sent = []; const f = window.fetch; window.fetch = (u, o) => { "
+                           "sent.push(JSON.parse(o.body)); return f(u, o); }")  # fmt: skip
+    write(page, "prompt", "what is it")
+    write(page, "length", 3)
+    page.find("send").click()
+    gate.release(2)
+    wait_until(lambda: browser.execute_script("return sent.length"))
+    write(page, "prompt", "what is it that")
+    write(page, "seed", 7)
+    gate.release(100)
+    page.wait()
+    base, answer = browser.execute_script("return sent")
+    for name in ("prompt", "max_new_tokens", "temperature", "seed"):
+        assert base[name] == answer[name]
+
+
+def test_an_earlier_prompts_answer_is_gone_once_another_prompt_is_sent(slow_page):
+    page, gate = slow_page
+    gate.release(500)
+    page.send("what is it")
+    while gate.acquire(blocking=False):
+        pass
+    write(page, "prompt", "hello")
+    page.find("send").click()
+    wait_until(lambda: page.find("status").text == "Answering ...")
+    assert [page.find(name).text for name in ("policy-answer", "policy-strength", "summary")] == ["", "", ""]
+
+
+def test_the_part_of_an_answer_that_is_there_stays_when_the_shading_changes(address, browser):
+    page = Page(browser, address)
+    browser.execute_script("element('policy-answer').append('Because the')")
+    write(page, "measure", "ratio")
+    assert page.find("policy-answer").text == "Because the"
+    page.send("hello")
+    write(page, "measure", "kl")
+    shades = [token.value_of_css_property("background-color") for token in browser.find_elements("class name", "token")]
+    assert len(set(shades)) > 1
+    write(page, "measure", "none")
+    assert browser.find_element("class name", "token").value_of_css_property("background-color") == "rgba(0, 0, 0, 0)"
+
+
+def test_a_wrong_number_under_closed_sampling_is_shown(address, browser):
+    page = Page(browser, address)
+    write(page, "length", 4096)
+    page.find("send").click()
+    wait_until(lambda: page.find("length").is_displayed())
+    assert browser.switch_to.active_element.get_attribute("id") == "length"
+
+
+def test_a_tip_is_read_at_the_bottom_of_the_window(address, browser):
+    page = Page(browser, address)
+    page.send("hello")
+    token = browser.find_elements("css selector", ".token")[1]
+    browser.execute_script(
+        "document.body.style.paddingTop = '1000px'; "
+        "scrollTo(0, scrollY + Math.ceil(arguments[0].getBoundingClientRect().bottom) - innerHeight)",
+        token,
+    )
+    browser.execute_script("arguments[0].focus({preventScroll: true})", token)
+    top, bottom, height = browser.execute_script(
+        "const box = document.getElementById('tip').getBoundingClientRect(); return [box.top, box.bottom, innerHeight]"
+    )
+    assert 0 <= top < bottom <= height
+
+
+def test_characters_of_several_tokens_are_shown_whole_and_shaded_by_the_one_that_moved_most(address, browser):
+    Page(browser, address)
+    views = [("h", 0.1), ("", 0.2), ("", 0.9), ("\N{GRINNING FACE}", 0.3), ("", 0.5)]
+    common = {"logp": -1.0, "base_logp": -1.0, "strength": 1.0, "top": [], "base_top": []}
+    views = [{"text": text, "kl": kl, **common} for text, kl in views]
+    browser.execute_script("tokens = arguments[0]; paint()", views)
+    spans = browser.find_elements("css selector", ".token")
+    assert [span.text for span in spans] == ["h", "\N{GRINNING FACE}", "\N{REPLACEMENT CHARACTER}"]
+    assert [span.get_attribute("data-index") for span in spans] == ["0", "2", "4"]
+
+
+def test_answers_in_scripts_from_right_to_left_begin_at_the_right(address, browser):
+    page = Page(browser, address)
+    for name in ("base-answer", "policy-answer", "prompt"):
+        browser.execute_script("arguments[0].textContent = 'مرحبا!'", page.find(name))
+        assert page.find(name).value_of_css_property("direction") == "rtl"
+
+
+def test_a_screen_reader_hears_what_the_sliders_show_and_whole_answers(address, browser):
+    page = Page(browser, address)
+    names = {"strength": "1.00", "weight-polite": "0.00", "cap": "off", "decay": "off"}
+    for name, said in names.items():
+        assert page.find(name).get_attribute("aria-valuetext") == said
+    page.find("cap").send_keys(HOME)
+    assert page.find("cap").get_attribute("aria-valuetext") == "0.00010"
+    browser.execute_script(
+        "window.busy = []; new MutationObserver((all) => all.forEach((one) => busy.push(one.oldValue))).observe("
+        "arguments[0], {attributes: true, attributeFilter: ['aria-busy'], attributeOldValue: true})",
+        page.find("policy-answer"),
+    )
+    page.send("what is it")
+    assert page.find("policy-answer").get_attribute("aria-busy") == "false"
+    assert "true" in browser.execute_script("return busy")
+
+
+def test_a_strength_between_the_sliders_steps_is_kept(address, browser):
+    page = Page(browser, address)
+    for asked in (0.33, -0.52, 3.5):
+        browser.execute_script("setStrength(arguments[0])", asked)
+        assert float(page.find("strength").get_attribute("value")) == asked
+        browser.execute_script("arguments[0].value = 0", page.find("strength"))
+        assert float(page.find("strength").get_attribute("value")) == 0

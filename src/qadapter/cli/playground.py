@@ -21,12 +21,15 @@ def run(arguments: list[str]) -> int:
     try:
         import uvicorn
 
-        from qadapter.playground.app import create_app
+        from qadapter.playground.app import MAX_STRENGTH, create_app
         from qadapter.serving.server import listening_socket, url_of
         from qadapter.serving.settings import ServerSettings
     except ImportError as error:
         raise ConfigError(f"the playground needs {error.name}: pip install 'qadapter[serve]'.") from error
-    checked_number(options.strength, "strength")
+    if abs(checked_number(options.strength, "strength")) > MAX_STRENGTH:
+        raise ConfigError(
+            f"strength = {options.strength:g}: the page's dial goes from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}."
+        )
     folders = [options.adapter, *options.others]
     names = served_names(folders)
     # Bound before minutes of loading.

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from qadapter.errors import ConfigError, QAdapterError
 from qadapter.generation import Sampling, encode, stream_text
 from qadapter.inspection import inspect_tokens
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.serving.answer_text import Detokeniser
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 1024
@@ -32,8 +33,8 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
-
-Dial = Annotated[float, Field(ge=-10, le=10)]
+MAX_STRENGTH = 10.0
+Dial = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 
 
 class AnswerRequest(BaseModel):
@@ -135,7 +136,18 @@ def answer_events(
     finally:
         pieces.close()
     ids, start = finished[0]
-    yield {"tokens": [asdict(view) for view in inspect_tokens(model, tokenizer, ids, start, settings)]}
+    views = inspect_tokens(model, tokenizer, ids, start, settings)
+    texts = added_texts(tokenizer, ids[0, start:].tolist())
+    yield {"tokens": [asdict(view) | {"text": text} for view, text in zip(views, texts, strict=True)]}
+
+
+def added_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token of an answer adds to its text: nothing while a character is not complete; a special one its name.
+
+    A token's own text has no halves of characters, and with SentencePiece no space before it.
+    """
+    detokeniser, special = Detokeniser(tokenizer), set(tokenizer.all_special_ids)
+    return [tokenizer.decode([token]) if token in special else detokeniser.push(token) for token in ids]
 
 
 async def until_gone(

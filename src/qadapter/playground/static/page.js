@@ -13,18 +13,24 @@ function capValue() {
   return exponent >= 1 ? null : 10 ** exponent;
 }
 
-function request(strength) {
-  const weights = {};
-  for (const slider of document.querySelectorAll("[data-adapter]")) weights[slider.dataset.adapter] = Number(slider.value);
+function question() {
   return {
     prompt: element("prompt").value,
+    max_new_tokens: Number(element("length").value),
+    temperature: Number(element("temperature").value),
+    seed: Number(element("seed").value),
+  };
+}
+
+function dial() {
+  const weights = {};
+  for (const slider of document.querySelectorAll("[data-adapter]")) weights[slider.dataset.adapter] = Number(slider.value);
+  const strength = Number(element("strength").value);
+  return {
     strength,
     weights: Object.keys(weights).length ? weights : null,
     max_kl: strength === 0 ? null : capValue(),
     decay: Number(element("decay").value),
-    max_new_tokens: Number(element("length").value),
-    temperature: Number(element("temperature").value),
-    seed: Number(element("seed").value),
   };
 }
 
@@ -51,11 +57,21 @@ async function problem(response) {
 
 async function write(target, body, signal, onTokens) {
   target.textContent = "";
-  await stream(body, signal, (event) => {
-    if (event.error) throw new Error(event.error);
-    if (event.text !== undefined) target.textContent += event.text;
-    if (event.tokens) onTokens(event.tokens);
-  });
+  target.setAttribute("aria-busy", "true"); // a screen reader waits for the whole answer
+  try {
+    await stream(body, signal, (event) => {
+      if (event.error) throw new Error(event.error);
+      if (event.text !== undefined) target.append(event.text);
+      if (event.tokens) onTokens(event.tokens);
+    });
+  } finally {
+    if (running?.signal === signal) target.setAttribute("aria-busy", "false");
+  }
+}
+
+function clearPolicy() {
+  tokens = [];
+  for (const id of ["policy-answer", "policy-strength", "summary"]) element(id).textContent = "";
 }
 
 async function answer() {
@@ -66,18 +82,18 @@ async function answer() {
   say("Answering ...");
   hideTip();
   try {
-    const base = request(0);
-    const key = JSON.stringify([base.prompt, base.max_new_tokens, base.temperature, base.seed]);
+    const asked = question(); // the fields may change while the base answers
+    const key = JSON.stringify(asked);
     if (key !== baseKey) {
       baseKey = null;
-      await write(element("base-answer"), base, control.signal, () => {});
+      clearPolicy();
+      await write(element("base-answer"), { ...asked, strength: 0 }, control.signal, () => {});
       baseKey = key;
     }
-    const strength = Number(element("strength").value);
-    element("policy-strength").textContent = `at strength ${strength.toFixed(2)}`;
-    element("summary").textContent = "";
-    tokens = [];
-    await write(element("policy-answer"), request(strength), control.signal, (views) => { tokens = views; paint(); });
+    const body = { ...asked, ...dial() };
+    clearPolicy();
+    element("policy-strength").textContent = `at strength ${body.strength.toFixed(2)}`;
+    await write(element("policy-answer"), body, control.signal, (views) => { tokens = views; paint(); });
     say("Done.");
   } catch (error) {
     if (error.name !== "AbortError") say(error.message, true);
@@ -92,29 +108,52 @@ function say(text, isError = false) {
   element("status").classList.toggle("error", isError);
 }
 
+// Indices of the tokens of each character or piece of text: a token's text is empty while its character is not complete.
+function groups() {
+  const all = [];
+  let open = [];
+  for (const [index, view] of tokens.entries()) {
+    open.push(index);
+    if (view.text) { all.push(open); open = []; }
+  }
+  return open.length ? [...all, open] : all;
+}
+
 function paint() {
   const target = element("policy-answer");
-  const measure = element("measure").value;
   target.textContent = "";
-  for (const [index, view] of tokens.entries()) {
+  for (const group of groups()) {
     const span = document.createElement("span");
     span.className = "token";
     span.tabIndex = 0;
-    span.dataset.index = index;
-    span.textContent = view.text;
-    span.style.backgroundColor = shade(view, measure);
+    span.textContent = tokens[group.at(-1)].text || "\ufffd";
     span.setAttribute("aria-describedby", "tip");
     target.append(span);
   }
+  shadeAll();
   const mean = tokens.reduce((sum, view) => sum + view.kl, 0) / Math.max(1, tokens.length);
   const most = Math.max(0, ...tokens.map((view) => view.kl));
   element("summary").textContent = tokens.length
     ? `${tokens.length} tokens, mean KL ${mean.toFixed(3)}, largest ${most.toFixed(3)} nats` : "";
 }
 
+function shadeAll() {
+  const measure = element("measure").value;
+  const spans = document.querySelectorAll(".token");
+  for (const [place, group] of (spans.length ? groups() : []).entries()) {
+    const most = group.reduce((a, b) => (Math.abs(moved(tokens[b], measure)) > Math.abs(moved(tokens[a], measure)) ? b : a));
+    spans[place].dataset.index = most; // whose facts the tip shows
+    spans[place].style.backgroundColor = shade(tokens[most], measure);
+  }
+}
+
+function moved(view, measure) {
+  return measure === "ratio" ? view.logp - view.base_logp : view.kl;
+}
+
 function shade(view, measure) {
   if (measure === "none") return "transparent";
-  const value = measure === "kl" ? view.kl : view.logp - view.base_logp;
+  const value = moved(view, measure);
   const share = Math.min(1, Math.abs(value) / MOVED_MOST[measure]);
   const colour = value >= 0 ? "230, 120, 20" : "30, 110, 200";
   return `rgba(${colour}, ${(0.75 * share).toFixed(3)})`;
@@ -147,22 +186,36 @@ function showTip(span) {
   const box = span.getBoundingClientRect();
   const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 12);
   tip.style.left = `${Math.max(8, left) + scrollX}px`;
-  tip.style.top = `${box.bottom + scrollY + 6}px`;
+  const below = box.bottom + 6, above = box.top - 6 - tip.offsetHeight;
+  const fits = below + tip.offsetHeight <= document.documentElement.clientHeight || above < 0;
+  tip.style.top = `${(fits ? below : above) + scrollY}px`;
 }
 
 function hideTip() { element("tip").hidden = true; }
 
 let waiting = null;
 function dialMoved() {
-  element("strength-value").textContent = Number(element("strength").value).toFixed(2);
-  const cap = capValue();
-  element("cap-value").textContent = cap === null ? "off" : cap.toPrecision(2);
-  const decay = Number(element("decay").value);
-  element("decay-value").textContent = decay === 1 ? "off" : decay.toFixed(2);
-  for (const slider of document.querySelectorAll("[data-adapter]"))
-    slider.parentElement.querySelector("output").textContent = Number(slider.value).toFixed(2);
+  const cap = capValue(), decay = Number(element("decay").value);
+  show(element("strength"), Number(element("strength").value).toFixed(2));
+  show(element("cap"), cap === null ? "off" : cap.toPrecision(2));
+  show(element("decay"), decay === 1 ? "off" : decay.toFixed(2));
+  for (const slider of document.querySelectorAll("[data-adapter]")) show(slider, Number(slider.value).toFixed(2));
   clearTimeout(waiting);
   if (baseKey !== null) waiting = setTimeout(answer, 300);
+}
+
+function show(slider, text) {
+  slider.parentElement.querySelector("output").textContent = text;
+  slider.setAttribute("aria-valuetext", text); // the cap's own value is a logarithm
+}
+
+function setStrength(strength) {
+  const slider = element("strength");
+  if (Math.abs(20 * strength - Math.round(20 * strength)) > 1e-6) slider.step = 0.01;
+  // Whole numbers, from which 0 and 1 are reached in steps.
+  if (strength < slider.min) slider.min = Math.floor(strength);
+  if (strength > slider.max) slider.max = Math.ceil(strength);
+  slider.value = strength;
 }
 
 function addWeights(adapters) {
@@ -179,9 +232,7 @@ function addWeights(adapters) {
     slider.value = adapters[name];
     slider.dataset.adapter = name;
     slider.addEventListener("input", dialMoved);
-    const output = document.createElement("output");
-    output.textContent = Number(adapters[name]).toFixed(2);
-    row.append(label, slider, output);
+    row.append(label, slider, document.createElement("output"));
     element("weights").append(row);
   }
 }
@@ -192,7 +243,9 @@ element("prompt").addEventListener("keydown", (event) => {
 });
 element("stop").addEventListener("click", () => { if (running) running.abort(); });
 for (const id of ["strength", "cap", "decay"]) element(id).addEventListener("input", dialMoved);
-element("measure").addEventListener("change", paint);
+element("measure").addEventListener("change", shadeAll);
+// A field that is not seen cannot say what is wrong with it.
+element("sampling").addEventListener("invalid", () => { element("sampling").open = true; }, true);
 for (const type of ["mouseover", "focusin"])
   element("policy-answer").addEventListener(type, (event) => { if (event.target.dataset.index) showTip(event.target); });
 for (const type of ["mouseout", "focusout"]) element("policy-answer").addEventListener(type, hideTip);
@@ -201,10 +254,7 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") hi
 fetch("api/policy").then((response) => response.json()).then((policy) => {
   element("policy-name").textContent = `${policy.title} on ${policy.base}`;
   element("length").max = policy.max_new_tokens;
-  const slider = element("strength");
-  slider.min = Math.min(slider.min, policy.strength);
-  slider.max = Math.max(slider.max, policy.strength);
-  slider.value = policy.strength;
+  setStrength(policy.strength);
   addWeights(policy.adapters);
   dialMoved();
 });
