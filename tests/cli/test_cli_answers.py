@@ -1,10 +1,12 @@
 """`qadapter generate` and `qadapter chat`: what is said equals what plain transformers computes."""
 
 import json
+import os
 import re
+import select
 
 import pytest
-from commands import PROMPT, SHORT, assert_refused, greedy_answer, qadapter, succeeded
+from commands import PROMPT, SHORT, assert_refused, greedy_answer, qadapter, start, succeeded
 
 from qadapter.cli.chat import converse
 
@@ -152,3 +154,50 @@ def test_ctrl_c_at_the_prompt_of_a_chat_exits_with_130(adapter, monkeypatch):
     monkeypatch.setattr("qadapter.cli.chat.converse", press)
     outcome = qadapter("chat", adapter)
     assert (outcome.code, outcome.err) == (130, "error: interrupted.\n")
+
+
+@pytest.mark.parametrize("option", [("--temperature", -1), ("--max-new-tokens", 0), ("--top-p", 2)])
+def test_chat_refuses_impossible_sampling_before_it_loads_anything(tmp_path, option):
+    assert_refused(qadapter("chat", tmp_path / "no-adapter", *option), f"{option[0][2:].replace('-', '_')} = ")
+
+
+def test_a_line_with_bytes_that_are_no_text_does_not_end_the_chat(capsys):
+    """A terminal's input has them as halves of surrogate pairs, or cannot be decoded."""
+    undecodable = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    lines, heard = iter(["caf\udce9", undecodable, "Why?", "/exit"]), []
+
+    def read(_):
+        line = next(lines)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    def answer(messages, strength):
+        heard.append([message["content"] for message in messages])
+        yield "Because."
+
+    assert converse(answer, 1.0, None, read=read) == 0
+    assert heard == [["Why?"]]
+    assert capsys.readouterr().out == 2 * "the line is no text in this terminal's encoding: nothing was sent\n" + (
+        "Because.\n"
+    )
+
+
+def test_the_keys_that_edit_a_line_work_in_a_chat(adapter):
+    """In a terminal; an arrow put its escape code into the message."""
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    pytest.importorskip("readline", reason="this Python edits no lines")
+    ours, theirs = pty.openpty()
+    with start("chat", adapter, *SHORT, stdin=theirs, stdout=theirs, stderr=theirs) as running:
+        os.close(theirs)
+        shown = b""
+        try:
+            for awaited, keys in ((b"[1] > ", b"/strength 5\x1b[D0.\r"), (b"[0.5] > ", b"\x04")):
+                while awaited not in shown:
+                    assert select.select([ours], [], [], 60)[0], shown
+                    shown += os.read(ours, 4096)  # a process that has ended raises OSError
+                os.write(ours, keys)
+            assert running.wait(timeout=60) == 0
+        finally:
+            running.kill()
+            os.close(ours)

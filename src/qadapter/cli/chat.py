@@ -11,6 +11,8 @@ from qadapter.cli.policies import (
     quiet_libraries,
     sampling_of,
 )
+from qadapter.data.messages import as_text
+from qadapter.data.rows import RowError
 from qadapter.errors import ConfigError
 from qadapter.generation import Message, stream_text
 from qadapter.modeling.mixing import checked_number
@@ -25,6 +27,9 @@ def run(arguments: list[str]) -> int:
     add_sampling_options(parser)
     parser.add_argument("--system", default=None, help="system message")
     options = parser.parse_args(arguments)
+    sampling = sampling_of(options)
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  `input` then edits lines and remembers them
     with quiet_libraries():
         model, tokenizer = load_policy(options)
         if not tokenizer.chat_template:
@@ -34,7 +39,7 @@ def run(arguments: list[str]) -> int:
             )
         print(f"{options.adapter} on {model.base_source.name}. {HELP}")
         return converse(
-            lambda messages, strength: stream_text(model, tokenizer, messages, sampling_of(options), strength),
+            lambda messages, strength: stream_text(model, tokenizer, messages, sampling, strength),
             options.strength,
             options.system,
         )
@@ -46,10 +51,13 @@ def converse(answer: Callable, strength: float, system: str | None, read: Callab
     messages = list(start)
     while True:
         try:
-            line = read(f"[{strength:g}] > ").strip()
+            line = as_text(read(f"[{strength:g}] > "), "message").strip()
         except EOFError:
             print()
             return 0
+        except (UnicodeDecodeError, RowError):
+            print("the line is no text in this terminal's encoding: nothing was sent")
+            continue
         if line in ("/exit", "/quit"):
             return 0
         if line == "/reset":
