@@ -456,10 +456,10 @@ def test_the_part_of_an_answer_that_is_there_stays_when_the_shading_changes(addr
     assert page.find("policy-answer").text == "Because the"
     page.send("hello")
     write(page, "measure", "kl")
-    shades = [token.value_of_css_property("background-color") for token in browser.find_elements("class name", "token")]
-    assert len(set(shades)) > 1
+    token = browser.find_element("class name", "token")
+    assert token.value_of_css_property("background-color") != "rgba(0, 0, 0, 0)"
     write(page, "measure", "none")
-    assert browser.find_element("class name", "token").value_of_css_property("background-color") == "rgba(0, 0, 0, 0)"
+    assert token.value_of_css_property("background-color") == "rgba(0, 0, 0, 0)"
 
 
 def test_a_wrong_number_under_closed_sampling_is_shown(address, browser):
