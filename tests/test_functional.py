@@ -10,6 +10,9 @@ import torch
 
 from benchmarks.experiments.authors import authors_loss
 from qadapter import functional
+from qadapter.config import QAdapterConfig
+from qadapter.fused import TokenStatistics, token_statistics
+from qadapter.objective import pair_losses
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 SETTINGS = [
@@ -53,6 +56,15 @@ def loss_of(batch, setting, gamma=1.0, beta=0.0, length_normalised=False, label_
     return functional.preference_loss(returns, penalty, beta, label_smoothing)
 
 
+def objective_of(batch, config):
+    """The loss of each pair as training computes it under the settings of an adapter."""
+    z_theta, z_base, actions, mask = batch
+    coefficients = functional.mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)
+    policy = functional.mix_streams([z_theta, z_base], coefficients)
+    statistics = token_statistics(policy.flatten(0, 1), z_base.flatten(0, 1), actions.flatten())
+    return pair_losses(TokenStatistics(*(column.view(mask.shape) for column in statistics)), mask, config)[0]
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.3])
 @pytest.mark.parametrize(
@@ -72,6 +84,10 @@ def test_loss_equals_the_plain_python_oracle(setting, gamma, beta, length_normal
         expected.append(oracle.pair_loss(*sides, gamma, beta, length_normalised, label_smoothing))
     actual = loss_of(batch, setting, gamma, beta, length_normalised, label_smoothing)
     assert actual.tolist() == pytest.approx(expected, rel=1e-12)
+    config = QAdapterConfig(
+        *setting, gamma=gamma, beta=beta, length_normalised=length_normalised, label_smoothing=label_smoothing
+    )
+    assert objective_of(batch, config).tolist() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -141,6 +157,18 @@ def test_the_mean_of_a_pair_is_over_the_tokens_of_both_answers():
     assert functional.reward_penalty(values, mask).tolist() == pytest.approx([41 / 3, (25 + 9 + 16 + 64) / 4])
 
 
+def test_an_answer_without_tokens_has_no_return_and_no_penalty():
+    ones, mask = torch.ones(4, 3), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    assert functional.response_returns(ones, ones, mask, 0.5, length_normalised=True).tolist() == [0.25, 0, 0, 0]
+    assert functional.pair_means(ones, mask).tolist() == [1, 0]
+
+
+def test_half_precision_is_mixed_in_float32():
+    streams = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mixed = functional.mix_streams(streams.unbind(), [1.0, torch.full((5,), -0.9)])
+    torch.testing.assert_close(mixed, streams[0].float() - 0.9 * streams[1].float())
+
+
 def test_identity_3_residual_loss_is_dpo():
     kappa, batch = 0.3, random_batch()
     z_theta, z_base, _, mask = batch
@@ -186,6 +214,14 @@ def test_kl_from_the_base_does_not_decrease_with_strength():
         kl = functional.kl_divergence(functional.mix_streams([z_theta, z_base], [adapters["a"], base]), z_base)
         assert (kl >= last - 1e-12).all()
         last = kl
+
+
+def test_kl_is_taken_under_the_first_distribution():
+    z_theta, z_base, _, _ = random_batch()
+    expected = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=z) for z in (z_theta, z_base))
+    )
+    torch.testing.assert_close(functional.kl_divergence(z_theta, z_base), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_value_after_the_last_token_is_zero_and_padding_is_ignored():

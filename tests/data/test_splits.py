@@ -3,6 +3,7 @@ from data_examples import chat_pair, plain_pair
 from datasets import Dataset
 
 from qadapter.data import load_preference_dataset, train_eval_split
+from qadapter.data.splits import pairs_of_trained_prompts
 from qadapter.errors import ConfigError, DataError
 
 # 4 pairs a prompt, as in DSP.
@@ -54,6 +55,12 @@ def test_chats_are_split_by_their_messages():
     train, held_out = train_eval_split(chats, eval_rows=4)
     assert not {str(row["prompt"]) for row in train} & {str(row["prompt"]) for row in held_out}
     assert len(held_out) == 4
+
+
+def test_held_out_pairs_of_trained_prompts_are_counted_whether_text_or_chats():
+    chats = Dataset.from_list([chat_pair(f"prompt {number}", "good", "bad") for number in (3, 3, 20)])
+    assert pairs_of_trained_prompts(PAIRS, chats) == 2
+    assert pairs_of_trained_prompts(*train_eval_split(PAIRS, eval_rows=12)) == 0
 
 
 def test_a_single_prompt_cannot_be_split():

@@ -139,11 +139,12 @@ def test_an_untouched_adapter_is_exactly_the_base():
 
 def test_neither_batches_nor_blocks_change_a_number(monkeypatch):
     model, columns = tiny_policy(config=APART).double(), strength_columns("policy", [0.5, 1.0])
+    columns.append(Column("decaying", 1.7, decay=0.7))
     expected = measure_texts(model, TEXTS, columns)
     monkeypatch.setattr(drift_module, "BLOCK_ELEMENTS", 300)
-    monkeypatch.setattr(drift_module, "default_chunk_size", lambda vocabulary, device: 7)
+    monkeypatch.setattr(drift_module, "default_chunk_size", lambda vocabulary, device: 1)  # four on a CPU
     for one, other in zip(expected, measure_texts(model, TEXTS, columns, batch_tokens=1), strict=True):
-        for name in ("policy", "policy@0.5"):
+        for name in ("policy", "policy@0.5", "decaying"):
             for ours, theirs in zip(one.columns[name], other.columns[name], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 

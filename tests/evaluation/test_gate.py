@@ -77,6 +77,22 @@ def test_drops_are_in_percentage_points_with_their_interval():
     assert not check(RESULTS, "policy", Limits(max_drop={"errors": 3.5}))[0]["passes"]
 
 
+def test_a_figure_at_its_limit_passes():
+    """An adapter without effect has a KL of 0, and keeps every limit."""
+    none = {"columns": {"policy": {"kl": bounds(0.0, 0.0, 0.0)}}}
+    same = {**TASKS["lambada"], "differences": {"policy": bounds(0.0, 0.0, 0.0)}}
+    results = {"pairs": {"chosen": none}, "neutral": none, "instructions": None, "tasks": {"lambada": same}}
+    entries = check(results, "policy", Limits(max_kl=0.0, max_drop={"lambada": 0.0}))
+    assert [entry["quantity"] for entry in entries] == ["KL on chosen answers", "KL on neutral text", "drop on lambada"]
+    assert verdict(entries) == "passes"
+
+
+def test_a_drop_that_was_not_measured_does_not_pass():
+    unknown = {**TASKS["lambada"], "differences": {"policy": bounds(None, None, None)}}
+    (entry,) = check({**RESULTS, "tasks": {"lambada": unknown}}, "policy", Limits(max_drop={"lambada": 100.0}))
+    assert (entry["value"], entry["passes"], entry["close"]) == (None, False, True)
+
+
 def test_drops_that_cannot_be_told():
     with pytest.raises(ConfigError, match="its metric 'word_perplexity' is no rate"):
         drop(RESULTS, "perplexity", "policy")
@@ -90,6 +106,7 @@ def test_drops_that_cannot_be_told():
         ({"max_kl": -0.1}, r"--max-kl = -0.1: must be 0 or above"),
         ({"max_kl": float("nan")}, "--max-kl = nan"),
         ({"min_accuracy": 70.0}, "--min-accuracy = 70.0: must be between 0 and 1"),
+        ({"min_accuracy": -0.1}, "--min-accuracy = -0.1: must be between 0 and 1"),
         ({"max_drop": {"arc": -1.0}}, "--max-drop arc = -1.0: must be between 0 and 100"),
         ({"max_drop": {"arc": float("inf")}}, "--max-drop arc = inf"),
     ],

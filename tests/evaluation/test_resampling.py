@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qadapter.evaluation.intervals import bootstrap_mean, wilson
-from qadapter.evaluation.resampling import mean_intervals, rate_interval, t_quantile
+from qadapter.evaluation.resampling import mean_intervals, paired_difference, rate_interval, t_quantile
 
 
 @pytest.mark.parametrize("n", [5, 12, 60])
@@ -77,6 +77,32 @@ def test_the_interval_is_the_bootstrap_made_wider():
 def test_weights_count():
     (interval,) = mean_intervals(torch.tensor([[1.0, 4.0]]), weights=torch.tensor([3.0, 1.0]))
     assert interval.value == 1.75
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 5.0, 1.0, 3.0, 1.0])])
+def test_resamples_of_groups_of_any_size_and_weight_are_means(weights):
+    (interval,) = mean_intervals(torch.full((1, 6), 3.0), [0, 0, 0, 1, 2, 2], weights=weights)
+    assert interval[:3] == pytest.approx((3.0, 3.0, 3.0))
+
+
+def test_two_groups_are_as_wide_as_their_only_degree_of_freedom():
+    """Their resamples reach from one group to the other, made wider by t / z and √(n / (n − 1)) of two groups."""
+    half = 12.7062 / 1.959964 * math.sqrt(2)
+    for values, groups in (([0.0, 2.0], None), ([0.0, 0.0, 0.0, 2.0, 2.0, 2.0], "aaabbb")):
+        (interval,) = mean_intervals(torch.tensor([values]), groups)
+        assert interval[:3] == pytest.approx((1.0, 1.0 - half, 1.0 + half), rel=1e-5)
+
+
+def test_groups_never_count_for_more_than_their_observations():
+    """Within each prompt one pair is won and one lost, as by an adapter that prefers an answer's position."""
+    outcomes, prompts = [1.0, 0.0] * 10, [number // 2 for number in range(20)]
+    assert rate_interval(outcomes, prompts) == rate_interval(outcomes)
+    assert paired_difference(outcomes, outcomes[::-1], groups=prompts) == paired_difference(outcomes, outcomes[::-1])
+
+
+def test_differences_of_rates_stay_within_one():
+    assert paired_difference([1, 1, 1], [0, 0, 0]).high == 1.0
+    assert paired_difference([0, 0, 0], [1, 1, 1]).low == -1.0
 
 
 def test_too_few_observations_have_no_bounds():

@@ -10,7 +10,8 @@ from transformers import StaticCache
 
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.functional import kl_divergence
-from qadapter.modeling.mixing import OffInside, StepState, capped_logits
+from qadapter.modeling.decoding import stacked_weights
+from qadapter.modeling.mixing import OffInside, StepState, capped_logits, times
 
 IDS = torch.tensor(models.token_ids(9, 9, 9))
 
@@ -160,6 +161,22 @@ def test_strength_a_token_equals_the_strengths_apart(policy):
             torch.testing.assert_close(mixed[row, t], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_strength_a_token_for_the_last_positions_is_theirs(policy):
+    strengths = torch.linspace(-0.5, 1.5, 27).view(3, 9)
+    kept = logits(policy, strength=strengths, logits_to_keep=2)
+    torch.testing.assert_close(kept, logits(policy, strength=strengths)[:, -2:], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_a_row_go_along_the_rows_of_strengths_a_token():
+    strengths, weights = torch.rand(3, 3), torch.tensor([1.0, 0.5, -2.0])
+    assert torch.equal(times(strengths, weights), torch.stack([s * w for s, w in zip(strengths, weights, strict=True)]))
+
+
+def test_weights_a_row_stand_in_the_adapters_order():
+    weights = stacked_weights({"b": torch.tensor([1.0, 2.0]), "a": 0.5}, ["a", "b", "c"], 2, torch.device("cpu"))
+    assert weights.tolist() == [[0.5, 1.0, 0.0], [0.5, 2.0, 0.0]]
+
+
 @pytest.mark.parametrize("cap", [0.0, 1e-4, 0.05, 0.5])
 def test_kl_never_exceeds_the_cap_and_reaches_it_where_it_binds(policy, cap):
     z_base, free = logits(policy, strength=0.0), logits(policy, strength=1.5)
@@ -277,10 +294,20 @@ def test_assisted_decoding_gives_the_same_text(policy, base, strength):
         ('{"name": "</think>', True),
         ("<tool_call>{", True),
         ("a list [1, 2", False),
+        ("[" * 100_000, True),  # deeper than the parser goes
     ],
 )
 def test_protected_regions_turn_the_adapter_off(text, off):
     assert OffInside(tokenizer=None).off(text) is off
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"fences": False}, "see ```x"), ({"json_answers": False}, '{"a": '), ({"tags": ["plan"]}, "<think>let me see")],
+)
+def test_regions_that_are_not_protected_keep_the_strength(options, text):
+    assert OffInside(tokenizer=None).off(text)
+    assert not OffInside(tokenizer=None, **options).off(text)
 
 
 def test_conditional_strength_leaves_the_base_alone_inside_a_fence(base):

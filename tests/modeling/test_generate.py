@@ -268,6 +268,13 @@ def test_embeddings_instead_of_ids_give_the_same_text(policy):
     assert output.tolist() == generated(policy)
 
 
+def test_a_decay_begins_after_embeddings_too(policy):
+    ids = torch.tensor(token_ids(5, 5))
+    options = {"max_new_tokens": 3, "do_sample": False, "strength": 0.8, "decay": 0.5, "output_strengths": True}
+    actual = policy.generate(inputs_embeds=policy.get_input_embeddings()(ids).detach(), **options)
+    assert torch.equal(actual.strengths, policy.generate(ids, **options).strengths)
+
+
 def test_prompt_lookup_decoding_equals_greedy(policy):
     prompt = [3, 5, 7] * 4
     assert generated(policy, [prompt], prompt_lookup_num_tokens=3) == generated(policy, [prompt])

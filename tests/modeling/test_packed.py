@@ -14,7 +14,7 @@ from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.data.packing import PackedSequences
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import varlen
-from qadapter.modeling.packed import enable_packing
+from qadapter.modeling.packed import enable_packing, packed_batch
 from qadapter.modeling.passes import laid_out
 from qadapter.objective import pair_losses
 
@@ -117,6 +117,10 @@ def test_what_sequences_begin_with_stands_once():
     sequences = [part.tolist() for part in ids[batch["gather_indices"]].split(batch["sequence_lengths"])]
     assert sequences == [[1, 5, 6, 7, 8, 9], [1, 11, 12], [1, 5, 6, 7, 10], [1, 11, 13, 14]]
     assert torch.equal(batch["gather_indices"][batch["restore_indices"]], torch.arange(11))
+    assert batch["boundaries"].tolist() == [0, 6, 9, 14, 18]
+    assert batch["boundaries"].dtype == torch.int32  # as the kernel on a GPU wants it, and the longest sequence
+    fields = {name: batch[name] for name in PackedSequences._fields}
+    assert packed_batch(tiny_base(), PackedSequences(**fields))["packed"].longest == 6
     assert ids[batch["state_indices"]].tolist() == [6, 7, 8, 11, 6, 7, 11, 13]
     assert batch["target_ids"].tolist() == [7, 8, 9, 12, 7, 10, 13, 14]
     assert batch["completion_mask"].sum(-1).tolist() == [3, 1, 2, 2]

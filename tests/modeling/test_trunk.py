@@ -184,6 +184,7 @@ def test_first_adapted_layer_adapts_all_linear_layers_from_there_on(architecture
     ("first", "targets", "message"),
     [
         (2, "all-linear", "first_adapted_layer = 2: .*has layers 0 to 1"),
+        (-1, "all-linear", "first_adapted_layer = -1: .*has layers 0 to 1"),
         (1, ".*q_proj", "target_modules = '.*q_proj': name the modules instead"),
     ],
 )

@@ -159,3 +159,6 @@ def test_a_base_that_keeps_another_memory_is_refused():
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ConfigError, match="linear_attention"):
         Decoder(model)
+    model.config.layer_types, model.config.num_kv_shared_layers = None, 1
+    with pytest.raises(ConfigError, match="with keys and values of their own"):
+        Decoder(model)

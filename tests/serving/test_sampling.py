@@ -88,12 +88,17 @@ def test_penalties_are_openais_formula():
 
 def test_logprobs_are_the_policys_before_temperature_and_penalties():
     logits = some_logits(2)
-    samplers = [Sampler(SamplingRules(0.3, 0.5, 1.0, 1.0, top_logprobs=3), 1), Sampler(SamplingRules(), 2)]
+    logits = logits[[0, 1, 0, 1]]
+    rules = [SamplingRules(0.3, 0.5, 1.0, 1.0, top_logprobs=3), *(SamplingRules(top_logprobs=n) for n in (None, 1, 0))]
+    samplers = [Sampler(own, seed) for seed, own in enumerate(rules)]
     for _ in range(3):
-        reported, silent = choose_tokens(logits, samplers)
+        reported, silent, brief, alone = choose_tokens(logits, samplers)
         logps = logits[0].log_softmax(-1)
         assert reported.logprob == pytest.approx(logps[reported.token].item())
         assert [token for token, _ in reported.top] == logps.topk(3).indices.tolist()
         assert [logprob for _, logprob in reported.top] == pytest.approx(logps.topk(3).values.tolist())
         assert silent.logprob is None
         assert silent.top == ()
+        assert brief.top == reported.top[:1]
+        assert alone.logprob == pytest.approx(logits[1].log_softmax(-1)[alone.token].item())
+        assert alone.top == ()
