@@ -238,8 +238,10 @@ def follow_plan(model: nn.Module, plan: StreamPlan) -> None:
             module.plan = plan
         elif isinstance(module, LoraLayer):
             kind = type(module.get_base_layer()).__name__
+            can = {path.rpartition(".")[2] for path, part in model.named_modules() if isinstance(part, StreamLinear)}
             raise ConfigError(
-                f"LoRA on {name} ({kind}) cannot run beside the base in one batch: leave it out of target_modules."
+                f"LoRA on {name} ({kind}) cannot run beside the base in one batch: leave it out of target_modules"
+                + (f", as in {' '.join(sorted(can))}." if can else ".")
             )
 
 
