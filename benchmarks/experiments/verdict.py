@@ -234,6 +234,7 @@ def default_lines(settings: Settings) -> Iterator[str]:
             + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it.\n"
         )
         yield from pooled_default_lines(settings)
+        yield "[Why γ = 1](method.md#the-discount): with γ below 1 what shows late in an answer is hardly learnt.\n"
         yield "<details><summary>The default beside the best other variant</summary>\n"
         yield from lines
         yield "\n</details>\n"
