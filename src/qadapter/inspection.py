@@ -78,8 +78,8 @@ def _asked(strength: Strength, decay: float, ids: Tensor, prompt_length: int) ->
     """The strength asked for at each answer token, on the CPU."""
     ends = range(prompt_length, ids.shape[1])
     if callable(strength):
-        seen = [evaluated(strength, StepState(ids[:, :end], prompt_length)) for end in ends]
-        strength = torch.cat(seen)  # type: ignore[arg-type]
+        seen = [torch.as_tensor(evaluated(strength, StepState(ids[:, :end], prompt_length))) for end in ends]
+        strength = torch.cat(seen)
     return torch.as_tensor(strength).cpu() * decay ** torch.arange(len(ends))
 
 

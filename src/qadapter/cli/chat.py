@@ -1,6 +1,7 @@
 """`qadapter chat`: a conversation in the terminal with a dial."""
 
 import contextlib
+import importlib
 from collections.abc import Callable
 
 from qadapter.cli import command_parser
@@ -29,7 +30,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     sampling = sampling_of(options)
     with contextlib.suppress(ImportError):  # not on every system
-        import readline  # noqa: F401  `input` then edits lines and remembers them
+        importlib.import_module("readline")  # `input` then edits lines and remembers them
     with quiet_libraries():
         model, tokenizer = load_policy(options)
         if not tokenizer.chat_template:

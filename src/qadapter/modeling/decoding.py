@@ -21,6 +21,7 @@ from qadapter.modeling.mixing import (
     evaluated,
     finite,
 )
+from qadapter.modeling.stacked import streams_in
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
@@ -151,7 +152,7 @@ class PolicyGenerationMixin(GenerationMixin):
 
     def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:
         """`cache` with the rows of every stream in the order of `beam_idx` (B,); beam search calls it."""
-        streams = len(cache.qadapter_streams)  # type: ignore[attr-defined]
+        streams = len(streams_in(cache) or ())
         offsets = torch.arange(streams, device=beam_idx.device).unsqueeze(1) * len(beam_idx)
         stacked = (offsets + beam_idx).flatten()
         shared = self.shared_layers if self.forks(streams) else 0

@@ -332,8 +332,8 @@ def warn_of_missing_targets(peft_config: LoraConfig, base: PreTrainedModel) -> N
     """Warn of names in target_modules that the base does not have: PEFT says so only where all of them are missing."""
     if not isinstance(targets := getattr(peft_config, "target_modules", None), list | set):
         return  # a regular expression, or a word for many layers
-    ends = {f".{name}" for name, _ in base.named_modules()}
-    missing = sorted(name for name in targets if not any(end.endswith(f".{name}") for end in ends))
+    paths = [f".{path}" for path, _ in base.named_modules()]
+    missing = sorted(name for name in targets if not any(path.endswith(f".{name}") for path in paths))
     if 0 < len(missing) < len(targets):
         warnings.warn(
             f"target_modules: no layer of {type(base).__name__} is called {', '.join(map(repr, missing))}; "

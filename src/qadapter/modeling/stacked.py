@@ -88,13 +88,18 @@ class StackedPasses:
         return streams > 1 and self.shared_layers > 0 and not flexible
 
 
+def streams_in(cache: Any) -> tuple[Stream, ...] | None:
+    """Whose keys and values the cache holds; None for one that no pass of a policy has had."""
+    return getattr(cache, "qadapter_streams", None)
+
+
 def mark_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
     """Note in the cache whose keys and values it gets.
 
     Raises:
         ConfigError: it holds those of other streams.
     """
-    filled = getattr(cache, "qadapter_streams", None)
+    filled = streams_in(cache)
     if filled == streams:
         return
     if filled is not None and cache.get_seq_length() > 0:

@@ -95,9 +95,9 @@ def stream_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(layer_class.__name__, (StreamLayer, layer_class), {"__module__": layer_class.__module__})
 
 
-def empty_stream_layer(layer_class: type[nn.Module]) -> nn.Module:
-    """A layer of the class with streams that has no state yet."""
-    made = stream_layer_class(layer_class)  # type: ignore[arg-type]
+def empty_stream_layer(layer_class: Any) -> nn.Module:
+    """A layer of the class with streams, made from the bare layer's class, that has no state yet."""
+    made = stream_layer_class(layer_class)
     return made.__new__(made)
 
 
