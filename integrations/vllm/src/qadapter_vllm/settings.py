@@ -170,10 +170,10 @@ def _stored_adapters(settings: Settings, model: str, revision: str | None) -> di
         folder = _folder(settings.adapter) if settings.adapter else _folder(model, revision)
         return read_folder(folder, settings.verify)
     result = {}
-    for name, folder in settings.adapters.items():
-        stored = read_folder(_folder(folder), settings.verify)
+    for name, source in settings.adapters.items():
+        stored = read_folder(_folder(source), settings.verify)
         if len(stored) != 1:
-            raise ConfigError(f"{folder} holds {len(stored)} adapters {sorted(stored)}: a composition takes one each.")
+            raise ConfigError(f"{source} holds {len(stored)} adapters {sorted(stored)}: a composition takes one each.")
         (result[name],) = stored.values()
     if not result:
         raise ConfigError("qadapter.adapters names no adapter.")
