@@ -9,6 +9,8 @@ from commands import QUICK, qadapter, succeeded
 
 from qadapter.cli import COMMANDS
 from qadapter.cli.train import TrainParser
+from qadapter.config import PRESETS, QAdapterConfig
+from qadapter.evaluation.workload import BUDGETS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -67,6 +69,33 @@ def test_the_folders_and_files_in_the_readme_exist():
     names = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert {name for name in names if not any(list(place.glob(name)) for place in places)} == set()
     assert names
+
+
+def test_the_budgets_in_the_documents_are_the_code_s():
+    rows = re.findall(
+        r"^\| `(quick|standard|full)`.*?\|(.*)\|$", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE
+    )
+    shown = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+    assert shown == {
+        name: ["all" if n is None else str(n) for n in amounts.values()] for name, amounts in BUDGETS.items()
+    }
+
+
+def test_the_presets_in_the_documents_are_the_code_s():
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| `(\w+)` \|(.*)\|$", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    assert {name for name, *_ in rows} == set(PRESETS)
+    for name, parametrisation, cells in rows:
+        *numbers, penalty, returns = (cell.strip() for cell in cells.split("|"))
+        alpha_tilde, alpha_0, gamma, beta = map(float, numbers)
+        assert QAdapterConfig.preset(name) == QAdapterConfig(
+            parametrisation,
+            alpha_tilde,
+            alpha_0,
+            gamma,
+            beta,
+            {"r²": "reward", "KL": "kl"}[penalty],
+            returns == "a token",
+        )
 
 
 def test_the_readme_counts_what_the_results_count():
