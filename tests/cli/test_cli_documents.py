@@ -117,3 +117,12 @@ def test_the_python_of_the_readme_runs(base, pairs, tmp_path, monkeypatch):
         example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(base))
         exec(re.sub(r"max_new_tokens=\d+", "max_new_tokens=3", example), names)
     assert (tmp_path / "my-adapter" / "qadapter_config.json").exists()
+
+
+def test_the_python_of_the_evaluation_runs(adapter, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "cache"))
+    Path("my-adapter").symlink_to(adapter)
+    Path("held_out.jsonl").write_bytes(pairs.read_bytes())
+    (example,) = code((ROOT / "docs" / "evaluation.md").read_text(), "python")
+    exec(example, {})
