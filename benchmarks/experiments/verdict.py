@@ -44,9 +44,9 @@ Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
 
 INTRODUCTION = """## Verdict
 
-Q-Adapter, its knob tuned and with the strength dial, against each rival with the same, on the seeds both have. The goals: a
-larger area than every rival, and in the lower half at least a third more gain than DPO at equal drift (lower half of
-Q-Adapter − 4/3 × lower half of DPO > 0).
+Q-Adapter, its knob tuned and with the strength dial, against each rival with the same, on the seeds both have. The
+goals: a larger area than every rival, and in the lower half at least a third more gain than DPO at equal drift (lower
+half of Q-Adapter − 4/3 × lower half of DPO > 0).
 
 | in the tables | means |
 |---|---|
@@ -54,8 +54,8 @@ Q-Adapter − 4/3 × lower half of DPO > 0).
 | one seed | the same, but it says nothing of the spread over seeds |
 | not shown | the estimate is on the right side, the interval is not |
 | not met | neither is |
-| variants | how many each side chose from, Q-Adapter's / the rival's; a star marks sides not trained alike (for as many epochs, say) |
-| by √drift | the same points, joined by lines straight in √drift; where the two readings disagree, too few strengths were measured to tell |
+| variants | how many each side chose from, Q-Adapter's / the rival's; a star: not trained alike (epochs, say) |
+| by √drift | lines straight in √drift join the points; where this disagrees, too few strengths were measured to tell |
 """
 
 
