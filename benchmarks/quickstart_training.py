@@ -1,6 +1,6 @@
 """The quickstart's training with packed rows and the shared trunk, and without either, in turn.
 
-    python benchmarks/quickstart_training.py        # a few minutes on two cores
+python benchmarks/quickstart_training.py        # a few minutes on two cores
 """
 
 import argparse
