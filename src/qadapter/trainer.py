@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +169,29 @@ class QAdapterTrainer(Trainer):
         With `num_items_in_batch`, the pairs of a whole step, it is what the Trainer, which divides by the number of
         micro-batches, adds up to the mean of that step.
         """
-        share = inputs.pop("share", 1.0)
+        share, places = inputs.pop("share", 1.0), inputs.pop("places", None)
         statistics = TokenStatistics(*model(**inputs))
         mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
-        self._metrics["train" if model.training else "eval"].add(quantities, mask)
+        counted = None if model.training else self._read_first(places or range(len(losses)))
+        self._metrics["train" if model.training else "eval"].add(quantities, mask, counted)
         if num_items_in_batch is None:
             loss = losses.mean() * share
         else:
             loss = losses.sum() * self.current_gradient_accumulation_steps / num_items_in_batch
         return (loss, statistics) if return_outputs else loss
+
+    def _read_first(self, places: Iterable[int]) -> list[bool]:
+        """Which pairs of an evaluation's batch, by their places in it, come for the first time.
+
+        Several processes need batches of one size, so accelerate fills up the last ones with pairs from the start.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return [True for _ in places]
+        before = self.args.process_index * self.args.eval_batch_size
+        return [before + place < state.remainder for place in places]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -228,10 +241,14 @@ class QAdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As the Trainer's, with our metrics under the same prefix; of a stream also the loss."""
+        """As the Trainer's, with our metrics under the same prefix.
+
+        They count each pair once; the Trainer's loss weighs the batches alike where the last one is smaller than the
+        others (of a stream), or filled up (with several processes).
+        """
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         averages = self._metrics["eval"].averages(self._summed)
-        if has_length(dataloader) or self.args.logging_nan_inf_filter:  # of a stream it takes each batch for a full one
+        if self.args.logging_nan_inf_filter:
             averages.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
         return output
