@@ -19,6 +19,7 @@ from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
+from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
 from qadapter.run_folder import nothing_left_of_refusals
@@ -26,6 +27,7 @@ from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
 from qadapter.training_log import TrainingLogCallback
 from qadapter.training_metrics import PairMetrics
+from qadapter.training_sharded import fit_sharding
 
 
 class QAdapterTrainer(Trainer):
@@ -88,9 +90,8 @@ class QAdapterTrainer(Trainer):
         with nothing_left_of_refusals(Path(str(args.output_dir))):
             super().__init__(model=model, args=args, **kwargs)
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                for name in ("cache_base_states", "micro_batch_tokens"):
-                    if value := getattr(args, name):
-                        raise ConfigError(f"{name} = {value!r}: not with FSDP or DeepSpeed. Leave it out.")
+                state = self.accelerator.state
+                fit_sharding(args, getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None))
         self.model_accepts_loss_kwargs = False
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
@@ -261,10 +262,12 @@ class QAdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        # Each process holds a part of a sharded model, so all of them run it.
+        probe = make_probe(model) if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
         if not self.args.should_save:
             return
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class)
+        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class, probe=probe)
         write_json(folder / "training_arguments.json", self.args.to_sanitized_dict())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -1,18 +1,22 @@
 """Two processes train as one does with the batch of both: on the CPU, where gloo connects them."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from two_processes import in_two_processes, train, trained
+from two_processes import in_two_processes, train, train_sharded, trained
 
+from qadapter.modeling.manifest import read_manifest
 from qadapter.training_log import LOG_NAME, read_log
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="this build of torch has no gloo, over which processes on a CPU meet",
 )
+FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
 WEIGHTS = Path("adapters/default/adapter_model.safetensors")
 
 
@@ -43,3 +47,30 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, options):
     in_two_processes(train, tmp_path, tmp_path / "two", 2, options)
     trained(tmp_path / "one", 4, **options)
     assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def fsdp2_settings():
+    return yaml.safe_load(FSDP2.read_text())["fsdp_config"]
+
+
+# transformers 5.23 has a new name for it, which 5.19 does not know.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_fsdp2_trains_saves_and_evaluates_as_one_process(tmp_path):
+    options = {"gradient_checkpointing": True}
+    in_two_processes(train_sharded, tmp_path, tmp_path / "two", 2, options, fsdp2_settings())
+    trained(tmp_path / "one", 4, **options)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    one, two = (read_manifest(tmp_path / name) for name in ("one", "two"))
+    assert two.base["fingerprint"] == one.base["fingerprint"]
+    assert two.probe["logps"].keys() == one.probe["logps"].keys()
+    for name, logps in one.probe["logps"].items():
+        assert two.probe["logps"][name] == pytest.approx(logps, abs=1e-4)
+
+
+def test_fsdp2_in_bfloat16_does_not_round_the_statistics(tmp_path):
+    """A new adapter says what the base says, at every token."""
+    options = {"new": True, "bf16": True, "max_steps": 1}
+    in_two_processes(train_sharded, tmp_path, tmp_path / "run", 2, options, fsdp2_settings())
+    entry = read_log(tmp_path / "run" / LOG_NAME)[0]
+    assert entry["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert entry["qadapter/kl"] == pytest.approx(0, abs=1e-6)
