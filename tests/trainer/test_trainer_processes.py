@@ -1,5 +1,6 @@
 """Two processes train as one does with the batch of both: on the CPU, where gloo connects them."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from two_processes import in_two_processes, train, train_sharded, trained
+from two_processes import in_two_processes, run_command, train, train_sharded, trained
 
+from benchmarks.experiments.tiny import write_tiny_base
 from qadapter.modeling.manifest import read_manifest
 from qadapter.training_log import LOG_NAME, read_log
 
@@ -74,3 +76,16 @@ def test_fsdp2_in_bfloat16_does_not_round_the_statistics(tmp_path):
     entry = read_log(tmp_path / "run" / LOG_NAME)[0]
     assert entry["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert entry["qadapter/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_one_process_speaks_for_both(tmp_path):
+    rows = [{"prompt": f"Question {n}?", "chosen": f"Yes, {n}.", "rejected": f"No, not {n}."} for n in range(8)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["--model", write_tiny_base(tmp_path / "base"), "--dataset", pairs, "--output-dir", tmp_path / "run"]
+    own += ["--eval-dataset", pairs, "--use-cpu", "--max-steps", 1]  # of which it warns
+    in_two_processes(run_command, tmp_path, tmp_path / "said", ["train", *map(str, own)])
+    said = (tmp_path / "said.0").read_text()
+    for words in ("warning: 8 of 8 held-out pairs", "held out: accuracy", "adapter written to"):
+        assert said.count(words) == 1
+    assert (tmp_path / "said.1").read_text() == ""
