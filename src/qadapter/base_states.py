@@ -130,7 +130,8 @@ def keep_base_states(
     check_size(model, pairs, len(missing) / max(1, len(starts)), folder)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / MANIFEST, stated)
+        if not (folder / MANIFEST).exists():  # several processes that find all there would write it at once
+            write_json(folder / MANIFEST, stated)
     _opened.cache_clear()  # of a folder that has been made anew
     shards: list[Shard | Path] = [*paths] or [{}] * len(starts)
     kept = len(pairs) - _pairs_in(missing, pairs)

@@ -125,7 +125,8 @@ class QAdapterTrainer(Trainer):
             with self.args.main_process_first(local=False, desc="the base's states"):
                 self.train_dataset = keep_base_states(
                     self.model, self.train_dataset, self._pair_collator, where, self.args.per_device_train_batch_size,
-                    precision=self.accelerator.autocast, show_progress=not self.args.disable_tqdm,
+                    precision=self.accelerator.autocast,
+                    show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
                 )  # fmt: skip
         return super().get_train_dataloader()
 
