@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class QAdapterTrainer(Trainer):
             )
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's; with `cache_base_states`, the base's states are computed first, by one process for all.
+        """As the Trainer's; with `cache_base_states`, the base's states are computed first, by each process a share.
 
         Raises:
             ConfigError: there is nothing to train, no batch to train on, or no folder that all processes see.
@@ -122,12 +123,14 @@ class QAdapterTrainer(Trainer):
         if where and not isinstance(self.train_dataset, PairsWithStates):
             if where == IN_MEMORY and self.args.world_size > 1:
                 raise ConfigError("cache_base_states = 'memory' with several processes: give a folder that all see.")
-            with self.args.main_process_first(local=False, desc="the base's states"):
-                self.train_dataset = keep_base_states(
-                    self.model, self.train_dataset, self._pair_collator, where, self.args.per_device_train_batch_size,
-                    precision=self.accelerator.autocast,
-                    show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
-                )  # fmt: skip
+            self.train_dataset = keep_base_states(
+                self.model, self.train_dataset, self._pair_collator, where, self.args.per_device_train_batch_size,
+                precision=self.accelerator.autocast,
+                show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+                share=(self.args.process_index, self.args.world_size),
+                in_turn=partial(self.args.main_process_first, local=False),
+            )  # fmt: skip
+            self.accelerator.wait_for_everyone()
         return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from two_processes import in_two_processes, run_command, train, train_sharded, trained
+from two_processes import in_two_processes, run_command, train, train_sharded, train_with_kept_states, trained
 
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter.modeling.manifest import read_manifest
@@ -48,6 +48,13 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, options):
     """Five held-out pairs fill no batch of four: none of them counts twice."""
     in_two_processes(train, tmp_path, tmp_path / "two", 2, options)
     trained(tmp_path / "one", 4, **options)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_share_the_work_of_keeping_the_bases_states(tmp_path):
+    options = {"cache_base_states": str(tmp_path / "states")}
+    in_two_processes(train_with_kept_states, tmp_path, tmp_path / "two", 2, options)
+    trained(tmp_path / "one", 4)
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 

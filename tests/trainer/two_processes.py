@@ -56,6 +56,17 @@ def train(folder, batch_size, options):
     trained(folder, batch_size, **options)
 
 
+def train_with_kept_states(folder, batch_size, options):
+    """As `train`; each process has written every other shard of the base's states."""
+    from qadapter import base_states
+
+    base_states.SHARD_PAIRS, write, written = 2, base_states._write, []
+    base_states._write = lambda path, shard: (written.append(path.name), write(path, shard))
+    train(folder, batch_size, options)
+    rank = int(os.environ["RANK"])
+    assert written == [f"pairs-{start:08d}.safetensors" for start in (2 * rank, 2 * rank + 4)]
+
+
 def train_sharded(folder, batch_size, options, settings):
     """As `train`, by FSDP2 with the settings of an accelerate file; accelerate shards on accelerators only."""
     import accelerate.state
