@@ -111,6 +111,14 @@ def folder_of_states(tmp_path, policy=None, pairs=None):
     return keep_base_states(policy, pairs, collator_of(policy, True), str(folder), batch_pairs=2), folder
 
 
+def test_a_folder_that_holds_all_is_only_read(tmp_path):
+    """Several processes that come to it at once would be in each other's way."""
+    _, folder = folder_of_states(tmp_path)
+    written = {path: path.stat().st_ino for path in folder.iterdir()}
+    folder_of_states(tmp_path)
+    assert {path: path.stat().st_ino for path in folder.iterdir()} == written
+
+
 @pytest.mark.parametrize("disabled", [True, False])
 def test_disable_tqdm_leaves_out_this_bar_too(tmp_path, disabled, capfd):
     pairs = token_pairs(3)

@@ -20,7 +20,7 @@ LAYERS = (
     ("objective", "plots", "plots_png", "builtin"),
     ("data", "modeling"),
     ("base_states",),
-    ("training_log", "training_arguments", "training_batches", "training_metrics"),
+    ("training_log", "training_arguments", "training_batches", "training_metrics", "training_sharded"),
     ("trainer", "run_settings", "run_folder", "generation", "inspection"),
     ("evaluation", "export"),
     ("training", "quickstart"),

@@ -102,8 +102,12 @@ def keep_base_states(
     batch_pairs: int,
     precision: Callable[[], AbstractContextManager] = nullcontext,
     show_progress: bool = True,
+    share: tuple[int, int] = (0, 1),
+    in_turn: Callable[[], AbstractContextManager] = nullcontext,
 ) -> PairsWithStates:
     """The pairs with the base's states, computed now unless the folder holds them.
+
+    Several processes compute a share each; they may read once all are done.
 
     Args:
         collator: makes the batches to compute on, without states; packed or padded.
@@ -111,6 +115,8 @@ def keep_base_states(
         batch_pairs: pairs a pass.
         precision: the context in which training runs the model.
         show_progress: whether to draw a bar.
+        share: which process this is, and of how many.
+        in_turn: a context that the first process leaves before the others enter it.
 
     Raises:
         ConfigError: the states do not fit, or the folder holds those of other pairs, of another base or of another
@@ -121,22 +127,26 @@ def keep_base_states(
     starts = range(0, len(pairs), SHARD_PAIRS)
     folder = None if where == IN_MEMORY else Path(where)
     paths: list[Path] = []
-    if folder is not None:
-        paths = [folder / f"pairs-{start:08d}.safetensors" for start in starts]
-        with precision():
-            stated = fingerprint(model, pairs)
-        check_folder(folder, stated)
-    missing = [i for i in range(len(starts)) if not (paths and paths[i].exists())]
-    check_size(model, pairs, len(missing) / max(1, len(starts)), folder)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / MANIFEST, stated)
+    with in_turn():
+        if folder is not None:
+            paths = [folder / f"pairs-{start:08d}.safetensors" for start in starts]
+            with precision():
+                stated = fingerprint(model, pairs)
+            check_folder(folder, stated)
+        missing = [i for i in range(len(starts)) if not (paths and paths[i].exists())]
+        check_size(model, pairs, len(missing) / max(1, len(starts)), folder)
+        if folder is not None and not (folder / MANIFEST).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / MANIFEST, stated)
     _opened.cache_clear()  # of a folder that has been made anew
     shards: list[Shard | Path] = [*paths] or [{}] * len(starts)
+    process, processes = share
+    own = [number for number in missing if number % processes == process]
     kept = len(pairs) - _pairs_in(missing, pairs)
-    done = tqdm(total=len(pairs), initial=kept, unit="pair", desc="base states", disable=not show_progress)
+    total = kept + _pairs_in(own, pairs)
+    done = tqdm(total=total, initial=kept, unit="pair", desc="base states", disable=not show_progress)
     with done, torch.no_grad():
-        for number in missing:
+        for number in own:
             rows = list(pairs.select(range(starts[number], min(starts[number] + SHARD_PAIRS, len(pairs)))))
             shard: dict[str, Tensor] = {}
             for first in range(0, len(rows), batch_pairs):

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
+from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
 from qadapter.run_folder import nothing_left_of_refusals
@@ -25,6 +28,7 @@ from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
 from qadapter.training_log import TrainingLogCallback
 from qadapter.training_metrics import PairMetrics
+from qadapter.training_sharded import fit_sharding
 
 
 class QAdapterTrainer(Trainer):
@@ -88,9 +92,8 @@ class QAdapterTrainer(Trainer):
         with nothing_left_of_refusals(Path(str(args.output_dir))):
             super().__init__(model=model, args=args, **kwargs)
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                for name in ("cache_base_states", "micro_batch_tokens"):
-                    if value := getattr(args, name):
-                        raise ConfigError(f"{name} = {value!r}: not with FSDP or DeepSpeed. Leave it out.")
+                state = self.accelerator.state
+                fit_sharding(args, getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None))
         self.model_accepts_loss_kwargs = False
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
@@ -111,7 +114,7 @@ class QAdapterTrainer(Trainer):
             )
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's; with `cache_base_states`, the base's states are computed first, by one process for all.
+        """As the Trainer's; with `cache_base_states`, the base's states are computed first, by each process a share.
 
         Raises:
             ConfigError: there is nothing to train, no batch to train on, or no folder that all processes see.
@@ -121,11 +124,14 @@ class QAdapterTrainer(Trainer):
         if where and not isinstance(self.train_dataset, PairsWithStates):
             if where == IN_MEMORY and self.args.world_size > 1:
                 raise ConfigError("cache_base_states = 'memory' with several processes: give a folder that all see.")
-            with self.args.main_process_first(local=False, desc="the base's states"):
-                self.train_dataset = keep_base_states(
-                    self.model, self.train_dataset, self._pair_collator, where, self.args.per_device_train_batch_size,
-                    precision=self.accelerator.autocast, show_progress=not self.args.disable_tqdm,
-                )  # fmt: skip
+            self.train_dataset = keep_base_states(
+                self.model, self.train_dataset, self._pair_collator, where, self.args.per_device_train_batch_size,
+                precision=self.accelerator.autocast,
+                show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+                share=(self.args.process_index, self.args.world_size),
+                in_turn=partial(self.args.main_process_first, local=False),
+            )  # fmt: skip
+            self.accelerator.wait_for_everyone()
         return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
@@ -169,17 +175,29 @@ class QAdapterTrainer(Trainer):
         With `num_items_in_batch`, the pairs of a whole step, it is what the Trainer, which divides by the number of
         micro-batches, adds up to the mean of that step.
         """
-        share = inputs.pop("share", 1.0)
+        share, places = inputs.pop("share", 1.0), inputs.pop("places", None)
         statistics = TokenStatistics(*model(**inputs))
         mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
         config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
         losses, quantities = pair_losses(statistics, mask, config)
-        self._metrics["train" if model.training else "eval"].add(quantities, mask)
+        counted = None if model.training else self._read_first(places or range(len(losses)))
+        self._metrics["train" if model.training else "eval"].add(quantities, mask, counted)
         if num_items_in_batch is None:
             loss = losses.mean() * share
         else:
             loss = losses.sum() * self.current_gradient_accumulation_steps / num_items_in_batch
         return (loss, statistics) if return_outputs else loss
+
+    def _read_first(self, places: Iterable[int]) -> list[bool]:
+        """Which pairs of an evaluation's batch, by their places in it, come for the first time.
+
+        Several processes need batches of one size, so accelerate fills up the last ones with pairs from the start.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return [True for _ in places]
+        before = self.args.process_index * self.args.eval_batch_size
+        return [before + place < state.remainder for place in places]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -229,10 +247,14 @@ class QAdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As the Trainer's, with our metrics under the same prefix; of a stream also the loss."""
+        """As the Trainer's, with our metrics under the same prefix.
+
+        They count each pair once; the Trainer's loss weighs the batches alike where the last one is smaller than the
+        others (of a stream), or filled up (with several processes).
+        """
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         averages = self._metrics["eval"].averages(self._summed)
-        if has_length(dataloader) or self.args.logging_nan_inf_filter:  # of a stream it takes each batch for a full one
+        if self.args.logging_nan_inf_filter:
             averages.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
         return output
@@ -245,10 +267,12 @@ class QAdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        # Each process holds a part of a sharded model, so all of them run it.
+        probe = make_probe(model) if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
         if not self.args.should_save:
             return
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class)
+        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class, probe=probe)
         write_json(folder / "training_arguments.json", self.args.to_sanitized_dict())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -12,13 +12,20 @@ class PairMetrics:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, quantities: dict[str, Tensor], mask: Tensor) -> None:
+    def add(self, quantities: dict[str, Tensor], mask: Tensor, counted: list[bool] | None = None) -> None:
         """Add a batch.
 
         Args:
             quantities: those of `objective.pair_losses`, of 2P sequences (chosen first) or a response token each.
             mask: True on response tokens.
+            counted: which of the P pairs count; None: all.
         """
+        if counted is not None and not all(counted):
+            both = len(mask)
+            quantities = {
+                name: values[counted * 2 if len(values) == both else counted] for name, values in quantities.items()
+            }
+            mask = mask[counted * 2]
         chosen, rejected = quantities["returns"].chunk(2)
         logps_chosen, logps_rejected = quantities["logps"].chunk(2)
         per_pair = {

@@ -2,12 +2,17 @@
 
 import errno
 import json
+import logging
 import shutil
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
 from commands import assert_refused, qadapter, succeeded
+
+from qadapter.cli import PATIENCE_SECONDS
+from qadapter.cli.policies import quiet_libraries
 
 GOOD = {"prompt": "Why?", "chosen": "Yes.", "rejected": "No."}
 CHAT = {
@@ -255,6 +260,27 @@ def test_chat_needs_a_chat_template(train, plain_base, folder):
     outcome = qadapter("chat", folder, stdin="Why?\n")
     assert_refused(outcome, f"plain-llama has no chat template.*use `qadapter generate {folder}`")
     assert outcome.out == ""
+
+
+@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [PATIENCE_SECONDS])])
+def test_of_several_processes_the_first_one_has_the_word(monkeypatch, rank, waits):
+    """The launcher ends the others while they wait; where they fail alone, they are heard after all."""
+    waited = []
+    monkeypatch.setattr("qadapter.cli.time.sleep", waited.append)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert_refused(qadapter("train"), "--model is missing")
+    assert waited == waits
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("rank", "lines"), [("0", 2), ("1", 0)])
+def test_of_several_processes_the_first_one_warns(monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with quiet_libraries():
+        logging.getLogger("qadapter").warning("mind the gap")
+        warnings.warn("mind the step", stacklevel=1)
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_debug_shows_the_traceback_before_the_line(train):

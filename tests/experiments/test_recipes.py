@@ -78,3 +78,12 @@ def test_accelerate_reads_its_files(file):
     assert config.num_processes == 4
     assert config.mixed_precision == "bf16"
     assert any(file.name in recipe.read_text() for recipe in RECIPES)
+
+
+def test_zero3_gathers_the_adapter_and_agrees_with_its_recipe():
+    """DeepSpeed compares these figures when training begins; without gathering no adapter can be saved."""
+    settings = yaml.safe_load((CONFIGS / "accelerate" / "zero3.yaml").read_text())["deepspeed_config"]
+    recipe = yaml.safe_load((CONFIGS / "llama-3.1-8b-dsp-zero3.yaml").read_text())
+    assert settings["zero3_save_16bit_model"]
+    assert settings["gradient_accumulation_steps"] == recipe["gradient_accumulation_steps"]
+    assert settings["gradient_clipping"] == recipe.get("max_grad_norm", 1.0)

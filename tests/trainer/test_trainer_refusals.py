@@ -1,6 +1,7 @@
 """What the trainer refuses: losses that are not finite, float16, and models, arguments or data of another kind."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from qadapter import QAdapterForCausalLM, QAdapterTrainer, QAdapterTrainingArguments
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.training_log import LOG_NAME, read_log
+from qadapter.training_sharded import fit_sharding
 
 # -- a loss that is not finite -------------------------------------------------------------------------------------
 
@@ -157,3 +159,25 @@ def test_a_policy_without_weights_to_train_is_refused_and_trains_with_the_way_ou
         weight.requires_grad_(True)
     tiny_trainer(loaded, tmp_path / "run").train()
     assert not all(torch.equal(weight, before[name]) for name, weight in loaded.adapter_parameters().items())
+
+
+# -- sharded over processes ----------------------------------------------------------------------------------------
+
+FSDP = {"activation_checkpointing": False, "state_dict_type": "FULL_STATE_DICT"}
+ZERO3 = {"zero_stage": 3, "zero3_save_16bit_model": True}
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "deepspeed", "match"),
+    [
+        ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing = true: .* gradient_checkpointing"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, {}, "fsdp_state_dict_type = SHARDED_.* Set FULL_STATE_DICT"),
+        ({}, {"zero3_save_16bit_model": False}, "zero3_save_16bit_model = false: .* Set it to true"),
+    ],
+)
+def test_sharding_with_which_the_adapter_would_be_lost_is_refused(tmp_path, fsdp, deepspeed, match):
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    fit_sharding(args, None, SimpleNamespace(**ZERO3))
+    plugins = SimpleNamespace(**FSDP | fsdp) if fsdp else None, SimpleNamespace(**ZERO3 | deepspeed)
+    with pytest.raises(ConfigError, match=match):
+        fit_sharding(args, *plugins)

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+import time
 import traceback
 from importlib import import_module
 from typing import NoReturn
@@ -29,6 +30,8 @@ COMMANDS = {
 }
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+# Processes of one run mostly fail alike. The first speaks for all: the launcher ends the others while they wait.
+PATIENCE_SECONDS = 10.0
 # What a full disk, a used-up quota and a limit on file sizes say; safetensors writes in Rust and raises its own type.
 DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -67,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has shown its help
         return int(stop.code or 0)
     except KeyboardInterrupt as interrupt:
-        _complain(str(interrupt) or "interrupted.")
+        if first_process():
+            _complain(str(interrupt) or "interrupted.")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if not first_process():
+            time.sleep(PATIENCE_SECONDS)
         _complain(one_line(error))
         return getattr(error, "exit_code", 1)
 
@@ -108,6 +114,11 @@ def overview() -> str:
             "`qadapter COMMAND --help` explains a command; --debug shows the traceback of an error.",
         ]
     )
+
+
+def first_process() -> bool:
+    """Whether this is the only process of a command, or the first one on its machine of those that torchrun started."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:

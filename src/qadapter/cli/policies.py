@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from qadapter.cli import first_process
 from qadapter.config import QAdapterConfig
 from qadapter.devices import default_device, pick_dtype
 from qadapter.errors import ConfigError
@@ -23,10 +24,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within the context, libraries report errors only, and our own warnings are lines on standard error."""
+    """Within the context, libraries report errors only, and our own warnings are lines on standard error.
+
+    Of several processes the first one warns.
+    """
     hub, own, handler = logging.getLogger("huggingface_hub"), logging.getLogger("qadapter"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    handler.setLevel(logging.WARNING)
+    handler.setLevel(logging.WARNING if first_process() else logging.ERROR)
     verbosity, level = transformers_logging.get_verbosity(), hub.level
     drew = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -48,7 +52,8 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if first_process():
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -79,8 +79,10 @@ def run(arguments: list[str]) -> int:
         described = parse(arguments)
         trainer = train(described)
         folder = described.training.output_dir
-        if trainer.eval_dataset is not None:
-            metrics = evaluated(trainer)
+        metrics = None if trainer.eval_dataset is None else evaluated(trainer)
+        if not trainer.is_world_process_zero():
+            return 0
+        if metrics is not None:
             print(
                 f"held out: accuracy {metrics['eval_rewards/accuracies']:.3f}, "
                 f"KL from the base {metrics['eval_qadapter/kl']:.4f} per token"

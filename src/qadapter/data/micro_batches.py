@@ -12,8 +12,8 @@ from qadapter.errors import ConfigError
 class MicroBatchCollator:
     """Splits a batch into {"micro_batches": parts of at most `tokens` tokens}, pairs of similar length together.
 
-    Each part is what `collator` makes of its pairs, and has their `share` of the batch; the shares' sum is 1. A pair
-    that is larger alone is a part of its own.
+    Each part is what `collator` makes of its pairs, and has their `share` of the batch, of which the sum is 1, and
+    their `places` in it. A pair that is larger alone is a part of its own.
 
     Args:
         packed: whether `collator` packs (see `tokens_of`).
@@ -28,10 +28,10 @@ class MicroBatchCollator:
             raise ConfigError(f"micro_batch_tokens = {self.tokens}: must be at least 1.")
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        parts = self.parts(pairs)
         return {
             "micro_batches": [
-                self.collator([pairs[index] for index in part]) | {"share": len(part) / len(pairs)} for part in parts
+                self.collator([pairs[index] for index in part]) | {"share": len(part) / len(pairs), "places": part}
+                for part in self.parts(pairs)
             ]
         }
 

@@ -181,14 +181,17 @@ def load_tokenizer(source: BaseSource | str | os.PathLike[str]) -> Any:
         transformers_logging.set_verbosity(verbosity)
 
 
-def weight_fingerprint(model: torch.nn.Module) -> str:
+def weight_fingerprint(model: torch.nn.Module, gathered: Mapping[str, torch.Tensor] | None = None) -> str:
     """SHA-256 over names, shapes and sampled values of the frozen weights; adapters are left out.
 
-    Values are rounded to bfloat16, so that the same checkpoint in float32 and in bfloat16 has one fingerprint.
+    Values are rounded to bfloat16, so that the same checkpoint in float32 and in bfloat16 has one fingerprint. Of a
+    model that is sharded over processes, the values are those of its `gathered` state_dict.
     """
     return combined_fingerprint(
         {
-            name.replace(".base_layer.", ".").removeprefix("base."): weight_sample(parameter)
+            name.replace(".base_layer.", ".").removeprefix("base."): weight_sample(
+                gathered[name] if gathered else parameter
+            )
             for name, parameter in model.named_parameters()
             if "lora_" not in name
         }

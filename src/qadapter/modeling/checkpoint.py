@@ -41,12 +41,14 @@ def save(
     folder: str | os.PathLike[str],
     state_dict: dict[str, Tensor] | None = None,
     tokenizer: Any = None,
+    probe: dict[str, Any] | None = None,
 ) -> None:
     """Write the adapter folder; on any failure the folder holds no adapter rather than a wrong one.
 
     Args:
-        state_dict: the adapter's weights instead of the model's own.
+        state_dict: the adapter's weights instead of the model's own; gathered, where the model is sharded over processes.
         tokenizer: written, too, and its fingerprint recorded.
+        probe: what `make_probe` gives; needed of a sharded model, which all processes have to run.
 
     Raises:
         ConfigError: the folder is a file, or the adapter is folded into the base.
@@ -67,7 +69,7 @@ def save(
         }
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        write_json(scratch / MANIFEST_NAME, _manifest(model, digests).to_dict())
+        write_json(scratch / MANIFEST_NAME, _manifest(model, digests, state_dict, probe).to_dict())
         _publish(scratch, folder)
 
 
@@ -93,17 +95,17 @@ def write_adapter(
     """Write one plain PEFT adapter; the SHA-256 of its weights file."""
     folder.mkdir(parents=True, exist_ok=True)
     source = None
-    if state_dict is not None:  # gathered by a distributed trainer; names start at our own root
-        source = {f"base_model.model.{key.removeprefix('base.')}": value for key, value in state_dict.items()}
+    if state_dict is not None:
+        gathered = _of_base(state_dict)
+        if lacking := sorted(set(model.adapter_parameters(adapter)) - set(gathered)):
+            raise ConfigError(
+                f"the state_dict lacks {len(lacking)} tensors of the adapter {adapter!r}, first {lacking[0]!r}: gather "
+                "all weights before saving (with ZeRO-3: stage3_gather_16bit_weights_on_model_save = true)."
+            )
+        source = {f"base_model.model.{name}": weight for name, weight in gathered.items()}
     tensors = get_peft_model_state_dict(
         model.peft_model, state_dict=source, adapter_name=adapter, save_embedding_layers=False
     )
-    own = get_peft_model_state_dict(model.peft_model, adapter_name=adapter, save_embedding_layers=False)
-    if lacking := sorted(set(own) - set(tensors)):
-        raise ConfigError(
-            f"the state_dict lacks {len(lacking)} tensors of the adapter {adapter!r}, first {lacking[0]!r}: gather all "
-            "weights before saving (with ZeRO-3: stage3_gather_16bit_weights_on_model_save = true)."
-        )
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     write_adapter_config(folder / CONFIG_NAME, model.peft_model.peft_config[adapter], tensors, model.base_source)
@@ -111,7 +113,17 @@ def write_adapter(
     return file_digest(folder / WEIGHTS_NAME)
 
 
-def _manifest(model: QAdapterForCausalLM, digests: dict[str, str]) -> Manifest:
+def _of_base(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict of ours with the names that the base has for its weights."""
+    return {name.removeprefix("base."): weight for name, weight in state_dict.items()}
+
+
+def _manifest(
+    model: QAdapterForCausalLM,
+    digests: dict[str, str],
+    state_dict: dict[str, Tensor] | None,
+    probe: dict[str, Any] | None,
+) -> Manifest:
     return Manifest(
         configs={name: config.to_dict() for name, config in model.configs.items()},
         weights=dict.fromkeys(model.adapters, 0.0) | model.adapter_weights,
@@ -119,11 +131,11 @@ def _manifest(model: QAdapterForCausalLM, digests: dict[str, str]) -> Manifest:
         base={
             "name": model.base_source.name,
             "revision": model.base_source.revision,
-            "fingerprint": weight_fingerprint(model.base),
+            "fingerprint": weight_fingerprint(model.base, _of_base(state_dict or {})),
             "architecture": type(model.base).__name__,
         },
         tokenizer=model.tokenizer_fingerprint,
-        probe=make_probe(model),
+        probe=probe or make_probe(model),
     )
 
 

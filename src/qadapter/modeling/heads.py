@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qadapter.errors import ConfigError
@@ -103,7 +104,7 @@ class Head:
         kl_gradient: bool = False,
     ) -> TokenStatistics:
         """Per-token statistics (N,) of the trained policy, from hidden states (N, H) of both streams."""
-        weight = self.linear.weight
+        weight = whole(self.linear.weight)
         if self.shared:
             mixed = mix_streams([adapter_hidden, base_hidden], coefficients)
             return single_head_statistics(
@@ -123,3 +124,8 @@ class Head:
             targets,
             chunk_size or default_chunk_size(weight.shape[0], weight.device),
         )
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The weight itself, gathered where FSDP2 has sharded it: it does so by itself only for a layer that is called."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

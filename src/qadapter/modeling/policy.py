@@ -314,7 +314,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         """
         from qadapter.modeling.checkpoint import save
 
-        save(self, save_directory, state_dict=kwargs.get("state_dict"), tokenizer=kwargs.get("tokenizer"))
+        save(self, save_directory, **{name: kwargs.get(name) for name in ("state_dict", "tokenizer", "probe")})
         if kwargs.get("push_to_hub"):
             options = {name: kwargs.get(name) for name in ("token", "tokenizer")}
             self.push_to_hub(kwargs.get("repo_id") or str(save_directory), **options)
