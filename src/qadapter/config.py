@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # Settings that came after the first adapter folders, with the value that those were trained with.
-ADDED_LATER: dict[str, Any] = {"penalty": "reward"}
+ADDED_LATER: dict[str, Any] = {"penalty": "reward", "discount_floor": 0.0}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class QAdapterConfig:
         alpha_0: α₀ ≥ 0, weight of the base policy. Equal to alpha_tilde in the residual form, the untrained policy
             is the base and the trained one needs a single stream.
         gamma: discount γ, 0 < γ ≤ 1: below 1 an answer's first tokens, which settle the rest, count most.
+        discount_floor: what a token weighs at least in its answer's return, 0 ≤ f ≤ 1, so that what shows late counts.
         beta: weight β ≥ 0 of the penalty, which limits the drift from the base.
         penalty: what β weighs: "reward" (mean of r², the paper's) or "kl" (mean KL from the base a response token).
         length_normalised: divide a response's sum of rewards by its own length.
@@ -52,6 +53,7 @@ class QAdapterConfig:
     alpha_tilde: float = 0.1
     alpha_0: float = 0.1
     gamma: float = 1.0
+    discount_floor: float = 0.0
     beta: float = 10.0
     penalty: str = "reward"
     length_normalised: bool = False
@@ -70,6 +72,7 @@ class QAdapterConfig:
             (self.alpha_tilde > 0, "alpha_tilde", "must be above 0"),
             (self.alpha_0 >= 0, "alpha_0", "must be 0 or above"),
             (0 < self.gamma <= 1, "gamma", "must lie in (0, 1]"),
+            (0 <= self.discount_floor <= 1, "discount_floor", "must lie in [0, 1]"),
             (self.beta >= 0, "beta", "must be 0 or above"),
             (self.penalty in ("reward", "kl"), "penalty", 'must be "reward" or "kl"'),
             (0 <= self.label_smoothing < 0.5, "label_smoothing", "must lie in [0, 0.5)"),
