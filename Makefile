@@ -43,9 +43,10 @@ benchmark-smoke: $(VENV)/installed-dev
 	  --output build/benchmark-smoke/results.md
 	@echo "The page: build/benchmark-smoke/results.md (its figures mean nothing)"
 
-# Fails where training has become slower or larger than allowed, relative to TRL's in the same run.
+# Fails where training has become slower or larger than allowed, relative to TRL's in the same run. On one thread: with two of
+# them, whatever else takes a core for a while halts both at each barrier, and our many small products more than TRL's few.
 benchmark-check: $(VENV)/installed-dev
-	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning benchmarks/train.py --check --rounds 5
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore::FutureWarning benchmarks/train.py --check --rounds 5
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/checkpoint_memory.py --check --layers 4
 
 # The vLLM plugin has an environment of its own (3.5 GB): vLLM wants other versions than the package's tests.

@@ -102,8 +102,15 @@ def our_step(
     return stepper(loss_of, model)
 
 
-def trl_step(base: PreTrainedModel, options: argparse.Namespace, layers: Any, compiled: bool = False) -> Any:
-    """TRL's DPOTrainer: its collator, its loss; `compiled` gives it what `compile_layers` gives ours."""
+def trl_step(
+    base: PreTrainedModel, options: argparse.Namespace, layers: Any, compiled: bool = False, kept: bool = False
+) -> Any:
+    """TRL's DPOTrainer: its collator, its loss.
+
+    Args:
+        compiled: gives it what `compile_layers` gives ours.
+        kept: with the reference's log-probabilities from before the training (`precompute_ref_log_probs`).
+    """
     words = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
@@ -114,6 +121,7 @@ def trl_step(base: PreTrainedModel, options: argparse.Namespace, layers: Any, co
                 bf16=False,
                 gradient_checkpointing=bool(options.checkpoint_every),
                 max_length=None,
+                precompute_ref_log_probs=kept,
                 report_to="none",
                 disable_tqdm=True,
             ),
@@ -126,9 +134,13 @@ def trl_step(base: PreTrainedModel, options: argparse.Namespace, layers: Any, co
         for layer in model.get_base_model().get_decoder().layers:
             layer.compile(dynamic=True)
 
+    # Any numbers will do: a step takes as long with them as with the right ones.
+    reference = {"ref_chosen_logps": -100.0, "ref_rejected_logps": -100.0} if kept else {}
+
     def loss_of(pairs: Pairs) -> torch.Tensor:
+        batch = trainer.data_collator([{**pair, **reference} for pair in pairs])
         with autocast(options):
-            return trainer.compute_loss(model, on(options.device, trainer.data_collator(list(pairs))))
+            return trainer.compute_loss(model, on(options.device, batch))
 
     return stepper(loss_of, model)
 
@@ -173,6 +185,7 @@ def contenders(base: PreTrainedModel, options: argparse.Namespace, pairs: Pairs)
     depth = base.config.num_hidden_layers
     upper = list(range(depth // 2, depth))
     whole, half = "TRL DPO", "TRL DPO, upper half"
+    whole_kept, half_kept = f"{whole}, reference kept", f"{half}, reference kept"
     made: dict[str, tuple[str, Callable[[], Any]]] = {
         "authors": (whole, lambda: authors_step(base, options, None)),
         whole: (whole, lambda: trl_step(base, options, None)),
@@ -186,9 +199,11 @@ def contenders(base: PreTrainedModel, options: argparse.Namespace, pairs: Pairs)
         "ours, compiled": (whole, lambda: our_step(base, options, None, True, True, compiled=True)),
         "TRL DPO, upper half, compiled": (half, lambda: trl_step(base, options, upper, compiled=True)),
         "ours, upper half, compiled": (half, lambda: our_step(base, options, upper, True, True, compiled=True)),
-        "ours, base kept": (whole, lambda: our_step(base, options, None, packing=True, trunk=True, kept=pairs)),
+        whole_kept: (whole_kept, lambda: trl_step(base, options, None, kept=True)),
+        "ours, base kept": (whole_kept, lambda: our_step(base, options, None, packing=True, trunk=True, kept=pairs)),
+        half_kept: (half_kept, lambda: trl_step(base, options, upper, kept=True)),
         "ours, upper half, base kept": (
-            half,
+            half_kept,
             lambda: our_step(base, options, upper, packing=True, trunk=True, kept=pairs),
         ),
     }

@@ -146,6 +146,21 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(capsys):
     assert heard == [["Why?"], ["Why?", "Because ", "And?"]]
 
 
+def test_an_answer_that_fails_is_said_and_the_chat_goes_on(capsys):
+    heard = []
+
+    def answer(messages, strength):
+        heard.append([message["content"] for message in messages])
+        yield "Because"
+        if messages[-1]["content"] == "Why?":
+            raise RuntimeError("out of\nmemory")
+
+    lines = iter(["Hi", "Why?", "And?", "/exit"])
+    assert converse(answer, 1.0, None, read=lambda _: next(lines)) == 0
+    assert heard == [["Hi"], ["Hi", "Because", "Why?"], ["Hi", "Because", "And?"]]
+    assert "error: out of memory\nThe message was taken back" in capsys.readouterr().out
+
+
 def test_ctrl_c_at_the_prompt_of_a_chat_exits_with_130(adapter, monkeypatch):
     def press(*_):
         raise KeyboardInterrupt

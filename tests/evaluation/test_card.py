@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from qadapter.errors import DataError
-from qadapter.evaluation.card import BEGIN, END, check_card, update_card, with_certificate
+from qadapter.evaluation.card import BEGIN, END, certificate, check_card, judge_title, update_card, with_certificate
 
 
 def interval(value):
@@ -39,6 +39,7 @@ def test_a_new_card_has_metadata_and_a_certificate(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert metadata(tmp_path) == {
         "base_model": "org/tiny",
+        "base_model_relation": "adapter",
         "library_name": "qadapter",
         "pipeline_tag": "text-generation",
         "tags": ["qadapter", "lora", "preference-tuning"],
@@ -47,6 +48,27 @@ def test_a_new_card_has_metadata_and_a_certificate(tmp_path):
     assert "# concise" in text
     assert "**Passes: all 1 limits are kept.**" in text
     assert "| KL at most 0.05 nats a token | 0.0200 [0.0200, 0.0200], n = 9 | passes |" in text
+
+
+@pytest.mark.parametrize(
+    ("spec", "title"),
+    [
+        ("rule:regex=a/b#c", "rule:regex=a/b#c"),
+        ("reward:org/model", "reward:org/model"),
+        ("pair:/home/ann/ranker/", "pair:ranker"),
+        ("reward:../models/rm", "reward:rm"),
+        ("endpoint:http://10.0.0.3:8000/v1#my-model", "endpoint:my-model"),
+    ],
+)
+def test_a_judges_folder_or_address_is_not_published(spec, title):
+    assert judge_title(spec) == title
+    judged = audit()
+    counts = {"wins": 1, "ties": 0, "losses": 0, "missing": 0}
+    judged["results"]["judged"] = [{"judge": spec, "column": "policy", "rate": interval(1.0), **counts}]
+    judged["findings"][0]["what"] = f"answers, judge {spec}"
+    text = certificate(judged)
+    assert f"answers, judge {title}:" in text
+    assert f"Win rate against the base, {title} |" in text
 
 
 def test_a_second_audit_replaces_the_first_and_nothing_else(tmp_path):

@@ -37,7 +37,8 @@ def wait_until(condition, seconds=30):
         threading.Event().wait(0.05)
 
 
-ENTER, TAB, ESCAPE, HOME, LEFT, RIGHT, CONTROL = "\ue007", "\ue004", "\ue00c", "\ue011", "\ue012", "\ue014", "\ue009"
+ENTER, TAB, ESCAPE, CONTROL = "\ue007", "\ue004", "\ue00c", "\ue009"
+END, HOME, LEFT, RIGHT = "\ue010", "\ue011", "\ue012", "\ue014"
 
 
 def browser_actions(browser):
@@ -158,6 +159,17 @@ def test_everything_is_done_without_a_mouse(address, browser):
     assert len(page.tip()) == 5
     press(ESCAPE)
     assert not page.find("tip").is_displayed()
+    tokens = browser.find_elements("class name", "token")
+    press(RIGHT * 2)
+    assert browser.switch_to.active_element == tokens[2]
+    assert page.find("tip").is_displayed()
+    press(LEFT)
+    assert browser.switch_to.active_element == tokens[1]
+    press(HOME + LEFT)
+    assert browser.switch_to.active_element == tokens[0]
+    press(END)
+    assert browser.switch_to.active_element == tokens[-1]
+    assert tab() not in tokens  # however long the answer
 
 
 @pytest.mark.parametrize("size", [(1280, 720), (1366, 768)])
@@ -249,10 +261,13 @@ def test_the_part_of_an_answer_that_is_there_stays_when_the_shading_changes(addr
     write(page, "measure", "ratio")
     assert page.find("policy-answer").text == "Because the"
     page.send("hello")
+    assert page.find("legend").text.split() == ["≤", "−2", "≥", "2", "nats"]
     write(page, "measure", "kl")
+    assert page.find("legend").text.split() == ["0", "≥", "1", "nat"]
     token = browser.find_element("class name", "token")
     assert token.value_of_css_property("background-color") != "rgba(0, 0, 0, 0)"
     write(page, "measure", "none")
+    assert not page.find("legend").is_displayed()
     assert token.value_of_css_property("background-color") == "rgba(0, 0, 0, 0)"
 
 

@@ -2,10 +2,11 @@
 
 import json
 
+import openai
 import pytest
 import torch
 from models import tiny_tokenizer
-from served import chat, dial, greedy_text, prompt_ids_of
+from served import RunningServer, chat, dial, greedy_text, prompt_ids_of
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 FIRST, SECOND = {"first": 1.0}, {"second": 1.0}
@@ -69,6 +70,36 @@ def test_a_conversation_is_rendered_by_the_chat_template(client):
         answer.choices[0].message.content
     )
     assert answer.usage.prompt_tokens == len(text)
+
+
+THINKING = (
+    "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}no thoughts {% endif %}{{ style | default('') }}"
+)
+
+
+def test_variables_of_the_chat_template_come_with_the_request():
+    """As `{"enable_thinking": false}` for Qwen 3."""
+    server = RunningServer(tokenizer=tiny_tokenizer(THINKING))
+    messages = [{"role": "user", "content": "hi"}]
+    try:
+        with server.client() as client:
+
+            def prompt_tokens(**variables):
+                body = {"chat_template_kwargs": variables} if variables else {}
+                answer = client.chat.completions.create(model="formal", messages=messages, extra_body=body, **GREEDY)
+                return answer.usage.prompt_tokens
+
+            assert prompt_tokens() == prompt_tokens(enable_thinking=True) == len("hi ")
+            assert prompt_tokens(enable_thinking=False, style="x") == len("hi no thoughts x")
+            for name in ("chat_template", "tokenize", "messages", "self", "pad_token", "other", "a.b", "enable_think"):
+                with pytest.raises(openai.BadRequestError, match=f"reads no variable '{name}'"):
+                    prompt_tokens(**{name: "x"})
+            for value in (["x"], {"a": 1}, "x" * 1001):
+                with pytest.raises(openai.BadRequestError, match="chat_template_kwargs.style"):
+                    prompt_tokens(style=value)
+    finally:
+        server.stop()
 
 
 def test_prompts_may_be_texts_or_ids_one_or_several(client):

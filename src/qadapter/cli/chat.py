@@ -14,7 +14,7 @@ from qadapter.cli.policies import (
 )
 from qadapter.data.messages import as_text
 from qadapter.data.rows import RowError
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, QAdapterError
 from qadapter.generation import Message, stream_text
 from qadapter.modeling.mixing import checked_number
 
@@ -69,7 +69,14 @@ def converse(answer: Callable, strength: float, system: str | None, read: Callab
             print(HELP)
         elif line:
             messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": _print_stream(answer(messages, strength))})
+            try:
+                answered = _print_stream(answer(messages, strength))
+            except (QAdapterError, RuntimeError, IndexError) as error:
+                # A model without room for more: what was said stays, for the user to copy or to begin anew.
+                messages.pop()
+                print(f"\nerror: {' '.join(str(error).split())}\nThe message was taken back; /reset starts anew.")
+            else:
+                messages.append({"role": "assistant", "content": answered})
 
 
 def _strength(line: str, current: float) -> float:

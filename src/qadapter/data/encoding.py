@@ -5,7 +5,7 @@ Chats are rendered by the tokenizer's template straight to ids; rendering to tex
 would add a second beginning-of-sequence token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qadapter.data.rows import Message, Pair, RowError
@@ -88,13 +88,22 @@ class PlainEncoder:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
-def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-    """The token ids of a conversation; raises RowError where the template refuses it."""
+def render(
+    tokenizer: Any,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The token ids of a conversation; `variables` are what the template reads besides, such as `enable_thinking`.
+
+    Raises:
+        RowError: the template refuses the conversation.
+    """
     from jinja2 import TemplateError
 
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **(variables or {})
         )
     except TemplateError as error:
         raise RowError("refused by template", f"the chat template refuses the conversation: {error}") from None

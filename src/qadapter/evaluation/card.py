@@ -57,6 +57,16 @@ def base_title(audit: Mapping[str, Any]) -> str:
     return name if HUB_ID.fullmatch(name) else Path(name).name
 
 
+def judge_title(spec: str) -> str:
+    """A judge without its folder or address, which are nobody's business either: its model's name alone."""
+    kind, _, rest = spec.partition(":")
+    if kind == "endpoint":
+        rest = rest.rpartition("#")[2]
+    elif kind in ("reward", "pair") and not HUB_ID.fullmatch(rest):
+        rest = Path(rest).name
+    return f"{kind}:{rest}"
+
+
 def check_card(folder: Path) -> None:
     """Raise DataError if the folder has a card that could not be updated: before an hour of measuring."""
     path = folder / CARD_NAME
@@ -89,7 +99,8 @@ def with_metadata(card: str, audit: Mapping[str, Any], path: Path, library: str 
     tags = [tags] if isinstance(tags, str) else list(tags)
     missing = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(audit["base"]["name"]):
-        missing = {"base_model": audit["base"]["name"], **missing}
+        # The hub would take a library that it does not know for one of whole models.
+        missing = {"base_model": audit["base"]["name"], "base_model_relation": "adapter", **missing}
     added = {name: value for name, value in missing.items() if name not in metadata}
     new_tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
     if match and not added and new_tags == tags:
@@ -153,7 +164,10 @@ def certificate(audit: Mapping[str, Any]) -> str:
     lines += [*markdown_table(("", BASE, column), headline(audit["results"], [column])), ""]
     if audit["findings"]:
         lines += ["What got worse:", "", *(f"- {line}" for line in finding_lines(audit["findings"])), ""]
-    return "\n".join(lines).rstrip()
+    text = "\n".join(lines).rstrip()
+    for spec in {judged["judge"] for judged in audit["results"].get("judged", ())}:
+        text = text.replace(spec, judge_title(spec))
+    return text
 
 
 def verdict_line(audit: Mapping[str, Any]) -> str:

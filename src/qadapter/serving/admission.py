@@ -60,7 +60,7 @@ class Admission:
 
     def _prompts(self, request: GenerationRequest) -> tuple[list[list[int]], str]:
         if isinstance(request, ChatRequest):
-            return [self._encoder.chat(request.messages)], "messages"
+            return [self._encoder.chat(request.messages, request.chat_template_kwargs)], "messages"
         assert isinstance(request, CompletionRequest)
         count, most = len(request.prompt), self._settings.max_queue
         if count > most:  # before they are encoded, for which others would have to wait

@@ -8,6 +8,7 @@ from qadapter.serving.api_errors import bad_request
 
 MAX_REQUEST_DIAL = 100.0  # in half precision the mixed logits lose all precision beyond it
 MAX_STOPS = 4
+MAX_TEMPLATE_VARIABLES = 16
 # OpenAI's fields that do not change the answer here.
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prediction", "prompt_cache_key",
@@ -34,6 +35,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 EMPTY_FIELDS: tuple[tuple[str, Any], ...] = (("tool_calls", []), ("annotations", []))
 
 Name = Annotated[str, Field(max_length=200)]
+TemplateVariable = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=1000)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_REQUEST_DIAL, le=MAX_REQUEST_DIAL)]
 
@@ -141,6 +143,8 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    # Not OpenAI's: what a chat template reads besides the messages, as on vLLM ({"enable_thinking": false}, say).
+    chat_template_kwargs: Annotated[dict[Name, TemplateVariable], Field(max_length=MAX_TEMPLATE_VARIABLES)] = {}
 
     @property
     def answer_tokens(self) -> int | None:

@@ -125,7 +125,7 @@ function paint() {
   for (const group of groups()) {
     const span = document.createElement("span");
     span.className = "token";
-    span.tabIndex = 0;
+    span.tabIndex = target.childElementCount ? -1 : 0; // one stop of the Tab key for all of them, see `focusToken`
     span.textContent = tokens[group.at(-1)].text || "\ufffd";
     span.setAttribute("aria-describedby", "tip");
     target.append(span);
@@ -139,6 +139,7 @@ function paint() {
 
 function shadeAll() {
   const measure = element("measure").value;
+  legend(measure);
   const spans = document.querySelectorAll(".token");
   for (const [place, group] of (spans.length ? groups() : []).entries()) {
     const most = group.reduce((a, b) => (Math.abs(moved(tokens[b], measure)) > Math.abs(moved(tokens[a], measure)) ? b : a));
@@ -152,11 +153,37 @@ function moved(view, measure) {
 }
 
 function shade(view, measure) {
-  if (measure === "none") return "transparent";
-  const value = moved(view, measure);
-  const share = Math.min(1, Math.abs(value) / MOVED_MOST[measure]);
-  const colour = value >= 0 ? "230, 120, 20" : "30, 110, 200";
-  return `rgba(${colour}, ${(0.75 * share).toFixed(3)})`;
+  return measure === "none" ? "transparent" : shadeOf(moved(view, measure) / MOVED_MOST[measure]);
+}
+
+// From -1, much less likely than under the base, to 1.
+function shadeOf(share) {
+  const colour = share >= 0 ? "230, 120, 20" : "30, 110, 200";
+  return `rgba(${colour}, ${(0.75 * Math.min(1, Math.abs(share))).toFixed(3)})`;
+}
+
+function legend(measure) {
+  element("legend").hidden = measure === "none";
+  if (measure === "none") return;
+  const most = MOVED_MOST[measure], least = measure === "ratio" ? -1 : 0;
+  element("least").textContent = least ? `\u2264 \u2212${most}` : "0";
+  element("most").textContent = `\u2265 ${most} nat${most === 1 ? "" : "s"}`;
+  const stops = least ? [-1, -0.001, 0, 1] : [0, 1];
+  element("scale").style.background = `linear-gradient(to right, ${stops.map(shadeOf).join(", ")})`;
+}
+
+// The arrow keys go from token to token, and Tab goes on to what comes after the answer.
+function focusToken(event) {
+  const spans = [...document.querySelectorAll(".token")], at = spans.indexOf(event.target);
+  const target = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: spans.length - 1 }[event.key];
+  if (at < 0 || target === undefined) return;
+  event.preventDefault();
+  spans[target]?.focus();
+}
+
+function enterToken(span) {
+  for (const other of document.querySelectorAll(".token[tabindex='0']")) other.tabIndex = -1;
+  span.tabIndex = 0; // Tab comes back to where it left
 }
 
 function showTip(span) {
@@ -248,6 +275,8 @@ element("measure").addEventListener("change", shadeAll);
 element("sampling").addEventListener("invalid", () => { element("sampling").open = true; }, true);
 for (const type of ["mouseover", "focusin"])
   element("policy-answer").addEventListener(type, (event) => { if (event.target.dataset.index) showTip(event.target); });
+element("policy-answer").addEventListener("focusin", (event) => { if (event.target.dataset.index) enterToken(event.target); });
+element("policy-answer").addEventListener("keydown", focusToken);
 for (const type of ["mouseout", "focusout"]) element("policy-answer").addEventListener(type, hideTip);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 
@@ -255,6 +284,7 @@ fetch("api/policy").then((response) => response.json()).then((policy) => {
   element("policy-name").textContent = `${policy.title} on ${policy.base}`;
   element("length").max = policy.max_new_tokens;
   setStrength(policy.strength);
+  legend(element("measure").value);
   addWeights(policy.adapters);
   dialMoved();
 });
