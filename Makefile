@@ -27,7 +27,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 # Tensors of ever new sizes fragment glibc's heap: without the fixed threshold, above which memory goes back to the
-# system at once, the quickstart's peak grows from under 2 GiB to 4.
+# system at once, the quickstart's peak grows from 2.3 GiB to 3.9 (benchmarks/LOG.md).
 quickstart: $(VENV)/installed
 	@MALLOC_MMAP_THRESHOLD_=1048576 $(BIN)/qadapter quickstart --output-dir quickstart
 

@@ -8,8 +8,8 @@ processor seconds within a round, because wall-clock time on a shared machine sa
 
 What the two passes are, from less to more: bare decoder passes end at the hidden states, from which nothing can be
 scored yet; bare scoring passes also make the logits of the answers' positions, the least that any log-probability
-needs; bare forward passes make the logits of every position, as a model call does. The goal of 1.1 is meant against
-the second.
+needs; bare forward passes make the logits of every position, as a model call does. The goal is at most 1.1 times the
+second.
 """
 
 import argparse

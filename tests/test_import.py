@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,8 @@ def test_public_names_are_sorted_and_there():
 def test_a_name_that_is_not_public_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'qadapter' has no attribute 'QAdaptor'"):
         _ = qadapter.QAdaptor
+
+
+def test_every_error_can_be_imported_from_the_top():
+    names = {name for name in vars(import_module("qadapter.errors")) if name.endswith("Error")}
+    assert names <= set(qadapter.__all__)

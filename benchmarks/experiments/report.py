@@ -44,7 +44,8 @@ PLACES = ("--data", "--work", "--results", "--threads")  # of files on the machi
 HEAD = """# Results
 
 Made by `python -m benchmarks.experiments report` from the files in `{results}`: every figure and plot comes from them.
-Each suite has a page with its tables and curves; the verdict over all of them comes first.
+Each suite has a page with its tables and curves; the verdict over all of them comes first. The terms (area, lower half,
+seeds, brackets) are defined at the end: [How to read it](#how-to-read-it).
 """
 BACK = "[The verdict, and how to read the tables](../{page})\n"
 DEFINITIONS = """## How to read it

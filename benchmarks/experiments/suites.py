@@ -89,8 +89,8 @@ def full_settings() -> dict[str, Setting]:
 
 
 def dsp_small() -> Suite:
-    """All methods on one domain, small."""
-    purpose = "All methods on one domain with few short pairs, for a CPU."
+    """The methods on one domain, small."""
+    purpose = "The methods on one domain with few short pairs, for a CPU."
     return Suite((cpu_settings()["dsp-entertainment"],), CPU_KNOBS, (0, 1), purpose)
 
 
@@ -257,7 +257,7 @@ def ablations() -> Suite:
 
 def medium() -> Suite:
     """Every setting on one GPU in about ten minutes, Q-Adapter against DPO with three seeds first."""
-    purpose = "Every setting with full pairs on one GPU: Q-Adapter and DPO with three seeds, the other rivals with one."
+    purpose = "Pairs of up to 256 tokens, on one GPU: Q-Adapter and DPO with three seeds, the other rivals with one."
     return Suite(
         tuple(medium_settings().values()), MEDIUM_KNOBS, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1
     )
@@ -266,7 +266,7 @@ def medium() -> Suite:
 def medium_ablations() -> Suite:
     """Each ablation on one domain, in the size of "medium" (a suite of its own: its variants tune no method)."""
     settings = (medium_settings()["dsp-entertainment"],)
-    purpose = "What each part of the objective does, with full pairs on one GPU."
+    purpose = "What each part of the objective does, on pairs of up to 256 tokens, on one GPU."
     return Suite(settings, {}, (0, 1), purpose, MEDIUM_ABLATIONS)
 
 

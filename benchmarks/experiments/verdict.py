@@ -44,14 +44,18 @@ Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
 
 INTRODUCTION = """## Verdict
 
-Q-Adapter, its knob tuned and with the strength dial, against each rival with the same, on the seeds both have. *met*:
-the whole interval is on the right side; *one seed*: it is, but says nothing of the spread over seeds; *not shown*: the
-estimate is, the interval is not; *not met*: neither is. Between equals, one comparison in forty would be met by chance.
-*Variants* are what each side chose from, Q-Adapter's / the rival's, not always as many; a star marks sides that were
-not trained alike (for as many epochs, say). *By √drift*: the same points, joined by lines straight in √drift (see
-below); where the two readings disagree, too few strengths were measured to tell.
-The goals: a larger area than every rival, and in the lower half at least a third more gain than DPO at equal drift
-(lower half of Q-Adapter − 4/3 × lower half of DPO > 0).
+Q-Adapter, its knob tuned and with the strength dial, against each rival with the same, on the seeds both have. The
+goals: a larger area than every rival, and in the lower half at least a third more gain than DPO at equal drift (lower
+half of Q-Adapter − 4/3 × lower half of DPO > 0).
+
+| in the tables | means |
+|---|---|
+| met | the whole interval is on the right side; between equals, one comparison in forty would be met by chance |
+| one seed | the same, but it says nothing of the spread over seeds |
+| not shown | the estimate is on the right side, the interval is not |
+| not met | neither is |
+| variants | how many each side chose from, Q-Adapter's / the rival's; a star: not trained alike (epochs, say) |
+| by √drift | lines straight in √drift join the points; where this disagrees, too few strengths were measured to tell |
 """
 
 
@@ -65,8 +69,8 @@ def verdict_lines(settings: Settings) -> Iterator[str]:
         return
     yield INTRODUCTION
     by_root = {place: in_root(settings[place[0]], *place[1]) for place in found}
-    yield from domain_table(found, by_root)
     yield from goal_table(found, by_root)
+    yield from domain_table(found, by_root)
     yield from rival_table(found)
     yield from default_lines(settings)
     yield from failure_lines(settings)

@@ -15,6 +15,7 @@ _EXPORTS = {
     "QAdapterForCausalLM": "qadapter.modeling",
     "QAdapterTrainer": "qadapter.trainer",
     "QAdapterTrainingArguments": "qadapter.training_arguments",
+    "TrainingError": "qadapter.errors",
     "load_preference_dataset": "qadapter.data",
 }
 __all__ = sorted(_EXPORTS)
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qadapter.errors import ConfigError as ConfigError
     from qadapter.errors import DataError as DataError
     from qadapter.errors import QAdapterError as QAdapterError
+    from qadapter.errors import TrainingError as TrainingError
     from qadapter.modeling import QAdapterForCausalLM as QAdapterForCausalLM
     from qadapter.trainer import QAdapterTrainer as QAdapterTrainer
     from qadapter.training_arguments import QAdapterTrainingArguments as QAdapterTrainingArguments

@@ -90,7 +90,11 @@ class QAdapterConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "QAdapterConfig":
-        """The settings of a named preset ("default", "early", "kl", "authors"), with `overrides` on top."""
+        """The settings of a named preset ("default", "early", "kl", "authors"), with `overrides` on top.
+
+        Raises:
+            ConfigError: an unknown preset, or a value outside its range.
+        """
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
@@ -100,6 +104,9 @@ class QAdapterConfig:
         """The settings in `values`; unknown keys are errors, missing ones are too (no silent defaults on loading).
 
         Only settings that older folders do not know may be missing: they mean what those were trained with.
+
+        Raises:
+            ConfigError: unknown or missing keys, or a value outside its range.
         """
         values = ADDED_LATER | values
         names = {field.name for field in dataclasses.fields(cls)}

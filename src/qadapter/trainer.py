@@ -30,9 +30,10 @@ from qadapter.training_metrics import PairMetrics
 class QAdapterTrainer(Trainer):
     """Trains the adapter of a `QAdapterForCausalLM` on preference pairs.
 
-    Datasets are preference pairs as `load_preference_dataset` gives them, or already tokenised; `processing_class`
-    is the tokenizer. Metrics carry the field's names, plus qadapter/{kl, value, penalty}, averaged over the logging
-    interval without a host synchronisation a step.
+    Datasets are preference pairs as `load_preference_dataset` gives them, or already tokenised (prompt_ids, chosen_ids,
+    rejected_ids); `processing_class` is the tokenizer. Metrics, averaged over the logging interval without a host
+    synchronisation a step, are rewards/{chosen, rejected, accuracies, margins} and logps/{chosen, rejected} of the
+    answers, entropy, and qadapter/{kl, value, penalty}; docs/method.md has the objective.
 
     Raises:
         ConfigError: the model is not a `QAdapterForCausalLM`, its adapter is in float16, its base is quantised in a way

@@ -24,7 +24,7 @@ TRAIN = """
 
 {description}
 
-Dashes may be underscores. Besides these, every one of transformers' `TrainingArguments` is an option
+Besides these, every one of transformers' `TrainingArguments` is an option
 (`qadapter train --help` lists them), and `--config FILE` reads any of them from YAML.
 """
 

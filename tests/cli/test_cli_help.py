@@ -1,5 +1,6 @@
 """Help: of every command, without loading a model, and the same in the documents."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,13 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 def test_every_command_explains_itself(command):
     out = succeeded(qadapter(command, "--help"))
     assert out.startswith(f"usage: qadapter {command}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_a_default_once_and_only_where_there_is_one(command):
+    out = " ".join(succeeded(qadapter(command, "--help")).split())
+    if command != "train":  # transformers' parser
+        assert not re.search(r"\(default: (None|False|\[\])\)|\(default: [^)]*\) \(default:", out)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",)])

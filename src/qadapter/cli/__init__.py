@@ -24,7 +24,7 @@ COMMANDS = {
     "serve": "serve adapters with OpenAI's protocol, a strength dial on every request",
     "playground": "open a local page: base and policy side by side while the strength moves",
     "wrap": "make any PEFT LoRA an adapter folder, without training",
-    "export": "write a policy as a merged checkpoint, a plain LoRA, or GGUF-ready",
+    "export": "write a policy as a merged checkpoint, a plain LoRA, GGUF-ready, or for vLLM",
     "info": "say what an adapter folder holds",
 }
 EXIT_USAGE = 2
@@ -45,6 +45,14 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
         raise UsageError(f"{message}. See {self.prog} --help.")
+
+
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        bare = action.default is None or action.default is False or action.default == []
+        return action.help if bare else super()._get_help_string(action)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,11 +111,11 @@ def overview() -> str:
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser for one command that shows its defaults."""
+    """A parser for one command whose help shows its defaults."""
     return CommandParser(
         prog=f"qadapter {name}",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
         allow_abbrev=False,
     )
 

@@ -49,7 +49,9 @@ def _run(arguments: list[str]) -> int:
                         help="TASK=POINTS ..., the percentage points by which benchmarks may fall")  # fmt: skip
     parser.add_argument("--min-accuracy", type=float, default=None, help="least share of held-out pairs ranked rightly")
     add_workload_options(parser)
-    parser.add_argument("--output-dir", type=Path, default=None, help="where audit.json and audit.html go")
+    parser.add_argument(
+        "--output-dir", type=Path, default=None, help="where audit.json and audit.html go (default: the adapter folder)"
+    )
     parser.add_argument("--no-card", action="store_true", help="leave the adapter's README.md alone")
     options = parser.parse_args(arguments)
     limits = Limits(options.max_kl, parse_drops(options.max_drop), options.min_accuracy)

@@ -93,7 +93,9 @@ def add_workload_options(parser: argparse.ArgumentParser, answers: bool = True) 
     parser.add_argument(
         "--columns", nargs="*", action="extend", help="your column names: prompt=my_q chosen=good category=topic"
     )
-    parser.add_argument("--neutral-text", type=Path, default=None, help="text or JSONL with text and category")
+    parser.add_argument(
+        "--neutral-text", type=Path, default=None, help="text or JSONL with text and category (default: the package's)"
+    )
     parser.add_argument("--judge", action="append", default=[],
                         help="rule:house-style, rule:max-words=40, endpoint:URL#MODEL, ...; repeatable")  # fmt: skip
     parser.add_argument(
@@ -105,7 +107,12 @@ def add_workload_options(parser: argparse.ArgumentParser, answers: bool = True) 
     suppressed: dict[str, Any] = {"type": int, "default": argparse.SUPPRESS}
     parser.add_argument("--max-pairs", help="held-out pairs, instead of the budget's", **suppressed)
     if answers:
-        parser.add_argument("--instructions", type=Path, default=None, help="general prompts, one a line, or JSONL")
+        parser.add_argument(
+            "--instructions",
+            type=Path,
+            default=None,
+            help="general prompts, one a line, or JSONL (default: the package's)",
+        )
         parser.add_argument("--max-instructions", help="general instructions, instead of the budget's", **suppressed)
         parser.add_argument("--prompts", help="prompts that are judged, instead of the budget's", **suppressed)
         parser.add_argument("--max-new-tokens", help="longest answer, instead of the budget's", **suppressed)

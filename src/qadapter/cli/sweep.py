@@ -39,7 +39,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-drop", action="append", default=[],
                         help="recommend one whose benchmarks fall by at most POINTS, or TASK=POINTS")  # fmt: skip
     add_workload_options(parser, answers=False)
-    parser.add_argument("--output-dir", type=Path, default=None, help="where sweep.json, .svg, .png and .html go")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=None,
+        help="where sweep.json, .svg, .png and .html go (default: the adapter folder)",
+    )
     options = parser.parse_args(arguments)
     if options.judge:
         raise ConfigError("a sweep generates no answers to judge: use `qadapter compare DIR --strengths ... --judge`.")

@@ -60,7 +60,7 @@ def load_preference_dataset(
 
     `source` is one of
       - a path to a .jsonl, .json, .csv (each also with .gz) or .parquet file;
-      - a hub id, "org/name" or "org/name:config", or a name in NAMED_SOURCES;
+      - a hub id, "org/name" or "org/name:config", or a name in NAMED_SOURCES ("hh-rlhf/harmless", "hh-rlhf/helpful");
       - "dsp/academy" (business, entertainment, literature): the domain's pairs of the published DSP data, or
         of a copy of its file, "dsp/academy:FILE";
       - "builtin": the small dataset of the package, with the splits train and test;
@@ -72,7 +72,11 @@ def load_preference_dataset(
     `columns`: {"prompt": "my_question", ...} for columns of other names; see `formats.recognise`.
     `max_rows`: the first rows of a single source or of a list without weights; the size limit of a mixture.
     `on_error`: "drop" leaves out rows that are unreadable or no pair, and logs how many and why.
-    A Dataset is held in memory; use `streaming` for what does not fit. Raises DataError and ConfigError.
+    A Dataset is held in memory; use `streaming` for what does not fit.
+
+    Raises:
+        DataError: a source cannot be read, its layout is unknown, a row is no pair, or a mixture cannot be made.
+        ConfigError: `max_rows` or `on_error` is none of the above.
     """
     check_arguments(max_rows, on_error)
     if isinstance(source, str | PathLike):

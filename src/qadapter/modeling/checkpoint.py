@@ -42,7 +42,16 @@ def save(
     state_dict: dict[str, Tensor] | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Write the adapter folder; on any failure the folder holds no adapter rather than a wrong one."""
+    """Write the adapter folder; on any failure the folder holds no adapter rather than a wrong one.
+
+    Args:
+        state_dict: the adapter's weights instead of the model's own.
+        tokenizer: written, too, and its fingerprint recorded.
+
+    Raises:
+        ConfigError: the folder is a file, or the adapter is folded into the base.
+        TrainingError: log-probabilities of the policy that are not finite.
+    """
     folder = Path(folder)
     require_unfolded(model.base)
     if folder.is_file():

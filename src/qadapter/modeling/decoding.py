@@ -40,7 +40,7 @@ class PolicyGenerationMixin(GenerationMixin):
         output_strengths: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`, sampled from the customised policy.
+        """Token ids (B, prompt and answer), or what else `GenerationMixin.generate` returns, of the customised policy.
 
         Args:
             strength, adapter_weights, max_kl: as of `QAdapterForCausalLM.forward`, a row of the given inputs.

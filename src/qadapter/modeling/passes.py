@@ -168,8 +168,12 @@ class TrainingPasses:
     def score(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> ImpliedRewards:
         """What the adapter says of given responses: Q, value and reward of each token (B, T-1), and returns (B,).
 
-        The returns rank responses to the same prompt (best-of-n, data filtering); how prompts compare, no pair has
-        trained. Arguments as of `token_statistics`.
+        The returns, α̃ log π̃ − α₀ log π_b summed with the discount, rank responses to the same prompt (best-of-n, data
+        filtering); how prompts compare, no pair has trained. Column t belongs to token t + 1 of `input_ids`.
+
+        Args:
+            input_ids, attention_mask: prompts with their responses, (B, T).
+            completion_mask: (B, T), True on response tokens, which form one run a row.
 
         Raises:
             ConfigError: a composition of several adapters, for which no Q is defined.

@@ -48,10 +48,16 @@ DEFAULT_ADAPTER = "default"
 
 
 class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, PolicyGenerationMixin):
-    """A causal language model whose logits are those of the customised policy.
+    """A causal language model whose logits are those of the customised policy (arXiv 2407.03856).
 
     Wraps, and never changes, a base model: its weights stay bit-identical, `strength=0` is exactly the base.
-    Use `from_base` to start training and `from_pretrained` to load an adapter folder.
+    Use `from_base` to start training and `from_pretrained` to load an adapter folder; then `generate`, `forward`,
+    `score` (how good an adapter finds given answers) and `merged` (strength 1 without the LoRA's products).
+
+    The attributes `strength`, `adapter_weights`, `max_kl` and `decay` are the dial of calls that set none.
+
+    Raises:
+        ConfigError: `base` is no plain causal language model, carries an adapter, or cannot be adapted as asked.
     """
 
     base_model_prefix = "base"
@@ -131,7 +137,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
 
         Args:
             base: model id, folder, or a loaded causal LM.
-            config: the method's settings.
+            config: the method's settings, `QAdapterConfig()` by default.
             peft_config: the adapter; LoRA of rank 8 on all linear layers but the head by default.
             first_adapted_layer: adapt this decoder layer and those above it only; both streams share the layers below.
             model_kwargs: passed to AutoModelForCausalLM.from_pretrained (dtype, revision, device_map, ...).
@@ -294,7 +300,18 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     # -- on disk -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the adapter folder (never the base): see `qadapter.modeling.checkpoint.save`."""
+        """Write the adapter folder (never the base), as docs/adapter-format.md describes it.
+
+        Args:
+            save_directory: made where it is missing; an adapter in it is replaced, other files stay.
+            kwargs: `tokenizer`, to write it too and record its fingerprint; `state_dict`, the adapter's weights instead
+                of the model's own; `push_to_hub`, `repo_id` and `token`, to upload the folder as well. Others, which
+                transformers passes on, are ignored.
+
+        Raises:
+            ConfigError: the folder is a file, or the adapter is folded into the base (`merged`).
+            TrainingError: log-probabilities of the policy that are not finite.
+        """
         from qadapter.modeling.checkpoint import save
 
         save(self, save_directory, state_dict=kwargs.get("state_dict"), tokenizer=kwargs.get("tokenizer"))
@@ -304,13 +321,29 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
 
     @classmethod
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> "QAdapterForCausalLM":  # type: ignore[override]
-        """The policy in an adapter folder, or composed of several: see `qadapter.modeling.loading.load`."""
+        """The policy in an adapter folder, or composed of several, in eval mode.
+
+        Args:
+            folder: adapter folder or hub id; with `adapters`, the base model: id, folder or loaded model.
+            kwargs: `adapters` ({name: folder or hub id}) and `adapter_weights` ({name: weight}), for a composition;
+                `base_model`, `tokenizer`, `verify`, `revision` and `token`, as of `qadapter.modeling.loading.load`;
+                others go to AutoModelForCausalLM.from_pretrained for the base (dtype, device_map, ...).
+
+        Raises:
+            AdapterFormatError: a folder is no adapter, is damaged, or belongs to another base or chat template.
+            ConfigError: settings that exclude each other, or wrong weights.
+        """
         from qadapter.modeling.loading import load
 
         return load(folder, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Upload the adapter folder to the hub; see `qadapter.modeling.checkpoint.push`."""
+        """Upload the adapter folder to a hub repository, made where it is missing; the commit's information.
+
+        Args:
+            kwargs: `private`, `token`, and `tokenizer`, needed where the adapter was trained with another chat template
+                than the base's own.
+        """
         from qadapter.modeling.checkpoint import push
 
         return push(self, repo_id, **kwargs)
