@@ -149,7 +149,9 @@ def test_a_shift_of_all_logits_of_a_state_changes_no_return(length_normalised, g
     z_theta, z_base, actions, mask = random_batch()
     shifts = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     losses = [
-        loss_of((z, z_base, actions, mask), ("residual", 0.7, 0.7), gamma, length_normalised=length_normalised, floor=floor)
+        loss_of(
+            (z, z_base, actions, mask), ("residual", 0.7, 0.7), gamma, length_normalised=length_normalised, floor=floor
+        )
         for z in (z_theta, z_theta + shifts.unsqueeze(-1))
     ]
     torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-11)

@@ -39,11 +39,11 @@ class QAdapterConfig:
         alpha_0: α₀ ≥ 0, weight of the base policy. Equal to alpha_tilde in the residual form, the untrained policy
             is the base and the trained one needs a single stream.
         gamma: discount γ, 0 < γ ≤ 1: below 1 an answer's first tokens, which settle the rest, count most.
-        discount_floor: what a token weighs at least in its answer's return, 0 ≤ f ≤ 1, so that what shows late counts.
         beta: weight β ≥ 0 of the penalty, which limits the drift from the base.
         penalty: what β weighs: "reward" (mean of r², the paper's) or "kl" (mean KL from the base a response token).
         length_normalised: divide a response's sum of rewards by its own length.
         label_smoothing: assumed share of mislabelled pairs, 0 ≤ ε < 0.5.
+        discount_floor: with γ < 1, what a token weighs at least in its answer's return, however late, 0 ≤ f ≤ 1.
 
     Raises:
         ConfigError: a value outside its range.
@@ -53,11 +53,11 @@ class QAdapterConfig:
     alpha_tilde: float = 0.1
     alpha_0: float = 0.1
     gamma: float = 1.0
-    discount_floor: float = 0.0
     beta: float = 10.0
     penalty: str = "reward"
     length_normalised: bool = False
     label_smoothing: float = 0.0
+    discount_floor: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -72,10 +72,10 @@ class QAdapterConfig:
             (self.alpha_tilde > 0, "alpha_tilde", "must be above 0"),
             (self.alpha_0 >= 0, "alpha_0", "must be 0 or above"),
             (0 < self.gamma <= 1, "gamma", "must lie in (0, 1]"),
-            (0 <= self.discount_floor <= 1, "discount_floor", "must lie in [0, 1]"),
             (self.beta >= 0, "beta", "must be 0 or above"),
             (self.penalty in ("reward", "kl"), "penalty", 'must be "reward" or "kl"'),
             (0 <= self.label_smoothing < 0.5, "label_smoothing", "must lie in [0, 0.5)"),
+            (0 <= self.discount_floor <= 1, "discount_floor", "must lie in [0, 1]"),
             (isinstance(self.length_normalised, bool), "length_normalised", "must be true or false"),
         ]
         for holds, name, rule in rules:

@@ -76,9 +76,7 @@ def soft_values(policy_lse: Tensor, base_lse: Tensor, alpha_tilde: float, alpha_
     return alpha_tilde * policy_lse - alpha_0 * base_lse
 
 
-def implied_rewards(
-    q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, discount_floor: float = 0.0
-) -> Tensor:
+def implied_rewards(q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, discount_floor: float = 0.0) -> Tensor:
     """r_t = Q(s_t,a_t) − γ_t V(s_{t+1}), zero outside the mask; (B, T), as all arguments.
 
     Args:
