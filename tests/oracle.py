@@ -25,7 +25,12 @@ def value(z_theta, z_base, parametrisation, alpha_tilde, alpha_0):
     return alpha_tilde * log_sum_exp(policy_logits(z_theta, z_base, parametrisation, alpha_tilde, alpha_0))
 
 
-def rewards(z_theta, z_base, actions, parametrisation, alpha_tilde, alpha_0, gamma):
+def weight(t, gamma, floor):
+    """What the reward of the token at t = 0, 1, ... counts."""
+    return max(gamma**t, floor)
+
+
+def rewards(z_theta, z_base, actions, parametrisation, alpha_tilde, alpha_0, gamma, floor=0.0):
     """r_t of one response; z_theta and z_base hold one row of logits a state s_0 ... s_{n-1}."""
     result = []
     for t, action in enumerate(actions):
@@ -34,21 +39,18 @@ def rewards(z_theta, z_base, actions, parametrisation, alpha_tilde, alpha_0, gam
             next_value = value(z_theta[t + 1], z_base[t + 1], parametrisation, alpha_tilde, alpha_0)
         else:
             next_value = 0.0
-        result.append(q - gamma * next_value)
+        result.append(q - weight(t + 1, gamma, floor) / weight(t, gamma, floor) * next_value)
     return result
 
 
-def discounted_return(rewards, start, gamma):
-    """Σ_t γᵗ r_t above the value V(s_0) of the state it starts in."""
-    total = 0.0
-    for reward in reversed(rewards):
-        total = reward + gamma * total
-    return total - start
+def discounted_return(rewards, start, gamma, floor=0.0):
+    """Σ_t w_t r_t above the value V(s_0) of the state it starts in."""
+    return sum(weight(t, gamma, floor) * reward for t, reward in enumerate(rewards)) - start
 
 
-def pair_loss(chosen, rejected, gamma, beta, length_normalised=False, label_smoothing=0.0):
+def pair_loss(chosen, rejected, gamma, beta, length_normalised=False, label_smoothing=0.0, floor=0.0):
     """Loss of one pair from two sides (rewards, V(s_0))."""
-    total_chosen, total_rejected = discounted_return(*chosen, gamma), discounted_return(*rejected, gamma)
+    total_chosen, total_rejected = (discounted_return(*side, gamma, floor) for side in (chosen, rejected))
     (chosen, _), (rejected, _) = chosen, rejected
     if length_normalised:
         total_chosen, total_rejected = total_chosen / len(chosen), total_rejected / len(rejected)

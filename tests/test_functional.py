@@ -37,21 +37,21 @@ def random_batch(lengths=(7, 3, 1, 5, 2, 7), vocabulary=11, seed=0):
     return z_theta, z_base, actions, mask
 
 
-def rewards_of(z_theta, z_base, actions, mask, parametrisation, alpha_tilde, alpha_0, gamma=1.0):
+def rewards_of(z_theta, z_base, actions, mask, parametrisation, alpha_tilde, alpha_0, gamma=1.0, floor=0.0):
     """Rewards (B, T) by the package's functions, from full logits; also log-probabilities of policy and base."""
     coefficients = functional.mix_coefficients(parametrisation, alpha_tilde, alpha_0)
     policy = functional.mix_streams([z_theta, z_base], coefficients)
     pick = lambda logits: logits.gather(-1, actions[..., None]).squeeze(-1)  # noqa: E731
     q = functional.q_values(pick(policy), pick(z_base), alpha_tilde, alpha_0)
     values = functional.soft_values(policy.logsumexp(-1), z_base.logsumexp(-1), alpha_tilde, alpha_0)
-    rewards = functional.implied_rewards(q, values, mask, gamma)
+    rewards = functional.implied_rewards(q, values, mask, gamma, floor)
     return rewards, q, values, pick(policy.log_softmax(-1)), pick(z_base.log_softmax(-1))
 
 
-def loss_of(batch, setting, gamma=1.0, beta=0.0, length_normalised=False, label_smoothing=0.0):
-    rewards, _, values, _, _ = rewards_of(*batch, *setting, gamma)
+def loss_of(batch, setting, gamma=1.0, beta=0.0, length_normalised=False, label_smoothing=0.0, floor=0.0):
+    rewards, _, values, _, _ = rewards_of(*batch, *setting, gamma, floor)
     mask = batch[-1]
-    returns = functional.response_returns(rewards, values, mask, gamma, length_normalised)
+    returns = functional.response_returns(rewards, values, mask, gamma, length_normalised, floor)
     penalty = functional.reward_penalty(rewards, mask)
     return functional.preference_loss(returns, penalty, beta, label_smoothing)
 
@@ -66,11 +66,11 @@ def objective_of(batch, config):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize(("gamma", "floor"), [(1.0, 0.0), (0.9, 0.0), (0.9, 0.7), (0.3, 0.1), (0.5, 1.0)])
 @pytest.mark.parametrize(
     ("beta", "length_normalised", "label_smoothing"), [(0.0, False, 0.0), (10.0, False, 0.1), (0.1, True, 0.0)]
 )
-def test_loss_equals_the_plain_python_oracle(setting, gamma, beta, length_normalised, label_smoothing):
+def test_loss_equals_the_plain_python_oracle(setting, gamma, floor, beta, length_normalised, label_smoothing):
     batch = random_batch()
     z_theta, z_base, actions, mask = batch
     expected = []
@@ -80,12 +80,17 @@ def test_loss_equals_the_plain_python_oracle(setting, gamma, beta, length_normal
             n = int(mask[row].sum())
             steps = (z_theta[row, :n].tolist(), z_base[row, :n].tolist(), actions[row, :n].tolist())
             start = oracle.value(z_theta[row, 0].tolist(), z_base[row, 0].tolist(), *setting)
-            sides.append((oracle.rewards(*steps, *setting, gamma), start))
-        expected.append(oracle.pair_loss(*sides, gamma, beta, length_normalised, label_smoothing))
-    actual = loss_of(batch, setting, gamma, beta, length_normalised, label_smoothing)
+            sides.append((oracle.rewards(*steps, *setting, gamma, floor), start))
+        expected.append(oracle.pair_loss(*sides, gamma, beta, length_normalised, label_smoothing, floor))
+    actual = loss_of(batch, setting, gamma, beta, length_normalised, label_smoothing, floor)
     assert actual.tolist() == pytest.approx(expected, rel=1e-12)
     config = QAdapterConfig(
-        *setting, gamma=gamma, beta=beta, length_normalised=length_normalised, label_smoothing=label_smoothing
+        *setting,
+        gamma=gamma,
+        discount_floor=floor,
+        beta=beta,
+        length_normalised=length_normalised,
+        label_smoothing=label_smoothing,
     )
     assert objective_of(batch, config).tolist() == pytest.approx(expected, rel=1e-10)
 
@@ -121,30 +126,32 @@ def test_identity_1_advantage_is_the_scaled_log_ratio(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("gamma", [1.0, 0.8])
-def test_identity_2_rewards_telescope_to_the_first_value(setting, gamma):
+@pytest.mark.parametrize(("gamma", "floor"), [(1.0, 0.0), (0.8, 0.0), (0.8, 0.5)])
+def test_identity_2_rewards_telescope_to_the_first_value(setting, gamma, floor):
     _, alpha_tilde, alpha_0 = setting
     batch = random_batch()
     mask = batch[-1]
-    rewards, _, values, policy_logps, base_logps = rewards_of(*batch, *setting, gamma=gamma)
-    weights = gamma ** torch.arange(mask.shape[1], dtype=torch.float64)
+    rewards, _, values, policy_logps, base_logps = rewards_of(*batch, *setting, gamma, floor)
+    weights = torch.tensor([max(gamma**t, floor) for t in range(mask.shape[1])], dtype=torch.float64)
     advantages = ((alpha_tilde * policy_logps - alpha_0 * base_logps) * weights * mask).sum(-1)
     torch.testing.assert_close((rewards * weights).sum(-1), advantages + values[:, 0], rtol=1e-11, atol=1e-12)
-    returns = functional.response_returns(rewards, values, mask, gamma)
+    returns = functional.response_returns(rewards, values, mask, gamma, discount_floor=floor)
     torch.testing.assert_close(returns, advantages, rtol=1e-11, atol=1e-11)
     # Where the response begins in its row does not matter.
     later = [torch.nn.functional.pad(tensor, (3, 2)) for tensor in (rewards, values, mask)]
-    torch.testing.assert_close(functional.response_returns(*later, gamma), returns)
+    torch.testing.assert_close(functional.response_returns(*later, gamma, discount_floor=floor), returns)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.8])
+@pytest.mark.parametrize(("gamma", "floor"), [(1.0, 0.0), (0.8, 0.0), (0.8, 0.5)])
 @pytest.mark.parametrize("length_normalised", [False, True])
-def test_a_shift_of_all_logits_of_a_state_changes_no_return(length_normalised, gamma):
+def test_a_shift_of_all_logits_of_a_state_changes_no_return(length_normalised, gamma, floor):
     """No policy knows of it: in the mean too the answers' lengths must not turn it into a preference."""
     z_theta, z_base, actions, mask = random_batch()
     shifts = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     losses = [
-        loss_of((z, z_base, actions, mask), ("residual", 0.7, 0.7), gamma, length_normalised=length_normalised)
+        loss_of(
+            (z, z_base, actions, mask), ("residual", 0.7, 0.7), gamma, length_normalised=length_normalised, floor=floor
+        )
         for z in (z_theta, z_theta + shifts.unsqueeze(-1))
     ]
     torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-11)

@@ -101,7 +101,9 @@ def qadapter(
     q, values, rewards, _ = implied(statistics, mask, config)
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask
-    returns = functional.response_returns(rewards, values, mask, config.gamma, config.length_normalised)
+    returns = functional.response_returns(
+        rewards, values, mask, config.gamma, config.length_normalised, config.discount_floor
+    )
     if normalised == "pair":
         returns = returns / mask.sum(-1).view(2, -1).to(returns.dtype).mean(0).repeat(2)
     returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)

@@ -223,6 +223,7 @@ def discount_small() -> Suite:
             {"beta": 10.0, "gamma": 0.9},
             {"beta": 10.0},
             {"beta": 10.0, "gamma": 0.95},
+            {"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25},
             {"beta": 10.0, "gamma": 0.98},
             {"beta": 10.0, "gamma": 0.8},
             {"beta": 30.0, "gamma": 0.9},

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # Settings that came after the first adapter folders, with the value that those were trained with.
-ADDED_LATER: dict[str, Any] = {"penalty": "reward"}
+ADDED_LATER: dict[str, Any] = {"penalty": "reward", "discount_floor": 0.0}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class QAdapterConfig:
         penalty: what β weighs: "reward" (mean of r², the paper's) or "kl" (mean KL from the base a response token).
         length_normalised: divide a response's sum of rewards by its own length.
         label_smoothing: assumed share of mislabelled pairs, 0 ≤ ε < 0.5.
+        discount_floor: with γ < 1, what a token weighs at least in its answer's return, however late, 0 ≤ f ≤ 1.
 
     Raises:
         ConfigError: a value outside its range.
@@ -56,6 +57,7 @@ class QAdapterConfig:
     penalty: str = "reward"
     length_normalised: bool = False
     label_smoothing: float = 0.0
+    discount_floor: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -73,6 +75,7 @@ class QAdapterConfig:
             (self.beta >= 0, "beta", "must be 0 or above"),
             (self.penalty in ("reward", "kl"), "penalty", 'must be "reward" or "kl"'),
             (0 <= self.label_smoothing < 0.5, "label_smoothing", "must lie in [0, 0.5)"),
+            (0 <= self.discount_floor <= 1, "discount_floor", "must lie in [0, 1]"),
             (isinstance(self.length_normalised, bool), "length_normalised", "must be true or false"),
         ]
         for holds, name, rule in rules:

@@ -7,8 +7,9 @@ optimum of both. With z_b the base model's logits and z_θ the logits with the a
 
     policy    π̃(a|s) ∝ exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃]
     value     V(s)    = α̃ log Σ_a exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃],  and 0 after the last token
-    reward    r_t     = Q(s_t,a_t) − γ V(s_{t+1})
-    return    R = Σ_t γᵗ r_t − V(s_0), or that over the response's length (`length_normalised`)
+    weight    w_t     = max(γᵗ, f), f = 0 in the paper; so the discount of a step is γ_t = w_{t+1} / w_t
+    reward    r_t     = Q(s_t,a_t) − γ_t V(s_{t+1})
+    return    R = Σ_t w_t r_t − V(s_0), or that over the response's length (`length_normalised`)
     loss      −log σ(R(chosen) − R(rejected)) + β · mean over the pair's response tokens of r_t²,
               or of KL(π̃(·|s_t) ‖ π_b(·|s_t)) instead (`penalty: kl`; not in the paper)
 
@@ -75,39 +76,53 @@ def soft_values(policy_lse: Tensor, base_lse: Tensor, alpha_tilde: float, alpha_
     return alpha_tilde * policy_lse - alpha_0 * base_lse
 
 
-def implied_rewards(q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """r_t = Q(s_t,a_t) − γ V(s_{t+1}), zero outside the mask; (B, T), as all arguments.
+def implied_rewards(q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, discount_floor: float = 0.0) -> Tensor:
+    """r_t = Q(s_t,a_t) − γ_t V(s_{t+1}), zero outside the mask; (B, T), as all arguments.
 
     Args:
         q: Q(s_t, a_t) of the token at each position.
         values: V(s_t), the value of the state *before* the token at that position.
         mask: True on response tokens, which form one run a row; V is 0 after the last of them.
-        gamma: discount, 0 < γ ≤ 1.
+        gamma, discount_floor: as for `discounts`; γ_t = w_{t+1} / w_t, which is γ until the floor is reached, then 1.
     """
     next_values = F.pad((values * mask)[:, 1:], (0, 1))
-    return (q - gamma * next_values) * mask
+    steps: float | Tensor = gamma
+    if discount_floor:
+        steps = (discount_floor / discounts(mask, gamma, q.dtype, discount_floor)).clamp(min=gamma)
+    return (q - steps * next_values) * mask
 
 
-def discounts(mask: Tensor, gamma: float, dtype: torch.dtype) -> Tensor:
-    """γᵗ (B, T), t = 0 at the first token of the response that `mask` marks."""
-    return gamma ** (mask.cumsum(-1) - 1).clamp(min=0).to(dtype)
+def discounts(mask: Tensor, gamma: float, dtype: torch.dtype, discount_floor: float = 0.0) -> Tensor:
+    """w_t = max(γᵗ, floor) (B, T), t = 0 at the first token of the response that `mask` marks.
+
+    Args:
+        gamma: discount, 0 < γ ≤ 1.
+        discount_floor: what a token weighs at least, 0 ≤ f ≤ 1, however late it comes.
+    """
+    return (gamma ** (mask.cumsum(-1) - 1).clamp(min=0).to(dtype)).clamp(min=discount_floor)
 
 
 def response_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, length_normalised: bool = False
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float = 1.0,
+    length_normalised: bool = False,
+    discount_floor: float = 0.0,
 ) -> Tensor:
-    """Σ_t γᵗ r_t − V(s_0) of each row (B,), which is Σ_t γᵗ (α̃ log π̃ − α₀ log π_b), t = 0 at the first token.
+    """Σ_t w_t r_t − V(s_0) of each row (B,), which is Σ_t w_t (α̃ log π̃ − α₀ log π_b), t = 0 at the first token.
 
-    So a shift of all logits of a state, which no policy knows of, changes no return: without the weights γᵗ every
+    So a shift of all logits of a state, which no policy knows of, changes no return: without the weights w_t every
     value V(s_t), t > 0, would leave (1 − γ) V(s_t) behind, and between answers of different lengths V(s_0) would
     prefer the shorter or the longer one where the returns are means.
 
     Args:
-        values, gamma: as for `implied_rewards`, whose rewards these are.
+        values, gamma, discount_floor: as for `implied_rewards`, whose rewards these are.
         length_normalised: divide by the response's own length, never by a padded one.
     """
     first = mask & ~F.pad(mask, (1, 0))[:, :-1]
-    returns = (discounts(mask, gamma, rewards.dtype) * rewards * mask).sum(-1) - (values * first).sum(-1)
+    weights = discounts(mask, gamma, rewards.dtype, discount_floor)
+    returns = (weights * rewards * mask).sum(-1) - (values * first).sum(-1)
     return returns / mask.sum(-1).clamp(min=1) if length_normalised else returns
 
 

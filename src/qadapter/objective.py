@@ -15,16 +15,18 @@ class ImpliedRewards(NamedTuple):
 
     q: Tensor  # Q(s_t, a_t)
     values: Tensor  # V(s_t), of the state before the token
-    rewards: Tensor  # Q(s_t, a_t) − γ V(s_{t+1}), zero outside the mask
-    returns: Tensor  # Σ_t γᵗ rewards − V(s_0), divided by the response's own length if the settings say so
+    rewards: Tensor  # Q(s_t, a_t) − γ_t V(s_{t+1}), zero outside the mask
+    returns: Tensor  # Σ_t w_t rewards − V(s_0), divided by the response's own length if the settings say so
 
 
 def implied(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -> ImpliedRewards:
     """Q, V and rewards of the response tokens that `mask` (B, T) marks."""
     q = functional.q_values(statistics.logits, statistics.base_logits, config.alpha_tilde, config.alpha_0)
     values = functional.soft_values(statistics.lse, statistics.base_lse, config.alpha_tilde, config.alpha_0)
-    rewards = functional.implied_rewards(q, values, mask, config.gamma)
-    returns = functional.response_returns(rewards, values, mask, config.gamma, config.length_normalised)
+    rewards = functional.implied_rewards(q, values, mask, config.gamma, config.discount_floor)
+    returns = functional.response_returns(
+        rewards, values, mask, config.gamma, config.length_normalised, config.discount_floor
+    )
     return ImpliedRewards(q * mask, values * mask, rewards, returns)
 
 

@@ -91,6 +91,7 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--alpha-tilde", "-1"), r"alpha_tilde = -1.0: must be above 0"),
         (("--alpha-tilde", "0"), r"alpha_tilde = 0.0: must be above 0"),
         (("--gamma", "0"), r"gamma = 0.0: must lie in \(0, 1\]"),
+        (("--discount-floor", "1.5"), r"discount_floor = 1.5: must lie in \[0, 1\]"),
         (("--gamma", "1.5"), r"gamma = 1.5: must lie in \(0, 1\]"),
         (("--beta", "nan"), r"beta = nan: must be a finite number"),
         (("--parametrisation", "values"), 'parametrisation = \'values\': must be "residual" or "logits"'),

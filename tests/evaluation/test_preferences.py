@@ -44,6 +44,9 @@ def test_margins_of_a_pair():
     assert pair.reward_margin("policy", TEMPERATURES) == pytest.approx(0.5 * -0.5 - 0.2 * -2.0)
     chosen, rejected = (0.5 * -1.0 + 0.2 * 1.0) + 0.5 * (0.5 * -1.0 + 0.2 * 2.0), 0.5 * -1.5 + 0.2 * 1.0
     assert pair.reward_margin("policy", Temperatures(0.5, 0.2, gamma=0.5)) == pytest.approx(chosen - rejected)
+    assert pair.reward_margin("policy", Temperatures(0.5, 0.2, 0.5, discount_floor=1.0)) == pytest.approx(
+        pair.reward_margin("policy", TEMPERATURES)
+    )
     assert pair.length_difference == 1
 
 

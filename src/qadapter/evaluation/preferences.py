@@ -12,6 +12,7 @@ from qadapter.evaluation.drift import TextDrift
 from qadapter.evaluation.drift_figures import Figures
 from qadapter.evaluation.intervals import Z95, Interval
 from qadapter.evaluation.resampling import design_effect, mean_intervals, rate_interval
+from qadapter.functional import discounts
 
 CALIBRATION_BINS = 10
 # Standard deviation of the weak normal prior on both coefficients of the length control: without it, pairs that all
@@ -22,11 +23,12 @@ NEWTON_STEPS = 50
 
 @dataclass(frozen=True)
 class Temperatures:
-    """α̃, α₀ and γ, which turn log-probabilities into the return that the adapter was trained to give."""
+    """α̃, α₀ and the discount, which turn log-probabilities into the return that the adapter was trained to give."""
 
     alpha_tilde: float
     alpha_0: float
     gamma: float = 1.0
+    discount_floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,14 @@ class PairDrift:
         return (chosen - base_chosen) - (rejected - base_rejected)
 
     def reward_margin(self, column: str, temperatures: Temperatures) -> float:
-        """Return of the chosen minus that of the rejected answer, each Σ_t γᵗ (α̃ log p − α₀ log π_b)."""
+        """Return of the chosen minus that of the rejected answer, each Σ_t w_t (α̃ log p − α₀ log π_b)."""
 
         def discounted(side: TextDrift) -> float:
             policy = (side.base if column == BASE else side.columns[column]).logps.double()
             advantages = temperatures.alpha_tilde * policy - temperatures.alpha_0 * side.base.logps.double()
-            return (temperatures.gamma ** torch.arange(side.tokens).double() @ advantages).item()
+            response = torch.ones(1, side.tokens, dtype=torch.bool)
+            weights = discounts(response, temperatures.gamma, torch.float64, temperatures.discount_floor)
+            return (weights[0] @ advantages).item()
 
         return discounted(self.chosen) - discounted(self.rejected)
 

@@ -125,14 +125,20 @@ def test_two_adapters_are_saved_and_loaded_together(tmp_path):
         load(tmp_path, base_model=tiny_base())
 
 
-def test_a_folder_from_before_the_choice_of_penalty_means_that_of_rewards(folder):
+@pytest.mark.parametrize(("name", "meant"), [("penalty", "reward"), ("discount_floor", 0.0)])
+def test_a_folder_from_before_a_setting_means_what_it_was_trained_with(folder, name, meant):
     content = json.loads((folder / MANIFEST_NAME).read_text())
-    del content["adapters"]["default"]["penalty"]
+    del content["adapters"]["default"][name]
     (folder / MANIFEST_NAME).write_text(json.dumps(content))
-    assert load(folder).configs["default"].penalty == "reward"
+    assert getattr(load(folder).configs["default"], name) == meant
 
 
-def test_the_penalty_travels_with_the_folder(tmp_path):
-    policy = tiny_policy(config=QAdapterConfig(penalty="kl", beta=0.3))
+def test_the_objective_travels_with_the_folder(tmp_path):
+    policy = tiny_policy(config=QAdapterConfig(penalty="kl", beta=0.3, gamma=0.9, discount_floor=0.2))
     policy.save_pretrained(tmp_path, tokenizer=tiny_tokenizer())
-    assert read_manifest(tmp_path).configs["default"]["penalty"] == "kl"
+    stored = read_manifest(tmp_path).configs["default"]
+    assert {name: stored[name] for name in ("penalty", "gamma", "discount_floor")} == {
+        "penalty": "kl",
+        "gamma": 0.9,
+        "discount_floor": 0.2,
+    }
