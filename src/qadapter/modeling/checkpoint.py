@@ -46,7 +46,7 @@ def save(
     """Write the adapter folder; on any failure the folder holds no adapter rather than a wrong one.
 
     Args:
-        state_dict: the adapter's weights instead of the model's own; gathered, where the model is sharded over processes.
+        state_dict: the adapter's weights instead of the model's own; gathered, where the model is sharded.
         tokenizer: written, too, and its fingerprint recorded.
         probe: what `make_probe` gives; needed of a sharded model, which all processes have to run.
 
