@@ -160,19 +160,20 @@ def _assemble(
 
 def check_same_origin(stored: Mapping[str, StoredAdapter]) -> None:
     """Raise AdapterFormatError unless all adapters were trained on one base, vocabulary and chat template."""
-    (first_name, first), *others = stored.items()
-    for name, entry in others:
+    first, *others = stored.values()
+    for entry in others:
+        # By their folders: the names of a served adapter are none that the user gave.
+        both = f"{first.root} and {entry.root}"
         if entry.manifest.base["fingerprint"] != first.manifest.base["fingerprint"]:
             raise AdapterFormatError(
-                f"adapters {first_name!r} and {name!r} were trained on different base models "
+                f"{both} were trained on different base models "
                 f"({first.manifest.base['name']!r} and {entry.manifest.base['name']!r}): they cannot be composed."
             )
         mine, theirs = first.manifest.tokenizer or {}, entry.manifest.tokenizer or {}
         for part in ("vocabulary", "chat_template"):
             if part in mine and part in theirs and mine[part] != theirs[part]:
                 raise AdapterFormatError(
-                    f"adapters {first_name!r} and {name!r} were trained with a different "
-                    f"{part.replace('_', ' ')}: they cannot be composed."
+                    f"{both} were trained with a different {part.replace('_', ' ')}: they cannot be composed."
                 )
 
 
