@@ -73,6 +73,22 @@ def test_base_of_a_folder_is_loaded_by_name(tmp_path):
     assert weight_fingerprint(policy.base) == weight_fingerprint(base)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_base_at_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch, loaded):
+    tiny_base().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    QAdapterForCausalLM.from_base(load_base(resolve_base("base")) if loaded else "base").save_pretrained("adapter")
+    monkeypatch.chdir(tmp_path.parent)
+    assert QAdapterForCausalLM.from_pretrained(tmp_path / "adapter").base_source.name == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("folder", ["adapter", "adapter/adapters/default"])
+def test_adapter_is_no_base(tmp_path, folder):
+    tiny_policy().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=f"{folder}' is an adapter's folder: give the model that it was trained on"):
+        resolve_base(tmp_path / folder)
+
+
 def test_model_arguments_reach_the_base(tmp_path):
     tiny_base().save_pretrained(tmp_path)
     policy = QAdapterForCausalLM.from_base(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
@@ -103,7 +119,7 @@ def test_empty_folder_is_no_base(tmp_path):
 
 
 def test_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=f"no tokenizer can be loaded from '{tmp_path}'"):
+    with pytest.raises(ConfigError, match=f"from '{tmp_path}': .*[^:]\\. Give a folder that has the tokenizer's files"):
         load_tokenizer(tmp_path)
 
 

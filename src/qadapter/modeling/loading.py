@@ -20,6 +20,7 @@ from qadapter.modeling.bases import (
     load_base,
     load_tokenizer,
     resolve_base,
+    source_of,
     tokenizer_fingerprint,
     weight_fingerprint,
 )
@@ -204,7 +205,7 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None, to
 
 def _load_base(manifest: Manifest, base_model: Any, model_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, BaseSource]:
     if isinstance(base_model, PreTrainedModel):
-        return base_model, BaseSource(base_model.name_or_path, base_model.name_or_path, None)
+        return base_model, source_of(base_model)
     name, revision = manifest.base["name"], manifest.base["revision"]
     if base_model is not None:
         name, revision = base_model, None

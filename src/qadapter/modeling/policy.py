@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
-from qadapter.modeling.bases import BaseSource, load_base, resolve_base, tokenizer_fingerprint
+from qadapter.modeling.bases import load_base, resolve_base, source_of, tokenizer_fingerprint
 from qadapter.modeling.decoding import PolicyGenerationMixin
 from qadapter.modeling.heads import Head
 from qadapter.modeling.merging import folded
@@ -97,7 +97,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         self.decay: float = 1.0  # of `generate` alone: forward does not know where an answer begins
         self.adapter_weights: dict[str, float] = dict.fromkeys(names, 1.0)
         # Provenance, filled in by whoever knows it and written into the adapter folder.
-        self.base_source = BaseSource(base.name_or_path, base.name_or_path, None)
+        self.base_source = source_of(base)
         self.tokenizer_fingerprint: dict[str, str] | None = None
 
     @property

@@ -163,7 +163,7 @@ def test_empty_folder_is_no_adapter(tmp_path):
 
 def test_lost_base_is_named(folder):
     change_json(folder / MANIFEST_NAME, "base", "name", value="/nowhere/base")
-    with pytest.raises(ConfigError, match="base model '/nowhere/base' cannot be loaded"):
+    with pytest.raises(ConfigError, match="base model '/nowhere/base': there is no such folder.*--base-model"):
         load(folder)
 
 
