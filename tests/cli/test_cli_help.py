@@ -18,6 +18,16 @@ def test_every_command_explains_itself(command):
     assert out.startswith(f"usage: qadapter {command}")
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "train"])
+def test_help_shows_no_default_that_is_none(command):
+    out = succeeded(qadapter(command, "--help"))
+    assert not any(f"(default: {nothing})" in out for nothing in (None, False, []))
+
+
+def test_a_sweep_offers_no_judge():
+    assert "--judge" not in succeeded(qadapter("sweep", "--help"))
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",)])
 def test_help_lists_every_command(arguments):
     out = succeeded(qadapter(*arguments))

@@ -84,7 +84,7 @@ def _parser(defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=defaults.port, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", default=None, help=f"key that clients must send; better in ${API_KEY_VARIABLE}")
     limits = {
-        "max-context": (int, "tokens of prompt and answer together; None is the base's own limit"),
+        "max-context": (int, "tokens of prompt and answer together (default: the base's own limit)"),
         "max-batch": (int, "answers decoded at once"),
         "max-queue": (int, "prompts that may wait; more get 429"),
         "max-n": (int, "choices of one prompt"),
