@@ -154,6 +154,15 @@ def test_missing_package_says_how_to_get_the_model(monkeypatch, tmp_path):
         resolve_base("builtin")
 
 
+def test_builtin_model_needs_a_cache_that_can_be_written_to(monkeypatch, tmp_path):
+    monkeypatch.setattr(bases, "hub_has", lambda name, revision=None: False)
+    monkeypatch.setattr(bases, "_packaged_gguf", lambda: tmp_path / "model.gguf")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be converted into .*/file \(File exists\): .* in \$QADAPTER_CACHE"):
+        resolve_base("builtin")
+
+
 def test_hub_is_not_asked_when_offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(bases, "try_to_load_from_cache", lambda *args, **kwargs: None)

@@ -113,13 +113,20 @@ def converted_builtin() -> Path:
     """The folder of the built-in model as converted from its package; converts it on the first call.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is not installed, or the folder cannot be written.
     """
     folder = cache_folder() / f"SmolLM2-135M-Instruct-{GGUF_REVISION}"
     if not (folder / "config.json").exists():
         gguf = _packaged_gguf()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch_folder = tempfile.TemporaryDirectory(dir=folder.parent)
+        except OSError as error:
+            raise ConfigError(
+                f"the built-in model cannot be converted into {folder.parent} ({error.strerror}): name a folder that "
+                "can be written to in $QADAPTER_CACHE."
+            ) from error
+        with scratch_folder as scratch:
             _convert_gguf(gguf, Path(scratch) / "model")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(Path(scratch) / "model", folder)
