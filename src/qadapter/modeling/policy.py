@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -274,6 +274,19 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     def _can_set_experts_implementation(cls) -> bool:
         """Yes: a mixture-of-experts base, whose config is ours, has chosen how its experts run."""
         return True
+
+    def load_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: transformers' own puts a LoRA's weights over those of an adapter, or beside the streams."""
+        raise ConfigError(
+            "load_adapter and add_adapter: a policy's adapters come with it. Compose folders with from_pretrained("
+            "base, adapters={name: folder, ...}), a plain LoRA after `qadapter wrap`; from_base makes a new one."
+        )
+
+    add_adapter = load_adapter
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: the base is frozen, and the adapters are checked against it."""
+        raise ConfigError("resize_token_embeddings: the base stays as it is. Resize and save it before from_base.")
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The base's token embeddings."""
