@@ -153,22 +153,15 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
 
 
 def base_name(arguments: ModelArguments) -> str:
-    """The name by which the adapter remembers its base: for a folder its absolute path, which holds everywhere.
+    """The name of the base model.
 
     Raises:
-        ConfigError: a path that leads to no folder, or a revision of a folder.
+        ConfigError: a revision of a folder.
     """
     name = str(arguments.model)
-    if os.path.isfile(name) or (not os.path.isdir(name) and (name.count("/") > 1 or name.startswith((".", "/", "~")))):
-        raise ConfigError(
-            f"base model {name!r}: there is no such folder. "
-            "Give a folder with config.json and safetensors, a hub id, or builtin."
-        )
-    if name == "builtin" or not os.path.isdir(name):
-        return name
-    if arguments.revision:
+    if arguments.revision and os.path.isdir(name):
         raise ConfigError(f"revision = {arguments.revision!r}: {name} is a folder, which has none. Leave it out.")
-    return os.path.abspath(name)
+    return name
 
 
 def model_options(arguments: ModelArguments) -> dict[str, Any]:

@@ -134,6 +134,18 @@ class QAdapterTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         return super().get_train_dataloader()
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the Trainer's; pairs that are given only now may be text, too."""
+        if not isinstance(eval_dataset, str):  # one of several given at the start
+            eval_dataset = self._tokenised("eval_dataset", eval_dataset, self.processing_class, self.args)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Likewise."""
+        return super().get_test_dataloader(
+            self._tokenised("test_dataset", test_dataset, self.processing_class, self.args)
+        )
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
         """As the Trainer's, with their number of pairs: an epoch's last micro-batch may be smaller than the others."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)

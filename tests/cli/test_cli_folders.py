@@ -30,7 +30,9 @@ def test_data_check_accepts_good_pairs(pairs):
 
 
 def test_data_check_with_a_model_shows_what_is_trained(pairs, base):
-    report = json.loads(succeeded(qadapter("data", "check", pairs, "--model", base, "--json")))
+    outcome = qadapter("data", "check", pairs, "--model", base, "--json")
+    assert outcome.err == ""  # no progress bar where nobody watches
+    report = json.loads(succeeded(outcome))
     assert report["unit"] == "tokens"
     assert report["examples"][0]["prompt"] == "user: Question 0?</s>assistant: "
     assert report["examples"][0]["chosen"] == "Yes, 0.</s>"

@@ -26,6 +26,10 @@ def test_help_shows_a_default_once_and_only_where_there_is_one(command):
         assert not re.search(r"\(default: (None|False|\[\])\)|\(default: [^)]*\) \(default:", out)
 
 
+def test_a_sweep_offers_no_judge():
+    assert "--judge" not in succeeded(qadapter("sweep", "--help"))
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",)])
 def test_help_lists_every_command(arguments):
     out = succeeded(qadapter(*arguments))

@@ -1,5 +1,6 @@
 """What only a real process shows: pipes, signals, exit codes, limits of the system."""
 
+import io
 import json
 import re
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 from commands import ENVIRONMENT, QUICK, Outcome, assert_refused, process, qadapter, start, succeeded
 
+from qadapter.cli import main
 from qadapter.training_log import read_log
 
 
@@ -23,6 +25,14 @@ def test_a_piped_prompt_is_answered_as_in_process(adapter):
     options = ("generate", adapter, "--max-new-tokens", 12)
     expected = succeeded(qadapter(*options, "--prompt", "Why?"))
     assert process(*options, stdin="Why?\n") == Outcome(0, expected, "")
+
+
+def test_characters_that_the_output_encoding_lacks_are_escaped(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "σ", "chosen": "–", "rejected": "b"}))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert main(["data", "check", str(path)]) == 0
+    assert b"\\u03c3[[\\u2013]]" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("data", "check", "builtin", "--json")])

@@ -1,5 +1,6 @@
 import pytest
 from data_examples import chat_pair, plain_pair
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +52,12 @@ def test_the_same_seed_gives_the_same_rows(paths):
     weights = dict.fromkeys(paths, 0.5)
     first, again, other = (load_preference_dataset(weights, max_rows=11, seed=seed).to_list() for seed in (3, 3, 4))
     assert first == again != other
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_rows_are_no_source(kind):
+    with pytest.raises(DataError, match="a source is a dict; give paths or hub ids. .* goes to QAdapterTrainer"):
+        load_preference_dataset(kind([plain_pair("a")]))
 
 
 def test_a_list_of_strings_equals_a_dict(paths):

@@ -76,7 +76,7 @@ def test_text_without_prompts_is_plain_text_after_bos(make_tokenizer, write_line
 
 def test_text_without_prompts_is_no_chat(chatml):
     rows = [{"prompt": "", "chosen": "Paris is big.", "rejected": "Paris is old."}]
-    with pytest.raises(DataError, match="row 1: the prompt is empty; a chat needs a user message"):
+    with pytest.raises(DataError, match="row 1: the prompt is empty; a chat needs a user message: fill a column"):
         tokenise_preferences(Dataset.from_list(rows), chatml)
 
 

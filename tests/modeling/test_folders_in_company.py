@@ -60,7 +60,7 @@ def test_adapters_of_different_bases_are_refused(folders, tmp_path):
     stranger = QAdapterForCausalLM.from_base(tmp_path / "other", peft_config=models.lora())
     stranger.save_pretrained(tmp_path / "stranger")
     paths = {"concise": folders / "concise", "stranger": tmp_path / "stranger"}
-    with pytest.raises(AdapterFormatError, match="'concise' and 'stranger' were trained on different base models"):
+    with pytest.raises(AdapterFormatError, match="/concise and .*/stranger were trained on different base models"):
         QAdapterForCausalLM.from_pretrained(folders / "base", adapters=paths)
 
 

@@ -101,6 +101,19 @@ def test_embeddings_may_replace_ids(policy):
         assert torch.equal(actual, policy(**BATCH).logits)
 
 
+@pytest.mark.parametrize(
+    ("method", "argument", "way_out"),
+    [
+        ("load_adapter", "some-lora", "Compose folders with from_pretrained"),
+        ("add_adapter", lora(), "from_base makes a new one"),
+        ("resize_token_embeddings", 101, "before from_base"),
+    ],
+)
+def test_what_transformers_would_change_behind_the_streams_is_refused(policy, method, argument, way_out):
+    with pytest.raises(ConfigError, match=f"{method}.*{way_out}"):
+        getattr(policy, method)(argument)
+
+
 def test_forward_without_inputs_is_refused(policy):
     with pytest.raises(ConfigError, match="give input_ids or inputs_embeds"):
         policy(attention_mask=BATCH["attention_mask"])

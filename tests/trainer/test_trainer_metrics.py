@@ -6,8 +6,10 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset
-from models import plain_peft, tiny_trainer, token_pairs, two_passes
+from models import plain_peft, tiny_tokenizer, tiny_trainer, token_pairs, two_passes
 from trainer_examples import CONFIG, METRICS
+
+from qadapter.data import tokenise_preferences
 
 
 def mean(values):
@@ -135,6 +137,15 @@ def test_each_of_several_evaluation_sets_has_its_own_metrics(base, policy, tmp_p
     for name, pairs in held_out.items():
         margins = expected_metrics(plain_peft(base, policy), pairs)["rewards/margins"]
         assert metrics[f"eval_{name}_rewards/margins"] == pytest.approx(margins, rel=1e-6)
+
+
+def test_pairs_of_text_may_be_measured_after_training(policy, tmp_path):
+    rows = Dataset.from_list([{"prompt": "Why?", "chosen": "So.", "rejected": "Who knows?"}])
+    trainer = tiny_trainer(policy, tmp_path, processing_class=tiny_tokenizer())
+    expected, _ = tokenise_preferences(rows, tiny_tokenizer())
+    loss = trainer.evaluate(expected)["eval_loss"]
+    assert trainer.evaluate(rows)["eval_loss"] == loss
+    assert trainer.predict(rows).metrics["test_loss"] == loss
 
 
 def test_metrics_carry_the_prefix_that_was_asked_for(base, policy, tmp_path):

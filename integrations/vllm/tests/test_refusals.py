@@ -106,7 +106,7 @@ def test_a_composition_over_different_bases_is_refused(tmp_path, folders):
     path.write_text(json.dumps(manifest))
     # Of a quantised copy only the probes would be left to tell.
     entry = {"adapters": {"one": str(adapter), "two": str(tmp_path / "other")}, "quantised": True}
-    with pytest.raises(AdapterFormatError, match="'one' and 'two' were trained on different base models"):
+    with pytest.raises(AdapterFormatError, match="and .*other were trained on different base models"):
         start(base, hf_overrides={"architectures": ["QAdapterLlamaForCausalLM"], "qadapter": entry})
 
 

@@ -1,6 +1,7 @@
 """`qadapter data check`: look at a preference dataset before training."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
@@ -25,18 +26,21 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments[1:] if arguments[0] == "check" else arguments)
     tokenizer = None
+    quiet: AbstractContextManager[None] = nullcontext()
     if options.model:
+        from qadapter.cli.policies import quiet_datasets
         from qadapter.modeling.bases import load_tokenizer, resolve_base
 
-        tokenizer = load_tokenizer(resolve_base(options.model))
-    report = check_preferences(
-        options.dataset,
-        tokenizer,
-        split=options.split,
-        columns=parse_columns(options.columns),
-        max_length=options.max_length if tokenizer else None,
-        max_rows=options.max_rows,
-    )
+        tokenizer, quiet = load_tokenizer(resolve_base(options.model)), quiet_datasets()
+    with quiet:
+        report = check_preferences(
+            options.dataset,
+            tokenizer,
+            split=options.split,
+            columns=parse_columns(options.columns),
+            max_length=options.max_length if tokenizer else None,
+            max_rows=options.max_rows,
+        )
     if options.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:

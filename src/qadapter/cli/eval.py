@@ -96,8 +96,9 @@ def add_workload_options(parser: argparse.ArgumentParser, answers: bool = True) 
     parser.add_argument(
         "--neutral-text", type=Path, default=None, help="text or JSONL with text and category (default: the package's)"
     )
-    parser.add_argument("--judge", action="append", default=[],
-                        help="rule:house-style, rule:max-words=40, endpoint:URL#MODEL, ...; repeatable")  # fmt: skip
+    judges = "rule:house-style, rule:max-words=40, endpoint:URL#MODEL, ...; repeatable"
+    # Without answers it is known only to be refused with what to use instead.
+    parser.add_argument("--judge", action="append", default=[], help=judges if answers else argparse.SUPPRESS)
     parser.add_argument(
         "--tasks", nargs="*", action="extend", default=[], help="benchmarks of lm-eval, or YAML files of tasks"
     )

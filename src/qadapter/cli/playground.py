@@ -1,10 +1,8 @@
 """`qadapter playground`: a local page to try the dial."""
 
-import re
-
 from qadapter.cli import command_parser
-from qadapter.cli.policies import add_policy_options, default_device, load_policy, pick_dtype, quiet_libraries
-from qadapter.cli.serve import load_composed, served_names
+from qadapter.cli.policies import add_policy_options, default_device, pick_dtype, quiet_libraries
+from qadapter.cli.serve import load_models, served_names
 from qadapter.errors import ConfigError
 from qadapter.modeling.mixing import checked_number
 
@@ -35,19 +33,14 @@ def run(arguments: list[str]) -> int:
     # Bound before minutes of loading.
     with listening_socket(HOST, ServerSettings(port=options.port).port) as listener:
         with quiet_libraries():
-            if options.others:
-                # Adapters' names are narrower than folders'.
-                labels = [re.sub(r"[^A-Za-z0-9_-]", "-", name) for name in names]
-                adapters = dict(zip(labels, folders, strict=True))
-                if len(adapters) < len(folders):
-                    raise ConfigError(f"the names {names} are too much alike for sliders: rename a folder.")
-                model, tokenizer = load_composed(
-                    adapters, options.base_model, not options.no_verify, dtype=pick_dtype(options.dtype)
-                )
-                model = model.to(default_device())
-            else:
-                model, tokenizer = load_policy(options)
-        app = create_app(model, tokenizer, " + ".join(names), options.strength)
+            model, tokenizer, models = load_models(
+                dict(zip(names, folders, strict=True)),
+                options.base_model,
+                not options.no_verify,
+                dtype=pick_dtype(options.dtype),
+            )
+        labels = {adapter: name for name in names for adapter in models[name]} if options.others else {}
+        app = create_app(model.to(default_device()), tokenizer, " + ".join(names), options.strength, labels)
         listener.listen()  # from here on a browser's first request waits instead of failing
         print(f"The page is at {url_of(listener)} (Ctrl-C stops)", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -93,11 +93,16 @@ def run(arguments: list[str]) -> int:
 
 
 def evaluated(trainer: QAdapterTrainer) -> dict[str, float]:
-    """Metrics on the held-out pairs, measured once the adapter has been saved.
+    """Metrics on the held-out pairs, measured once the adapter has been saved unless the last step's are known.
 
     Raises:
         TrainingError: they cannot be measured; it says that the adapter is there, as KeyboardInterrupt does.
     """
+    # The best checkpoint's weights may be another step's.
+    if not trainer.args.load_best_model_at_end:
+        for entry in trainer.state.log_history:
+            if entry["step"] == trainer.state.global_step and "eval_loss" in entry:
+                return entry
     written = f"the adapter is written to {trainer.args.output_dir}, but"
     try:
         return trainer.evaluate()

@@ -128,7 +128,7 @@ def as_chat(pair: Pair) -> Pair:
     if not isinstance(pair["prompt"], str):
         return pair
     if not pair["prompt"].strip():
-        raise RowError("no prompt", "the prompt is empty; a chat needs a user message")
+        raise RowError("no prompt", "the prompt is empty; a chat needs a user message: fill a column prompt")
     return {
         "prompt": user(pair["prompt"]),
         "chosen": assistant(pair["chosen"]),

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from qadapter.errors import DataError
@@ -27,6 +28,11 @@ def parse_mixture(source: Iterable[str] | Mapping[str, float]) -> dict[str, floa
 
 def split_weight(text: str) -> tuple[str, float | None]:
     """("pairs.jsonl", 0.7) from "pairs.jsonl=0.7"; only a number after the last '=' counts as a weight."""
+    if not isinstance(text, str | PathLike):
+        raise DataError(
+            f"a source is a {type(text).__name__}; give paths or hub ids. A Dataset, or Dataset.from_list(rows), goes "
+            "to QAdapterTrainer as it is (columns of other names after rename_columns)"
+        )
     name, separator, weight = str(text).rpartition("=")
     try:
         return (name, float(weight)) if separator else (str(text), None)

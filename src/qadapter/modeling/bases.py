@@ -53,16 +53,41 @@ def resolve_base(name: str | os.PathLike[str], revision: str | None = None) -> B
     """Where `name` (a folder, a hub id, or "builtin") is found on this machine.
 
     Raises:
-        ConfigError: the built-in model is neither on the hub nor installed as a package.
+        ConfigError: a path that leads to no folder, or to an adapter's; the built-in model is neither on the hub nor
+            installed as a package.
     """
-    name = os.fspath(name)
+    name = remembered_name(name)
+    if os.path.isdir(name):
+        if not _has_any(name, "config.json") and _has_any(name, "qadapter_config.json", "adapter_config.json"):
+            raise ConfigError(f"base model {name!r} is an adapter's folder: give the model that it was trained on.")
+        return BaseSource(name, name, None)
+    if os.path.isfile(name) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"base model {name!r}: there is no such folder. Give a folder with config.json and safetensors, a hub id, "
+            "or builtin; for an adapter whose base has moved, with --base-model (base_model=)."
+        )
     if name == "builtin":
         name = BUILTIN_MODEL
-    if os.path.isdir(name) or name != BUILTIN_MODEL:
+    if name != BUILTIN_MODEL:
         return BaseSource(name, name, revision)
     if revision != GGUF_REVISION and hub_has(name, revision):
         return BaseSource(name, name, revision)
     return BaseSource(str(converted_builtin()), name, GGUF_REVISION)
+
+
+def remembered_name(name: str | os.PathLike[str]) -> str:
+    """The name by which an adapter remembers its base: for a folder its absolute path, which holds everywhere."""
+    return os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
+
+
+def source_of(base: PreTrainedModel) -> BaseSource:
+    """Where a loaded base model came from; without a name if nothing says so."""
+    name = remembered_name(base.name_or_path)
+    return BaseSource(name, name, None)
+
+
+def _has_any(folder: str, *files: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
 def hub_has(name: str, revision: str | None = None) -> bool:
@@ -88,13 +113,20 @@ def converted_builtin() -> Path:
     """The folder of the built-in model as converted from its package; converts it on the first call.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is not installed, or the folder cannot be written.
     """
     folder = cache_folder() / f"SmolLM2-135M-Instruct-{GGUF_REVISION}"
     if not (folder / "config.json").exists():
         gguf = _packaged_gguf()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch_folder = tempfile.TemporaryDirectory(dir=folder.parent)
+        except OSError as error:
+            raise ConfigError(
+                f"the built-in model cannot be converted into {folder.parent} ({error.strerror}): name a folder that "
+                "can be written to in $QADAPTER_CACHE."
+            ) from error
+        with scratch_folder as scratch:
             _convert_gguf(gguf, Path(scratch) / "model")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(Path(scratch) / "model", folder)
@@ -176,7 +208,10 @@ def load_tokenizer(source: BaseSource | str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"no tokenizer can be loaded from {os.fspath(path)!r}: {reason}") from error
+        raise ConfigError(
+            f"no tokenizer can be loaded from {os.fspath(path)!r}: {reason.rstrip('.:')}. "
+            "Give a folder that has the tokenizer's files, too, or a hub id that is cached or reachable."
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 

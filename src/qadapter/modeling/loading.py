@@ -20,6 +20,7 @@ from qadapter.modeling.bases import (
     load_base,
     load_tokenizer,
     resolve_base,
+    source_of,
     tokenizer_fingerprint,
     weight_fingerprint,
 )
@@ -160,19 +161,20 @@ def _assemble(
 
 def check_same_origin(stored: Mapping[str, StoredAdapter]) -> None:
     """Raise AdapterFormatError unless all adapters were trained on one base, vocabulary and chat template."""
-    (first_name, first), *others = stored.items()
-    for name, entry in others:
+    first, *others = stored.values()
+    for entry in others:
+        # By their folders: the names of a served adapter are none that the user gave.
+        both = f"{first.root} and {entry.root}"
         if entry.manifest.base["fingerprint"] != first.manifest.base["fingerprint"]:
             raise AdapterFormatError(
-                f"adapters {first_name!r} and {name!r} were trained on different base models "
+                f"{both} were trained on different base models "
                 f"({first.manifest.base['name']!r} and {entry.manifest.base['name']!r}): they cannot be composed."
             )
         mine, theirs = first.manifest.tokenizer or {}, entry.manifest.tokenizer or {}
         for part in ("vocabulary", "chat_template"):
             if part in mine and part in theirs and mine[part] != theirs[part]:
                 raise AdapterFormatError(
-                    f"adapters {first_name!r} and {name!r} were trained with a different "
-                    f"{part.replace('_', ' ')}: they cannot be composed."
+                    f"{both} were trained with a different {part.replace('_', ' ')}: they cannot be composed."
                 )
 
 
@@ -203,7 +205,7 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None, to
 
 def _load_base(manifest: Manifest, base_model: Any, model_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, BaseSource]:
     if isinstance(base_model, PreTrainedModel):
-        return base_model, BaseSource(base_model.name_or_path, base_model.name_or_path, None)
+        return base_model, source_of(base_model)
     name, revision = manifest.base["name"], manifest.base["revision"]
     if base_model is not None:
         name, revision = base_model, None

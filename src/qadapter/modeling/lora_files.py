@@ -99,6 +99,11 @@ def _read_tensors(path: Path, keys: re.Pattern[str]) -> dict[str, Tensor]:
             if len(names) > MAX_TENSORS:
                 raise AdapterFormatError(f"{path} has {len(names)} tensors; at most {MAX_TENSORS} are read.")
             for name in names:
+                if "lora_embedding_" in name:
+                    raise AdapterFormatError(
+                        f"{path}: {name!r} is a LoRA on embeddings, which no stream can have. Leave them out of "
+                        "target_modules, or train them whole (modules_to_save, then `qadapter wrap --new-base`)."
+                    )
                 if not keys.fullmatch(name):
                     raise AdapterFormatError(f"{path}: tensor {name!r} is not part of a LoRA adapter.")
             tensors = {name: file.get_tensor(name) for name in names}

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
-from qadapter.modeling.bases import BaseSource, load_base, resolve_base, tokenizer_fingerprint
+from qadapter.modeling.bases import load_base, resolve_base, source_of, tokenizer_fingerprint
 from qadapter.modeling.decoding import PolicyGenerationMixin
 from qadapter.modeling.heads import Head
 from qadapter.modeling.merging import folded
@@ -103,7 +103,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         self.decay: float = 1.0  # of `generate` alone: forward does not know where an answer begins
         self.adapter_weights: dict[str, float] = dict.fromkeys(names, 1.0)
         # Provenance, filled in by whoever knows it and written into the adapter folder.
-        self.base_source = BaseSource(base.name_or_path, base.name_or_path, None)
+        self.base_source = source_of(base)
         self.tokenizer_fingerprint: dict[str, str] | None = None
 
     @property
@@ -280,6 +280,19 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     def _can_set_experts_implementation(cls) -> bool:
         """Yes: a mixture-of-experts base, whose config is ours, has chosen how its experts run."""
         return True
+
+    def load_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: transformers' own puts a LoRA's weights over those of an adapter, or beside the streams."""
+        raise ConfigError(
+            "load_adapter and add_adapter: a policy's adapters come with it. Compose folders with from_pretrained("
+            "base, adapters={name: folder, ...}), a plain LoRA after `qadapter wrap`; from_base makes a new one."
+        )
+
+    add_adapter = load_adapter
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: the base is frozen, and the adapters are checked against it."""
+        raise ConfigError("resize_token_embeddings: the base stays as it is. Resize and save it before from_base.")
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The base's token embeddings."""

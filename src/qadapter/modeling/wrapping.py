@@ -70,8 +70,6 @@ def _source_of_base(config_path: Path, base_model: str | os.PathLike[str] | None
     revision = None if base_model else config.get("revision")
     if not isinstance(revision, str | None):
         raise AdapterFormatError(f"{config_path}: revision is {revision!r}, must be a text or null.")
-    if os.path.isdir(name):
-        name, revision = os.path.abspath(name), None  # the adapter remembers it, and may be loaded from elsewhere
     return resolve_base(name, revision)
 
 

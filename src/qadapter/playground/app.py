@@ -2,9 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import anyio
@@ -61,11 +62,18 @@ class AnswerRequest(BaseModel):
         }
 
 
-def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength: float = 1.0) -> FastAPI:
+def create_app(
+    model: QAdapterForCausalLM,
+    tokenizer: Any,
+    title: str,
+    strength: float = 1.0,
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> FastAPI:
     """The application; one answer is generated at a time, and a reader who leaves ends theirs.
 
     Args:
         strength: where the page's slider stands at first.
+        labels: what the sliders of adapters are called where it is not their names.
     """
     app = FastAPI(title="qadapter playground", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
@@ -84,6 +92,7 @@ def create_app(model: QAdapterForCausalLM, tokenizer: Any, title: str, strength:
             "title": title,
             "base": model.base_source.name,
             "adapters": dict(model.adapter_weights),
+            "labels": dict(labels),
             "strength": strength,
             "max_new_tokens": MAX_NEW_TOKENS,
         }

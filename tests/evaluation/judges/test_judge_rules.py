@@ -80,7 +80,10 @@ def test_an_answer_too_long_to_search_gives_no_verdict():
         ("rule:regex=(", "not a regular expression"),
         ("rule:regex=" + "a" * 501, "a pattern of 501 characters; at most 500"),
         ("oracle:delphi", "must be rule:NAME"),
-        ("endpoint:http://localhost:8000/v1", "must be like http://localhost:8000/v1#my-model"),
+        (
+            "endpoint:http://localhost:1/v1",
+            "endpoint http://localhost:1/v1: must be like http://localhost:8000/v1#my-model",
+        ),
         ("endpoint:https://me:secret@judge.example/v1#m", "judge endpoint at judge.example has a user or password"),
         ("endpoint:file:///etc/passwd#m", "must be like http://localhost:8000/v1#my-model"),
         ("reward:", "the judge names no model"),

@@ -106,6 +106,7 @@ def test_adapter_of_another_size_is_refused(folder):
         load(folder, base_model=tiny_base(hidden_size=48), verify=False)
 
 
+EMBEDDINGS = "base_model.model.model.embed_tokens.lora_embedding_A"
 EXTRA = "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight"
 
 
@@ -116,6 +117,7 @@ EXTRA = "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight"
         (lambda t: [t.pop(name) for name in list(t)], "holds no LoRA tensors"),
         (lambda t: t.update({EXTRA: torch.ones(2)}), r"lora_C.weight' is not part of a LoRA adapter"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}), "is not part of a LoRA adapter"),
+        (lambda t: t.update({EMBEDDINGS: torch.ones(2)}), "embedding_A' is a LoRA on embeddings.*Leave them out"),
         (
             lambda t: t.update({name: torch.ones(3, 7) for name in t if "lora_A" in name}),
             "does not fit the base model or its own config",
@@ -136,7 +138,7 @@ EXTRA = "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight"
         ),
         (lambda t: t.update({name: t[name].long() for name in t}), "holds numbers of type"),
     ],
-    ids=["missing", "none", "extra", "base weights", "misshaped", "flat", "high", "elsewhere", "integers"],
+    ids=["missing", "none", "extra", "base", "embeddings", "misshaped", "flat", "high", "elsewhere", "integers"],
 )
 def test_tensors_that_are_missing_extra_or_misshaped_are_refused(folder, change, message):
     change_tensors(folder, change)
@@ -163,7 +165,7 @@ def test_empty_folder_is_no_adapter(tmp_path):
 
 def test_lost_base_is_named(folder):
     change_json(folder / MANIFEST_NAME, "base", "name", value="/nowhere/base")
-    with pytest.raises(ConfigError, match="base model '/nowhere/base' cannot be loaded"):
+    with pytest.raises(ConfigError, match="base model '/nowhere/base': there is no such folder.*--base-model"):
         load(folder)
 
 

@@ -93,7 +93,7 @@ class EndpointJudge:
         except httpx.InvalidURL as error:
             raise ConfigError(f"judge endpoint {url!r} is no address: {error}") from error
         if address.scheme not in ("http", "https") or not address.host or not model:
-            raise ConfigError(f"judge endpoint {url!r}#{model!r}: must be like http://localhost:8000/v1#my-model.")
+            raise ConfigError(f"judge endpoint {url or model}: must be like http://localhost:8000/v1#my-model.")
         if address.userinfo:  # not repeated here: it is a secret
             raise ConfigError(
                 f"judge endpoint at {address.host} has a user or password in its address, which would stand in "

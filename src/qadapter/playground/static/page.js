@@ -245,7 +245,7 @@ function setStrength(strength) {
   slider.value = strength;
 }
 
-function addWeights(adapters) {
+function addWeights(adapters, labels) {
   const names = Object.keys(adapters);
   if (names.length < 2) return;
   for (const name of names) {
@@ -253,7 +253,7 @@ function addWeights(adapters) {
     row.className = "slider";
     const label = document.createElement("label");
     label.htmlFor = `weight-${name}`;
-    label.textContent = name;
+    label.textContent = labels[name] || name;
     const slider = document.createElement("input");
     Object.assign(slider, { id: `weight-${name}`, type: "range", min: -1, max: 2, step: 0.05 });
     slider.value = adapters[name];
@@ -285,6 +285,6 @@ fetch("api/policy").then((response) => response.json()).then((policy) => {
   element("length").max = policy.max_new_tokens;
   setStrength(policy.strength);
   legend(element("measure").value);
-  addWeights(policy.adapters);
+  addWeights(policy.adapters, policy.labels);
   dialMoved();
 });
