@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import models
 import pytest
 from commands import PROMPT, SHORT, assert_refused, greedy_answer, qadapter, succeeded
 
@@ -203,3 +204,17 @@ def test_the_keys_that_edit_a_line_work_in_a_chat(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "readline")
     qadapter("chat", tmp_path / "no-adapter")
     assert "readline" in sys.modules
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_variables_of_the_chat_template_reach_the_prompt(adapter, monkeypatch, command):
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}{{ style | default('') }}"
+    monkeypatch.setattr("qadapter.cli.policies.tokenizer_of", lambda *_: models.tiny_tokenizer(template))
+    lengths = []
+    monkeypatch.setattr("qadapter.generation._warn_beyond_context", lambda _, length: lengths.append(length))
+    for options in ((), ("--chat-template-kwargs", '{"style": "abc"}')):
+        outcome = qadapter(command, adapter, "--max-new-tokens", 1, *options, stdin="hi\n")
+        assert outcome.code == 0, outcome.err
+    assert lengths == [3, 6]
+    refused = qadapter(command, adapter, "--chat-template-kwargs", '{"thinking": false}', stdin="hi\n")
+    assert_refused(refused, "reads no variable 'thinking'")

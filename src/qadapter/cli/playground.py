@@ -1,7 +1,14 @@
 """`qadapter playground`: a local page to try the dial."""
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import add_policy_options, default_device, pick_dtype, quiet_libraries
+from qadapter.cli.policies import (
+    add_policy_options,
+    add_template_option,
+    default_device,
+    pick_dtype,
+    quiet_libraries,
+    tokenizer_with,
+)
 from qadapter.cli.serve import load_models, served_names
 from qadapter.errors import ConfigError
 from qadapter.modeling.mixing import checked_number
@@ -15,6 +22,7 @@ def run(arguments: list[str]) -> int:
     add_policy_options(parser)
     parser.add_argument("others", nargs="*", help="further adapter folders on the same base, each with a slider")
     parser.add_argument("--port", type=int, default=7860, help="port on this machine; 0 takes a free one")
+    add_template_option(parser)
     options = parser.parse_args(arguments)
     try:
         import uvicorn
@@ -39,6 +47,7 @@ def run(arguments: list[str]) -> int:
                 not options.no_verify,
                 dtype=pick_dtype(options.dtype),
             )
+            tokenizer = tokenizer_with(tokenizer, options)
         labels = {adapter: name for name in names for adapter in models[name]} if options.others else {}
         app = create_app(model.to(default_device()), tokenizer, " + ".join(names), options.strength, labels)
         listener.listen()  # from here on a browser's first request waits instead of failing

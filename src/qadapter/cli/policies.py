@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from qadapter.cli import first_process
 from qadapter.config import QAdapterConfig
+from qadapter.data.template_variables import fix_variables
 from qadapter.devices import default_device, pick_dtype
 from qadapter.errors import ConfigError
 from qadapter.generation import Sampling
@@ -85,6 +86,23 @@ def add_decay_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", type=float, default=1.0, help="factor of the strength from token to token")
 
 
+def add_template_option(parser: argparse.ArgumentParser) -> None:
+    """What the base's chat template reads besides the conversation."""
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        default=None,
+        help='variables of the base\'s chat template, such as {"enable_thinking": false} for Qwen 3',
+    )
+
+
+def tokenizer_with(tokenizer: Any, options: argparse.Namespace) -> Any:
+    """The tokenizer, with the variables that the options give its chat template."""
+    if getattr(options, "chat_template_kwargs", None) is not None:
+        fix_variables(tokenizer, options.chat_template_kwargs)
+    return tokenizer
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that generates."""
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
@@ -92,6 +110,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     add_decay_option(parser)
+    add_template_option(parser)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
@@ -110,7 +129,7 @@ def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
         dtype=pick_dtype(options.dtype),
     )
     model.decay = decay
-    return model.to(default_device()), tokenizer_of(options.adapter, model.base_source)
+    return model.to(default_device()), tokenizer_with(tokenizer_of(options.adapter, model.base_source), options)
 
 
 def require(value: Any, option: str, example: str) -> Any:

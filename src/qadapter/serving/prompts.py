@@ -1,12 +1,11 @@
 """From messages or text to the ids the model continues."""
 
-import inspect
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qadapter.data.encoding import PlainEncoder, render
 from qadapter.data.rows import RowError
+from qadapter.data.template_variables import unread_variable
 from qadapter.serving.api_errors import ApiError, bad_request
 from qadapter.serving.schema import Message
 
@@ -18,9 +17,6 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.context = context
-        # Names that say how to render (with another template, say), or that the template has from elsewhere.
-        self.taken = {"self", "messages", "conversations", *tokenizer.special_tokens_map}
-        self.taken |= inspect.signature(tokenizer.apply_chat_template).parameters.keys()
 
     def chat(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[int]:
         """The conversation in the tokenizer's chat template, up to where the answer begins.
@@ -35,19 +31,16 @@ class PromptEncoder:
             raise bad_request(
                 "the base model has no chat template: use /v1/completions.", "messages", "no_chat_template"
             )
-        for name in variables:
-            if name in self.taken or not self._reads(name):
-                message = f"the base model's chat template reads no variable {name!r} of a request: leave it out."
-                raise bad_request(message, "chat_template_kwargs")
+        unread = unread_variable(self.tokenizer, variables)
+        if unread is not None:
+            message = f"the base model's chat template reads no variable {unread!r} of a request: leave it out."
+            raise bad_request(message, "chat_template_kwargs")
         roles = {"developer": "system"}  # the older name is the one templates know
         rows = [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
         try:
             return render(self.tokenizer, rows, add_generation_prompt=True, variables=variables)
         except RowError as error:
             raise bad_request(f"{error}.", "messages") from None
-
-    def _reads(self, name: str) -> bool:
-        return name.isidentifier() and bool(re.search(rf"\b{name}\b", self.tokenizer.get_chat_template()))
 
     def text(self, prompt: str | Sequence[int]) -> list[int]:
         """A text as the tokenizer begins texts, or ids as they are.
