@@ -128,6 +128,7 @@ def test_null_takes_a_limit_away(train_yaml, write_pairs):
     [
         ("alpha_tild: 0.3\n", r"run.yaml: unknown key 'alpha_tild'. Did you mean 'alpha_tilde'\?"),
         ("lora-rank: 3\n", r"unknown key 'lora_rank'. Did you mean 'lora_r"),
+        ("dataset_name: x\n", r"unknown key 'dataset_name'. Did you mean 'dataset'\?"),
         ("xyzzy: 3\n", r"unknown key 'xyzzy'\. See qadapter train --help"),
         ("config: other.yaml\n", "unknown key 'config'"),
         ("help: true\n", "unknown key 'help'"),

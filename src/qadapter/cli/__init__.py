@@ -1,9 +1,11 @@
 """The command line: one module a command, imported only when it is called."""
 
 import argparse
+import difflib
 import errno
 import io
 import os
+import re
 import sys
 import time
 import traceback
@@ -48,7 +50,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
-        raise UsageError(f"{message}. See {self.prog} --help.")
+        unknown = unknown_option(message)
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{message}.{hint} See {self.prog} --help.")
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -117,6 +122,12 @@ def overview() -> str:
             "`qadapter COMMAND --help` explains a command; --debug shows the traceback of an error.",
         ]
     )
+
+
+def unknown_option(message: str) -> str | None:
+    """The first option, as it was written, in argparse's message on arguments that it does not know."""
+    match = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+    return match[1] if match else None
 
 
 def first_process() -> bool:

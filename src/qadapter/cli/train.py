@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from qadapter.cli import UsageError, one_line
+from qadapter.cli import UsageError, one_line, unknown_option
 from qadapter.cli.policies import quiet_datasets, quiet_libraries, require
 from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import default_device
@@ -40,6 +40,14 @@ GROUPS = [
     AdapterArguments,
     QAdapterTrainingArguments,
 ]
+# What TRL's scripts call our options.
+NAMES_IN_TRL = {
+    "model_name_or_path": "model",
+    "model_revision": "revision",
+    "dataset_name": "dataset",
+    "dataset_train_split": "dataset_split",
+    "dataset_test_split": "eval_split",
+}
 
 
 class TrainParser(HfArgumentParser):
@@ -63,7 +71,10 @@ class TrainParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
-        raise UsageError(f"{message}. See qadapter train --help.")
+        unknown = unknown_option(message)
+        near = _nearest(unknown.strip("-").replace("-", "_"), self.by_name) if unknown else None
+        hint = f" Did you mean --{near.replace('_', '-')}?" if near else ""
+        raise UsageError(f"{message}.{hint} See qadapter train --help.")
 
 
 def documented_arguments(described: type) -> dict[str, str]:
@@ -166,7 +177,9 @@ def read_yaml(path: Path, parser: TrainParser) -> dict[str, Any]:
     known = parser.by_name
     for name in names:
         if name not in known:
-            raise ConfigError(f"{path}: unknown key {name!r}.{_hint(name, known)} See qadapter train --help.")
+            near = _nearest(name, known)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ConfigError(f"{path}: unknown key {name!r}.{hint} See qadapter train --help.")
         if names.count(name) > 1:
             raise ConfigError(f"{path}: {name!r} is there {names.count(name)} times: keep one.")
     kinds = {name: kind for group in GROUPS for name, kind in get_type_hints(group).items()}
@@ -174,11 +187,13 @@ def read_yaml(path: Path, parser: TrainParser) -> dict[str, Any]:
     return {name: _typed(path, name, value, known[name], kinds[name]) for name, value in options.items()}
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, our own before those of transformers."""
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The option that is meant, our own before those of transformers; None if nothing is near."""
+    if name in NAMES_IN_TRL:
+        return NAMES_IN_TRL[name]
     own = [field.name for group in GROUPS[:-1] for field in dataclasses.fields(group)]
     near = difflib.get_close_matches(name, own, n=1) or difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return near[0] if near else None
 
 
 def _names(node: yaml.Node | None) -> list[str]:
