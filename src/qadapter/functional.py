@@ -87,7 +87,7 @@ def implied_rewards(q: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
     """
     next_values = F.pad((values * mask)[:, 1:], (0, 1))
     steps: float | Tensor = gamma
-    if discount_floor:
+    if discount_floor:  # w_t is at least the floor then; without one γᵗ may underflow, and w_{t+1} / w_t with it
         steps = (discount_floor / discounts(mask, gamma, q.dtype, discount_floor)).clamp(min=gamma)
     return (q - steps * next_values) * mask
 

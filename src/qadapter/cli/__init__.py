@@ -52,8 +52,7 @@ class CommandParser(argparse.ArgumentParser):
         """Raise UsageError."""
         unknown = unknown_option(message)
         near = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{message}.{hint} See {self.prog} --help.")
+        raise UsageError(f"{message}.{did_you_mean(near[0] if near else None)} See {self.prog} --help.")
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -128,6 +127,11 @@ def unknown_option(message: str) -> str | None:
     """The first option, as it was written, in argparse's message on arguments that it does not know."""
     match = re.match(r"unrecognized arguments: (--[\w-]+)", message)
     return match[1] if match else None
+
+
+def did_you_mean(name: str | None) -> str:
+    """A sentence for an error's message; empty where nothing is near."""
+    return f" Did you mean {name}?" if name else ""
 
 
 def first_process() -> bool:

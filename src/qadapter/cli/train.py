@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from qadapter.cli import UsageError, one_line, unknown_option
+from qadapter.cli import UsageError, did_you_mean, one_line, unknown_option
 from qadapter.cli.policies import quiet_datasets, quiet_libraries, require
 from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import default_device
@@ -73,7 +73,7 @@ class TrainParser(HfArgumentParser):
         """Raise instead of exiting."""
         unknown = unknown_option(message)
         near = _nearest(unknown.strip("-").replace("-", "_"), self.by_name) if unknown else None
-        hint = f" Did you mean --{near.replace('_', '-')}?" if near else ""
+        hint = did_you_mean(near and f"--{near.replace('_', '-')}")
         raise UsageError(f"{message}.{hint} See qadapter train --help.")
 
 
@@ -178,7 +178,7 @@ def read_yaml(path: Path, parser: TrainParser) -> dict[str, Any]:
     for name in names:
         if name not in known:
             near = _nearest(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = did_you_mean(near and repr(near))
             raise ConfigError(f"{path}: unknown key {name!r}.{hint} See qadapter train --help.")
         if names.count(name) > 1:
             raise ConfigError(f"{path}: {name!r} is there {names.count(name)} times: keep one.")
