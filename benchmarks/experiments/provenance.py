@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments.bfloat16 import cpu_has_bfloat16, multiplies_in_float32, multiply_in_float32
 from qadapter.devices import default_device
 from qadapter.evaluation.environment import environment
 
@@ -16,9 +17,14 @@ RIVALS = ("trl", "scikit-learn", "accelerate")
 
 
 def set_up(threads: int | None) -> None:
-    """So many threads on the CPU; on a GPU float32 products in TF32, which rounds the policy and the base alike."""
+    """So many threads on the CPU; on a GPU float32 products in TF32, which rounds the policy and the base alike.
+
+    On a CPU without bfloat16 products of it are made in float32 (`bfloat16.py`).
+    """
     torch.set_num_threads(threads or default_threads())
     torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")
+    if default_device() == "cpu" and not cpu_has_bfloat16():
+        multiply_in_float32()
 
 
 def default_threads() -> int:
@@ -32,6 +38,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     found["versions"] |= {name: version(name) for name in RIVALS}
     command = " ".join(["python -m benchmarks.experiments", *map(portable, sys.argv[1:])])
     found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    found["bfloat16_products"] = "in float32, rounded" if multiplies_in_float32() else "the device's"
     return found | {"commit": commit(), "command": command}
 
 

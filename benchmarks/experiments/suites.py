@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.experiments.ablations import ABLATIONS, KL_PENALTY
+from benchmarks.experiments.bfloat16 import cpu_has_bfloat16
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.medium import MEDIUM_ABLATIONS, MEDIUM_KNOBS, medium_settings
 from benchmarks.experiments.methods import MAIN_KNOBS
@@ -289,14 +289,13 @@ SUITES: dict[str, Callable[[], Suite]] = {
 def fast_dtype(dtype: str) -> str:
     """The dtype to compute in: "auto" is bfloat16 where the machine has instructions for it, else float32.
 
-    Without them a CPU multiplies matrices in bfloat16 ten times more slowly than in float32.
+    Without them a CPU is no faster in bfloat16 than in float32 (`bfloat16.py`), and by torch itself far slower.
     """
     if dtype != "auto":
         return dtype
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    flags = Path("/proc/cpuinfo")
-    return "bfloat16" if flags.exists() and "avx512_bf16" in flags.read_text(encoding="utf-8") else "float32"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
 
 
 def make_suite(name: str) -> Suite:
