@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Trained:
 
 
 Method = Callable[..., Trained]
-METHOD_SETTINGS = ("parametrisation", "alpha_tilde", "alpha_0", "gamma", "beta", "length_normalised", "label_smoothing")
+METHOD_SETTINGS = {setting.name for setting in fields(QAdapterConfig)} - {"penalty"}  # the loss takes more penalties
 
 
 def _train(
@@ -96,7 +96,7 @@ def qadapter(
         rejected: "own" puts the base's own sampled answers in place of the rejected ones.
         options: settings of the method, or options of `losses.qadapter`.
     """
-    settings = {name: options.pop(name) for name in METHOD_SETTINGS if name in options}
+    settings = {name: options.pop(name) for name in METHOD_SETTINGS & options.keys()}
     if options.get("penalty") == "kl":
         settings["penalty"] = options.pop("penalty")
     if alpha is not None:

@@ -1,14 +1,18 @@
 """What methods train on."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.experiments import methods
 from benchmarks.experiments.cells import Cell, Store
 from benchmarks.experiments.runner import Runner
-from benchmarks.experiments.suites import make_suite
+from benchmarks.experiments.suites import SUITES, make_suite
+from qadapter import QAdapterConfig
+from qadapter.data import PreferenceCollator
 from qadapter.errors import ConfigError
 from qadapter.generation import Answer
 
@@ -51,6 +55,36 @@ def test_a_cell_can_be_trained_against_them(context):
 def test_an_unknown_place_of_rejected_answers_is_refused(context):
     with pytest.raises(ConfigError, match=r"rejected = 'onw': choose given or own"):
         methods.train("dpo", context, {"rejected": "onw"})
+
+
+def test_every_variant_of_every_suite_has_a_loss(context, monkeypatch):
+    cells = [cell for name in SUITES for cell in make_suite(name).cells() if cell.method not in ("ppo", "dpo-trl")]
+    variants = {json.dumps((cell.method, cell.options), sort_keys=True): cell for cell in cells}
+    monkeypatch.setattr(methods, "with_own_answers", lambda context, name, temperature: context.pools.train_ids)
+    batch = PreferenceCollator(pad_token_id=0)(list(context.pools.train_ids)[:2])
+    policy = context.new_policy()
+
+    def first_losses(policy, pairs, objective, training, seed, work, packed):
+        with torch.no_grad():
+            return {"losses": objective(policy, policy, batch)}
+
+    def on_one_base(config=None):
+        policy.configs[policy.adapters[0]] = config or QAdapterConfig()
+        return policy
+
+    monkeypatch.setattr(methods, "train_pairs", first_losses)
+    monkeypatch.setattr(methods.Context, "new_policy", lambda self, config=None: on_one_base(config))
+    for cell in variants.values():
+        losses = methods.train(cell.method, context, dict(cell.options)).figures["losses"]
+        assert losses.shape == (2,), cell.name
+        assert losses.isfinite().all(), cell.name
+
+
+def test_settings_of_the_method_reach_its_config(context, monkeypatch):
+    monkeypatch.setattr(methods, "train_pairs", lambda *arguments: {})
+    options = {"beta": 3.0, "gamma": 0.9, "discount_floor": 0.25, "penalty": "kl"}
+    config = methods.train("qadapter", context, dict(options)).policy.configs["default"]
+    assert {name: getattr(config, name) for name in options} == options
 
 
 @pytest.mark.parametrize(("method", "options"), [("qadapter", {"preset": "kl"}), ("dpo", {"beta": 0.1})])
