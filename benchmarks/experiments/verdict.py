@@ -21,6 +21,7 @@ from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
 from benchmarks.experiments.summary import FORMS, RIVAL, Variant, point_figures, variant_areas
 from qadapter import QAdapterConfig
+from qadapter.config import ADDED_LATER
 from qadapter.evaluation.intervals import wilson
 
 # Judged samples and margin, against drift and (where tasks were run) against what benchmarks lose.
@@ -211,7 +212,8 @@ def default_of(variants: Sequence[Variant]) -> Variant | None:
     own = [variant for variant in variants if variant.method == OWN]
     plain = next((variant for variant in own if variant.options == "{}"), None)
     usual = QAdapterConfig().to_dict()
-    named = (v for v in own if v.results[0]["policy"] == usual and set(v.named_options) <= set(usual))
+    # Results are older than some settings, as adapter folders are.
+    named = (v for v in own if ADDED_LATER | v.results[0]["policy"] == usual and set(v.named_options) <= set(usual))
     return plain or next(named, None)
 
 
@@ -238,7 +240,7 @@ def default_lines(settings: Settings) -> Iterator[str]:
             + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it.\n"
         )
         yield from pooled_default_lines(settings)
-        yield "[Why γ = 1](method.md#the-discount): with γ below 1 what shows late in an answer is hardly learnt.\n"
+        yield "[Why γ = 1](method.md#the-discount): with γ below 1 and no floor what shows late is hardly learnt.\n"
         yield "<details><summary>The default beside the best other variant</summary>\n"
         yield from lines
         yield "\n</details>\n"

@@ -68,7 +68,7 @@ def test_the_authors_preset_is_the_papers_numbers(settings):
     }
     assert {name: found[name] for name in paper} == paper
     assert PRESETS["authors"] == paper
-    assert QAdapterConfig.preset("early") == QAdapterConfig(gamma=0.95)
+    assert QAdapterConfig.preset("early") == QAdapterConfig(gamma=0.95, discount_floor=0.25)
 
 
 def test_the_file_beats_the_preset(settings):

@@ -12,6 +12,7 @@ from benchmarks.experiments.summary import Variant, method_areas, seed_mean, var
 from benchmarks.experiments.tables import ablation_table, is_usual
 from benchmarks.experiments.verdict import measured_gains, pooled_default_lines, verdict_lines, word
 from qadapter import QAdapterConfig
+from qadapter.config import ADDED_LATER
 
 PAIRS = 12
 # The mean height of √KL over √(KL / 0.25), where straight lines in KL join the points below.
@@ -197,6 +198,16 @@ def test_the_default_is_compared_with_the_best_other_variant():
     assert "beta = 10.0" in page
     assert "best of 1 other variants is beta = 1; area − the default's 0.240" in page
     assert ": better." in page
+
+
+def test_results_from_before_a_setting_came_are_the_default_s_still():
+    own = [result("qadapter", 0, height, {"beta": beta}) for beta, height in ((10.0, 1), (1.0, 2))]
+    own[1]["policy"] = QAdapterConfig(beta=1.0).to_dict()
+    for cell in own:
+        for name in ADDED_LATER:
+            del cell["policy"][name]
+    page = text([*own, result("dpo", 0, 1.0)])
+    assert "best of 1 other variants is beta = 1;" in page
 
 
 def test_variants_are_compared_with_the_default_in_the_mean_over_domains():
