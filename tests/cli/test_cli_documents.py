@@ -86,7 +86,7 @@ def test_the_presets_in_the_documents_are_the_code_s():
     assert {name for name, *_ in rows} == set(PRESETS)
     for name, parametrisation, cells in rows:
         *numbers, penalty, returns = (cell.strip() for cell in cells.split("|"))
-        alpha_tilde, alpha_0, gamma, beta = map(float, numbers)
+        alpha_tilde, alpha_0, gamma, floor, beta = map(float, numbers)
         assert QAdapterConfig.preset(name) == QAdapterConfig(
             parametrisation,
             alpha_tilde,
@@ -95,6 +95,7 @@ def test_the_presets_in_the_documents_are_the_code_s():
             beta,
             {"r²": "reward", "KL": "kl"}[penalty],
             returns == "a token",
+            discount_floor=floor,
         )
 
 
