@@ -12,6 +12,7 @@ from qadapter.config import QAdapterConfig
 from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
 from qadapter.training_arguments import QAdapterTrainingArguments
+from qadapter.training_metrics import METRICS
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
@@ -141,8 +142,14 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
         raise ConfigError("cache_base_states needs a dataset of known length: leave --streaming out.")
     if data.streaming and training.max_steps <= 0:
         raise ConfigError("the length of a streamed dataset is not known: give --max-steps.")
+    best = training.metric_for_best_model
     _require_rules(
         training,
+        (
+            "metric_for_best_model",
+            best is None or best.removeprefix("eval_") in METRICS,
+            f"choose one of {', '.join(METRICS)}",
+        ),
         ("per_device_train_batch_size", training.per_device_train_batch_size >= 1, "must be at least 1"),
         ("per_device_eval_batch_size", training.per_device_eval_batch_size >= 1, "must be at least 1"),
         ("gradient_accumulation_steps", training.gradient_accumulation_steps >= 1, "must be at least 1"),

@@ -5,6 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Those that a log entry has; of an evaluation with "eval_" before them.
+METRICS = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"),
+    *("logps/rejected", "entropy", "qadapter/penalty", "qadapter/kl", "qadapter/value"),
+)
+
 
 class PairMetrics:
     """Sums on the device, of as many batches as come between two log entries; adding reads nothing from it."""

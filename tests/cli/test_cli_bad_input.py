@@ -123,6 +123,10 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--micro-batch-tokens", "0"), "micro_batch_tokens = 0: must be at least 1"),
         (("--revision", "v2"), "revision = 'v2': .*tiny-llama is a folder, which has none"),
         (("--load-best-model-at-end",), "load_best_model_at_end requires"),
+        (
+            ("--metric-for-best-model", "eval_acc"),
+            "metric_for_best_model = 'eval_acc': choose one of loss, rewards",
+        ),
         (("--load-in-4bit", "--load-in-8bit"), "load_in_4bit and load_in_8bit exclude each other"),
         (("--resume-from-checkpoint", "last"), "run has no checkpoint to resume from"),
     ],

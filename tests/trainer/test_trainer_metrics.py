@@ -9,6 +9,7 @@ from datasets import Dataset
 from models import plain_peft, tiny_tokenizer, tiny_trainer, token_pairs, two_passes
 from trainer_examples import CONFIG, METRICS
 
+from qadapter import training_metrics
 from qadapter.data import tokenise_preferences
 
 
@@ -158,6 +159,13 @@ def test_metrics_carry_the_prefix_that_was_asked_for(base, policy, tmp_path):
     other = Dataset.from_list(token_pairs(4, seed=11))
     expected = expected_metrics(plain_peft(base, policy), token_pairs(4, seed=11))["qadapter/kl"]
     assert trainer.evaluate(other)["eval_qadapter/kl"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_names_of_metrics_are_those_that_an_evaluation_has(policy, tmp_path):
+    trainer = tiny_trainer(policy, tmp_path)
+    found = trainer.evaluate(Dataset.from_list(token_pairs(3)))
+    of_the_trainer = {"epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+    assert {name.removeprefix("eval_") for name in found} - of_the_trainer == set(training_metrics.METRICS)
 
 
 def test_evaluation_gives_no_logits(policy, tmp_path):
