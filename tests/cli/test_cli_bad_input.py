@@ -188,6 +188,7 @@ def test_an_unknown_base_is_named(train, folder, model, match):
         (("train", "--beta", "much"), "--beta: invalid float value: 'much'"),
         (("train", "--lr-scheduler-type", "zigzag"), "invalid choice: 'zigzag'"),
         (("generate",), "the following arguments are required: adapter. See qadapter generate --help"),
+        (("train", "a/run.yml"), r"a/run.yml\. Did you mean --config a/run.yml\? See qadapter train"),
         (("train", "--model_name_or_path", "m"), r"model_name_or_path m\. Did you mean --model\? See qadapter train"),
         (("train", "--lora-rank", "1"), r"Did you mean --lora-r\?"),
         (("generate", "a", "--stength", "1"), r"--stength 1\. Did you mean --strength\? See qadapter generate --help"),

@@ -73,8 +73,9 @@ class TrainParser(HfArgumentParser):
         """Raise instead of exiting."""
         unknown = unknown_option(message)
         near = _nearest(unknown.strip("-").replace("-", "_"), self.by_name) if unknown else None
-        hint = did_you_mean(near and f"--{near.replace('_', '-')}")
-        raise UsageError(f"{message}.{hint} See qadapter train --help.")
+        recipe = re.match(r"unrecognized arguments: ([^\s-]\S*\.ya?ml)\b", message)
+        meant = f"--config {recipe[1]}" if recipe else near and f"--{near.replace('_', '-')}"
+        raise UsageError(f"{message}.{did_you_mean(meant)} See qadapter train --help.")
 
 
 def documented_arguments(described: type) -> dict[str, str]:
