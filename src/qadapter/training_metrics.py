@@ -7,9 +7,9 @@ from torch import Tensor
 
 # Those that a log entry has; of an evaluation with "eval_" before them.
 METRICS = (
-    *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"),
-    *("logps/rejected", "entropy", "qadapter/penalty", "qadapter/kl", "qadapter/value"),
-)
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected", "entropy", "qadapter/penalty", "qadapter/kl", "qadapter/value",
+)  # fmt: skip
 
 
 class PairMetrics:
