@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from qadapter.builtin import neutral_paragraphs
+from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
 from qadapter.config import QAdapterConfig
 from qadapter.data import load_preference_dataset, tokenise_preferences
 from qadapter.evaluation.intervals import Interval, wilson
@@ -35,7 +35,7 @@ FIRST_ADAPTED_LAYER = 15  # of 30: half of the second stream, and of the backwar
 LORA_RANK = 8
 LEARNING_RATE = 1e-3
 SEED = 0
-PAIRS_A_STEP, MICRO_BATCH, STEPS = 4, 2, 60
+PAIRS_A_STEP, MICRO_BATCH = 4, 2
 JUDGED_PROMPTS = 24
 MAX_NEW_TOKENS = 80
 
@@ -79,7 +79,7 @@ def faster_dtype() -> torch.dtype:
 def run_quickstart(
     folder: Path,
     console: Console,
-    steps: int = STEPS,
+    steps: int = QUICKSTART_STEPS,
     judged_prompts: int = JUDGED_PROMPTS,
     model: str = BUILTIN_MODEL,
 ) -> QuickstartResult:

@@ -1,6 +1,8 @@
 """Help: of every command, without loading a model, and the same in the documents."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,23 @@ def test_help_shows_a_default_once_and_only_where_there_is_one(command):
     out = " ".join(succeeded(qadapter(command, "--help")).split())
     if command != "train":  # transformers' parser
         assert not re.search(r"\(default: (None|False|\[\])\)|\(default: [^)]*\) \(default:", out)
+
+
+def test_help_and_misspelt_options_wait_for_no_heavy_library():
+    """All but `train`, whose parser is transformers' own: torch alone takes seconds to be imported."""
+    code = """
+import sys
+from qadapter.cli import COMMANDS, main
+for command in COMMANDS:
+    if command != "train":
+        assert main([command, "--help"]) == 0
+        assert main([command, "x", "--output-dir", "y", "--frobnicate"]) == 2
+        heavy = {"torch", "transformers", "peft", "fastapi", "pandas"} & set(sys.modules)
+        assert not heavy, f"{command} imports {heavy}"
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("--frobnicate") == len(COMMANDS) - 2  # `data` wants its subcommand first
 
 
 def test_a_sweep_offers_no_judge():

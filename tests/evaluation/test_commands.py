@@ -216,7 +216,8 @@ def test_limits_on_benchmarks_need_lm_eval(run, adapter, monkeypatch):
 
 
 def test_budgets_fill_in_what_is_not_given():
-    from qadapter.cli.eval import add_workload_options, workload_of
+    from qadapter.cli.measuring import workload_of
+    from qadapter.cli.options import add_workload_options
 
     parser = cli.command_parser("eval", "")
     add_workload_options(parser)

@@ -3,6 +3,9 @@
 import json
 from importlib.resources import files
 
+# Optimiser steps of the quickstart on the pairs.
+QUICKSTART_STEPS = 60
+
 
 def neutral_paragraphs() -> list[str]:
     """Plain prose that has nothing to do with the preference: what the policy should still model as the base does."""

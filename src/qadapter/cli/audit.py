@@ -7,23 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.eval import (
-    add_strength_options,
-    add_subject_options,
-    add_workload_options,
-    column_of,
-    measuring,
-    store_of,
-    subject_of,
-    workload_of,
-)
+from qadapter.cli.options import add_strength_options, add_subject_options, add_workload_options
 from qadapter.cli.sweep import output_folder
 from qadapter.errors import ConfigError
-from qadapter.evaluation.audit import EXIT_CODES, EXIT_COULD_NOT_RUN, run_audit
-from qadapter.evaluation.audit_report import HTML_NAME, JSON_NAME, print_audit, write_audit
-from qadapter.evaluation.benchmarks import require_lm_eval
-from qadapter.evaluation.card import CARD_NAME, check_card, update_card
-from qadapter.evaluation.gate import Limits, parse_drops
+from qadapter.evaluation.gate import EXIT_CODES, EXIT_COULD_NOT_RUN, Limits, parse_drops
 
 
 def run(arguments: list[str]) -> int:
@@ -54,6 +41,13 @@ def _run(arguments: list[str]) -> int:
     )
     parser.add_argument("--no-card", action="store_true", help="leave the adapter's README.md alone")
     options = parser.parse_args(arguments)
+
+    from qadapter.cli.measuring import column_of, measuring, store_of, subject_of, workload_of
+    from qadapter.evaluation.audit import run_audit
+    from qadapter.evaluation.audit_report import HTML_NAME, JSON_NAME, print_audit, write_audit
+    from qadapter.evaluation.benchmarks import require_lm_eval
+    from qadapter.evaluation.card import CARD_NAME, check_card, update_card
+
     limits = Limits(options.max_kl, parse_drops(options.max_drop), options.min_accuracy)
     if limits.max_drop:
         require_lm_eval()

@@ -5,18 +5,10 @@ import importlib
 from collections.abc import Callable
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import (
-    add_policy_options,
-    add_sampling_options,
-    load_policy,
-    quiet_libraries,
-    sampling_of,
-)
+from qadapter.cli.options import add_policy_options, add_sampling_options
 from qadapter.data.messages import as_text
 from qadapter.data.rows import RowError
 from qadapter.errors import ConfigError, QAdapterError
-from qadapter.generation import Message, stream_text
-from qadapter.modeling.mixing import checked_number
 
 HELP = "/strength X sets the dial (0 base, 1 policy), /reset starts anew, /help, /exit"
 
@@ -28,6 +20,10 @@ def run(arguments: list[str]) -> int:
     add_sampling_options(parser)
     parser.add_argument("--system", default=None, help="system message")
     options = parser.parse_args(arguments)
+
+    from qadapter.cli.policies import load_policy, quiet_libraries, sampling_of
+    from qadapter.generation import stream_text
+
     sampling = sampling_of(options)
     with contextlib.suppress(ImportError):  # not on every system
         importlib.import_module("readline")  # `input` then edits lines and remembers them
@@ -48,7 +44,7 @@ def run(arguments: list[str]) -> int:
 
 def converse(answer: Callable, strength: float, system: str | None, read: Callable[[str], str] = input) -> int:
     """Read lines and print streamed answers until the end of input; Ctrl-C stops an answer, then the program."""
-    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    start: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
         try:
@@ -80,6 +76,8 @@ def converse(answer: Callable, strength: float, system: str | None, read: Callab
 
 
 def _strength(line: str, current: float) -> float:
+    from qadapter.modeling.mixing import checked_number
+
     with contextlib.suppress(ValueError, ConfigError):
         return checked_number(float(line.removeprefix("/strength")), "strength")
     print(f"{line!r}: write /strength and a number, such as /strength 0.5")

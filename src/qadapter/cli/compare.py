@@ -6,21 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.eval import (
-    add_dial_options,
-    add_subject_options,
-    add_workload_options,
-    measuring,
-    store_of,
-    subject_of,
-    weights_of,
-    workload_of,
-)
+from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, weights_of
 from qadapter.cli.sweep import check_folder
 from qadapter.errors import ConfigError
-from qadapter.evaluation.columns import parse_strengths, strength_columns, unique_names
-from qadapter.evaluation.comparison import run_comparison
-from qadapter.evaluation.comparison_report import print_comparison, write_comparison
 
 
 def run(arguments: list[str]) -> int:
@@ -32,6 +20,12 @@ def run(arguments: list[str]) -> int:
     add_workload_options(parser)
     parser.add_argument("--output-dir", type=Path, default=None, help="also write compare.json and compare.html there")
     options = parser.parse_args(arguments)
+
+    from qadapter.cli.measuring import measuring, store_of, subject_of, workload_of
+    from qadapter.evaluation.columns import parse_strengths, strength_columns, unique_names
+    from qadapter.evaluation.comparison import run_comparison
+    from qadapter.evaluation.comparison_report import print_comparison, write_comparison
+
     strengths = parse_strengths(options.strengths)
     if strengths == [0.0]:
         raise ConfigError(f"--strengths {options.strengths!r} names the base only: add one that is not 0.")

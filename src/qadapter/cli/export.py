@@ -3,18 +3,19 @@
 import shlex
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from qadapter.cli import command_parser
 from qadapter.cli.generate import read_prompts
-from qadapter.cli.policies import add_policy_options, load_policy, quiet_libraries, require
+from qadapter.cli.options import add_policy_options, require
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
-from qadapter.export import distil, export_gguf_ready, export_lora, export_merged, export_vllm
-from qadapter.modeling import QAdapterForCausalLM
 from qadapter.new_folders import into_new_folder, require_new_folder, set_mode_of_weights
+
+if TYPE_CHECKING:
+    from qadapter.modeling import QAdapterForCausalLM
 
 FORMATS = ("merged", "lora", "distilled", "gguf", "vllm")
 
@@ -47,6 +48,10 @@ def run(arguments: list[str]) -> int:
     prompts = []
     if options.format == "distilled":
         prompts = read_prompts(require(options.prompts_file, "--prompts-file", "FILE (distilling needs your prompts)"))
+
+    from qadapter.cli.policies import load_policy, quiet_libraries
+    from qadapter.export import export_gguf_ready, export_lora, export_merged, export_vllm
+
     with quiet_libraries():
         model, tokenizer = load_policy(options)
         if options.format == "lora":
@@ -64,7 +69,9 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _distilled(model: QAdapterForCausalLM, tokenizer: Any, prompts: list[str], options: Namespace) -> None:
+def _distilled(model: "QAdapterForCausalLM", tokenizer: Any, prompts: list[str], options: Namespace) -> None:
+    from qadapter.export import distil
+
     with progress_bar(Console()) as progress:
         task = progress.add_task("Distilling", total=None)
         result = distil(

@@ -6,18 +6,11 @@ import sys
 from pathlib import Path
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import (
-    add_policy_options,
-    add_sampling_options,
-    load_policy,
-    quiet_libraries,
-    sampling_of,
-)
+from qadapter.cli.options import add_policy_options, add_sampling_options
 from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.messages import as_text
 from qadapter.data.rows import RowError
 from qadapter.errors import ConfigError, DataError
-from qadapter.generation import generate_texts, stream_text
 
 
 def run(arguments: list[str]) -> int:
@@ -31,6 +24,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts answered at once")
     add_sampling_options(parser)
     options = parser.parse_args(arguments)
+
+    from qadapter.cli.policies import load_policy, quiet_libraries, sampling_of
+    from qadapter.generation import generate_texts, stream_text
+
     sampling = sampling_of(options)
     if options.batch_size < 1:
         raise ConfigError(f"batch_size = {options.batch_size}: must be at least 1.")

@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 
 from qadapter.cli import command_parser
-from qadapter.modeling.loading import local_folder
-from qadapter.modeling.lora_files import WEIGHTS_NAME, read_adapter
-from qadapter.modeling.manifest import read_manifest
 
 
 def run(arguments: list[str]) -> int:
@@ -15,6 +12,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("adapter", help="adapter folder or hub id")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
+
+    from qadapter.modeling.loading import local_folder
+
     facts = describe(local_folder(options.adapter))
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -26,6 +26,9 @@ def run(arguments: list[str]) -> int:
 
 def describe(folder: Path) -> dict:
     """Facts of an adapter folder, read from its files."""
+    from qadapter.modeling.lora_files import WEIGHTS_NAME, read_adapter
+    from qadapter.modeling.manifest import read_manifest
+
     manifest = read_manifest(folder)
     adapters = {}
     for name, settings in manifest.configs.items():

@@ -1,17 +1,9 @@
 """`qadapter playground`: a local page to try the dial."""
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import (
-    add_policy_options,
-    add_template_option,
-    default_device,
-    pick_dtype,
-    quiet_libraries,
-    tokenizer_with,
-)
+from qadapter.cli.options import add_policy_options, add_template_option
 from qadapter.cli.serve import load_models, served_names
 from qadapter.errors import ConfigError
-from qadapter.modeling.mixing import checked_number
 
 HOST = "127.0.0.1"
 
@@ -24,6 +16,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, default=7860, help="port on this machine; 0 takes a free one")
     add_template_option(parser)
     options = parser.parse_args(arguments)
+
+    from qadapter.cli.policies import quiet_libraries, tokenizer_with
+    from qadapter.devices import default_device, pick_dtype
+    from qadapter.modeling.mixing import checked_number
+
     try:
         import uvicorn
 

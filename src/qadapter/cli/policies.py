@@ -1,4 +1,4 @@
-"""What the commands that use an adapter share: loading it quietly, and their common options."""
+"""What the commands that use an adapter share: loading it, and libraries that keep quiet."""
 
 import argparse
 import contextlib
@@ -11,16 +11,12 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from qadapter.cli import first_process
-from qadapter.config import QAdapterConfig
 from qadapter.data.template_variables import fix_variables
 from qadapter.devices import default_device, pick_dtype
-from qadapter.errors import ConfigError
 from qadapter.generation import Sampling
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.loading import tokenizer_of
 from qadapter.modeling.mixing import checked_decay, checked_number
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @contextlib.contextmanager
@@ -72,45 +68,11 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that loads an adapter folder."""
-    parser.add_argument("adapter", help="adapter folder or hub id, as `qadapter train` wrote it")
-    parser.add_argument("--base-model", default=None, help="base model instead of the one that the adapter names")
-    parser.add_argument("--strength", type=float, default=1.0, help="0 is the base, 1 the trained policy")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--no-verify", action="store_true", help="load although base, template or adapter differ")
-
-
-def add_decay_option(parser: argparse.ArgumentParser) -> None:
-    """How the strength changes along an answer."""
-    parser.add_argument("--decay", type=float, default=1.0, help="factor of the strength from token to token")
-
-
-def add_template_option(parser: argparse.ArgumentParser) -> None:
-    """What the base's chat template reads besides the conversation."""
-    parser.add_argument(
-        "--chat-template-kwargs",
-        metavar="JSON",
-        default=None,
-        help='variables of the base\'s chat template, such as {"enable_thinking": false} for Qwen 3',
-    )
-
-
 def tokenizer_with(tokenizer: Any, options: argparse.Namespace) -> Any:
     """The tokenizer, with the variables that the options give its chat template."""
     if getattr(options, "chat_template_kwargs", None) is not None:
         fix_variables(tokenizer, options.chat_template_kwargs)
     return tokenizer
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that generates."""
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    add_decay_option(parser)
-    add_template_option(parser)
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
@@ -130,15 +92,3 @@ def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
     )
     model.decay = decay
     return model.to(default_device()), tokenizer_with(tokenizer_of(options.adapter, model.base_source), options)
-
-
-def require(value: Any, option: str, example: str) -> Any:
-    """`value`, refused if it is missing."""
-    if value is None:
-        raise ConfigError(f"{option} is missing: {option} {example}")
-    return value
-
-
-def settings_line(config: QAdapterConfig) -> str:
-    """The method's settings in one line."""
-    return ", ".join(f"{name} {value}" for name, value in config.to_dict().items())

@@ -4,11 +4,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qadapter.builtin import QUICKSTART_STEPS
 from qadapter.cli import command_parser
-from qadapter.cli.policies import quiet_datasets, quiet_libraries
 from qadapter.errors import ConfigError
-from qadapter.evaluation.report import print_report, write_report
-from qadapter.quickstart import STEPS, run_quickstart
 
 
 def run(arguments: list[str]) -> int:
@@ -18,10 +16,15 @@ def run(arguments: list[str]) -> int:
         "Train a Q-Adapter on the built-in model and pairs on the CPU, and report what it gained and cost.",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart"), help="where adapter and report go")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=QUICKSTART_STEPS, help="optimiser steps")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: must be at least 1.")
+
+    from qadapter.cli.policies import quiet_datasets, quiet_libraries
+    from qadapter.evaluation.report import print_report, write_report
+    from qadapter.quickstart import run_quickstart
+
     console = Console()
     with quiet_libraries(), quiet_datasets():
         result = run_quickstart(options.output_dir, console, options.steps)

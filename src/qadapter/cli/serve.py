@@ -6,15 +6,15 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import DTYPES, default_device, pick_dtype, quiet_libraries
+from qadapter.cli.options import DTYPES
 from qadapter.errors import ConfigError
-from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.bases import load_base, resolve_base
-from qadapter.modeling.loading import local_folder, tokenizer_of
-from qadapter.modeling.manifest import read_manifest
+from qadapter.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from qadapter.modeling import QAdapterForCausalLM
 
 API_KEY_VARIABLE = "QADAPTER_API_KEY"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -24,12 +24,15 @@ logger = logging.getLogger("qadapter.serving")
 
 def run(arguments: list[str]) -> int:
     """Run the command until it is told to stop; its exit code."""
-    settings_type, service_type, server_module = _serving()
-    parser = _parser(settings_type())
-    options = parser.parse_args(arguments)
-    settings = settings_type(
-        **{name: getattr(options, name) for name in vars(settings_type())} | {"api_key": _api_key(options.api_key)}
+    options = _parser(ServerSettings()).parse_args(arguments)
+    settings = ServerSettings(
+        **{name: getattr(options, name) for name in vars(ServerSettings())} | {"api_key": _api_key(options.api_key)}
     )
+    service_type, server_module = _serving()
+
+    from qadapter.cli.policies import quiet_libraries
+    from qadapter.devices import default_device, pick_dtype
+
     names = served_names(options.adapters)
     listener = server_module.listening_socket(settings.host, settings.port)  # before minutes of loading
     with listener:
@@ -56,21 +59,20 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _serving() -> tuple[Any, Any, Any]:
+def _serving() -> tuple[Any, Any]:
     try:
         from qadapter.serving import server
         from qadapter.serving.app import Service
-        from qadapter.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("qadapter"):
             raise
         raise ConfigError(
             f"the server needs packages that are not installed ({error.name} is missing): pip install 'qadapter[serve]'"
         ) from error
-    return ServerSettings, Service, server
+    return Service, server
 
 
-def _parser(defaults: Any) -> argparse.ArgumentParser:
+def _parser(defaults: ServerSettings) -> argparse.ArgumentParser:
     parser = command_parser(
         "serve",
         "Serve adapters with OpenAI's protocol. Model names are the folders' names, and `base`. "
@@ -120,11 +122,14 @@ def served_names(folders: Sequence[str]) -> list[str]:
 
 def load_models(
     folders: dict[str, str], base_model: str | None, verify: bool, **model_kwargs: Any
-) -> tuple[QAdapterForCausalLM, Any, dict[str, dict[str, float]]]:
+) -> "tuple[QAdapterForCausalLM, Any, dict[str, dict[str, float]]]":
     """(one policy with the adapters of all folders, its tokenizer, {served name: {adapter: weight}}).
 
     A single folder may hold several adapters; their stored weights are what its name stands for.
     """
+    from qadapter.modeling import QAdapterForCausalLM
+    from qadapter.modeling.loading import tokenizer_of
+
     first_name, first = next(iter(folders.items()))
     if len(folders) == 1:
         model = QAdapterForCausalLM.from_pretrained(first, base_model=base_model, verify=verify, **model_kwargs)
@@ -138,8 +143,13 @@ def load_models(
 
 def load_composed(
     adapters: Mapping[str, str], base_model: str | None, verify: bool, **model_kwargs: Any
-) -> tuple[QAdapterForCausalLM, Any]:
+) -> "tuple[QAdapterForCausalLM, Any]":
     """(the policy of several folders' adapters, its tokenizer), on the base that the first one names."""
+    from qadapter.modeling import QAdapterForCausalLM
+    from qadapter.modeling.bases import load_base, resolve_base
+    from qadapter.modeling.loading import local_folder, tokenizer_of
+    from qadapter.modeling.manifest import read_manifest
+
     first = next(iter(adapters.values()))
     stored = read_manifest(local_folder(first)).base
     source = resolve_base(base_model or stored["name"] or "", None if base_model else stored["revision"])

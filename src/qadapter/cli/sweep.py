@@ -2,26 +2,19 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.eval import (
-    add_dial_options,
-    add_subject_options,
-    add_workload_options,
-    measuring,
-    store_of,
-    subject_of,
-    weights_of,
-    workload_of,
-)
+from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, weights_of
 from qadapter.errors import ConfigError
-from qadapter.evaluation.columns import Column, parse_strengths
 from qadapter.evaluation.gate import parse_drops
-from qadapter.evaluation.sweep import SweepLimits, run_sweep
-from qadapter.evaluation.sweep_report import PNG_NAME, print_sweep, write_sweep
 from qadapter.new_folders import require_writable
+
+if TYPE_CHECKING:
+    from qadapter.evaluation.columns import Column
+    from qadapter.evaluation.sweep import SweepLimits
 
 
 def run(arguments: list[str]) -> int:
@@ -48,6 +41,11 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.judge:
         raise ConfigError("a sweep generates no answers to judge: use `qadapter compare DIR --strengths ... --judge`.")
+
+    from qadapter.cli.measuring import measuring, store_of, subject_of, workload_of
+    from qadapter.evaluation.sweep import run_sweep
+    from qadapter.evaluation.sweep_report import PNG_NAME, print_sweep, write_sweep
+
     columns, budget, workload = columns_of(options), budget_of(options), workload_of(options)
     budget.limits(workload.tasks)  # refuses what is out of range before any work
     folder = output_folder(options)
@@ -62,8 +60,10 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def columns_of(options: argparse.Namespace) -> list[Column]:
+def columns_of(options: argparse.Namespace) -> "list[Column]":
     """A column for each strength, and again for each alpha_0."""
+    from qadapter.evaluation.columns import Column, parse_strengths
+
     strengths = parse_strengths(options.strengths)
     settings = {"adapter_weights": weights_of(options), "max_kl": options.cap, "decay": options.decay}
     columns = [Column(f"{strength:g}", strength, **settings) for strength in strengths if strength != 0.0]
@@ -78,12 +78,14 @@ def columns_of(options: argparse.Namespace) -> list[Column]:
     return columns
 
 
-def budget_of(options: argparse.Namespace) -> SweepLimits:
+def budget_of(options: argparse.Namespace) -> "SweepLimits":
     """The budget among the options.
 
     Raises:
         ConfigError: a limit that is neither POINTS nor TASK=POINTS.
     """
+    from qadapter.evaluation.sweep import SweepLimits
+
     plain = [entry for entry in options.max_drop if "=" not in entry]
     if len(plain) > 1:
         raise ConfigError(f"--max-drop: one number for all benchmarks, got {', '.join(plain)}.")

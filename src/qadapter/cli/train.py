@@ -16,7 +16,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from qadapter.cli import UsageError, did_you_mean, one_line, unknown_option
-from qadapter.cli.policies import quiet_datasets, quiet_libraries, require
+from qadapter.cli.options import require
+from qadapter.cli.policies import quiet_datasets, quiet_libraries
 from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError, TrainingError

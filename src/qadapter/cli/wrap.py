@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 
 from qadapter.cli import command_parser
-from qadapter.cli.policies import DTYPES, pick_dtype, quiet_libraries
+from qadapter.cli.options import DTYPES
 from qadapter.errors import ConfigError
-from qadapter.modeling.wrapping import wrap
 from qadapter.new_folders import require_new_folder
 
 
@@ -31,6 +30,11 @@ def run(arguments: list[str]) -> int:
         require_new_folder(folder)
     if options.new_base is not None and options.new_base.resolve() == options.output_dir.resolve():
         raise ConfigError(f"--new-base {options.new_base} is --output-dir too: a base and an adapter need one each.")
+
+    from qadapter.cli.policies import quiet_libraries
+    from qadapter.devices import pick_dtype
+    from qadapter.modeling.wrapping import wrap
+
     with quiet_libraries():
         dtype = pick_dtype(options.dtype)
         model, tokenizer = wrap(options.lora, options.base_model, new_base=options.new_base, dtype=dtype)

@@ -21,8 +21,6 @@ SCHEMA_VERSION = 1
 POLICY = "policy"
 # The trade-off curve in the report costs next to nothing: all strengths share one pass (drift.py).
 CURVE_SHARES = (0.25, 0.5, 0.75, 1.25, 1.5)
-EXIT_CODES = {"passes": 0, "no limits": 0, "fails": 1}
-EXIT_COULD_NOT_RUN = 2
 
 
 def curve_columns(column: Column) -> list[Column]:

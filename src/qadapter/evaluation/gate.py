@@ -7,6 +7,10 @@ from typing import Any
 
 from qadapter.errors import ConfigError
 
+# Of the process that ran an audit, by its verdict.
+EXIT_CODES = {"passes": 0, "no limits": 0, "fails": 1}
+EXIT_COULD_NOT_RUN = 2
+
 # Where KL is measured: part of the results, and its name for people.
 KL_PARTS = (("chosen", "chosen answers"), ("neutral", "neutral text"), ("instructions", "the base's own answers"))
 

@@ -17,9 +17,9 @@ from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.formats import value_at
 from qadapter.data.sources import existing_path, open_source, pair_features, pair_or_error
 from qadapter.errors import ConfigError, DataError
+from qadapter.evaluation.workload import BUILTIN
 from qadapter.generation import Answer, Message, encode
 
-BUILTIN = "builtin"
 CATEGORY = "category"
 
 

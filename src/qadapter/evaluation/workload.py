@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import ConfigError
-from qadapter.evaluation.texts import BUILTIN
 
+BUILTIN = "builtin"
 SEEDS = 2**32  # that lm-eval takes, at the end of all other work
 
 
