@@ -5,6 +5,7 @@ import json
 import pytest
 from commands import adapter_settings, assert_refused, qadapter, succeeded
 
+from qadapter.cli.train import parse
 from qadapter.config import PRESETS, QAdapterConfig
 
 
@@ -113,6 +114,16 @@ def test_lists_may_be_lists_or_single_values(settings):
     assert settings("lora_target_modules: q_proj\ninclude_for_metrics: [loss]\noverwrite: true\n")["modules"] == 2
 
 
+def test_entries_with_values_may_be_a_mapping(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "model: builtin\ndataset: {a.jsonl: 0.7, owner/b: 0.3}\ncolumns: {prompt: q, chosen: yes_answer}\n"
+    )
+    options = ["--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "run")]
+    data = parse(options).data
+    assert data.dataset == ["a.jsonl=0.7", "owner/b=0.3"]
+    assert data.columns == ["prompt=q", "chosen=yes_answer"]
+
+
 def test_null_takes_a_limit_away(train_yaml, write_pairs):
     long = write_pairs([{"prompt": "x" * 1100, "chosen": "a", "rejected": "b"}])
     cut, whole = (train_yaml(f"max_length: {limit}\n", "--dataset", long, "--overwrite") for limit in ("1024", "null"))
@@ -141,7 +152,8 @@ def test_null_takes_a_limit_away(train_yaml, write_pairs):
         ("learning_rate:\n", "learning_rate = None has the wrong type"),
         ("logging_steps: .nan\nmax_grad_norm: x\n", "max_grad_norm = 'x' has the wrong type"),
         ("lora_r: 2.5\n", "lora_r = 2.5 has the wrong type"),
-        ("columns: {prompt: q}\n", "columns = {'prompt': 'q'} has the wrong type"),
+        ("columns: {prompt: [q]}\n", r"columns = {'prompt': \['q'\]} has the wrong type"),
+        ("lora_target_modules: {q_proj: 1}\n", "lora_target_modules = {'q_proj': 1} has the wrong type"),
         ("lora_target_modules: [q_proj, [v_proj]]\n", "lora_target_modules = .* has the wrong type"),
         ("length_normalised: maybe\n", "length_normalised = 'maybe' has the wrong type"),
         ("eval_strategy: sometimes\n", "eval_strategy = 'sometimes': choose one of no, steps, epoch"),

@@ -50,6 +50,10 @@ NAMES_IN_TRL = {
     "dataset_test_split": "eval_split",
 }
 
+# Options of NAME=VALUE entries, for which a mapping in YAML says the same.
+MAPPINGS = ("dataset", "columns")
+NOT_PLAIN = bool | list | dict | None
+
 
 class TrainParser(HfArgumentParser):
     """The parser of all groups, and of --config; its errors are UsageErrors."""
@@ -217,11 +221,13 @@ def _typed(path: Path, name: str, value: Any, action: argparse.Action, kind: Any
     members = {get_origin(member) or member for member in (get_args(kind) if _is_union(kind) else (kind,))}
     if value is False and "no" in (action.choices or ()):
         value = "no"  # YAML reads a bare `no` as false
+    if name in MAPPINGS and isinstance(value, dict) and not any(isinstance(v, NOT_PLAIN) for v in value.values()):
+        value = [f"{key}={entry}" for key, entry in value.items()]
     allowed = members & {NoneType, bool, list, dict}
     if type(value) in allowed and not (isinstance(value, list) and action.nargs):
         return value
     items = value if isinstance(value, list) and list in members else [value]
-    if any(isinstance(item, NoneType | bool | list | dict) for item in items):
+    if any(isinstance(item, NOT_PLAIN) for item in items):
         raise ConfigError(f"{path}: {name} = {value!r} has the wrong type. See qadapter train --help.")
     parse: Any = action.type or str
     try:
