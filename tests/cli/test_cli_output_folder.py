@@ -183,8 +183,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_data_is_read(
 @pytest.mark.parametrize(
     ("command", "options", "match"),
     [
-        ("audit", (), "cannot be written to. Choose another one"),
-        ("audit", ("--output-dir", "."), "cannot be written to, nor its README.md: leave that alone with --no-card"),
+        ("audit", (), "cannot be written to: give --output-dir DIR and --no-card, so that"),
+        ("audit", ("--no-card",), "cannot be written to: give --output-dir DIR, so that"),
+        ("audit", ("--output-dir", "."), "cannot be written to: give --no-card, so that"),
         ("sweep", (), "cannot be written to. Choose another one"),
     ],
 )

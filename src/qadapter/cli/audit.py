@@ -51,13 +51,21 @@ def _run(arguments: list[str]) -> int:
     limits = Limits(options.max_kl, parse_drops(options.max_drop), options.min_accuracy)
     if limits.max_drop:
         require_lm_eval()
-    column, workload, folder = column_of(options), workload_of(options), output_folder(options)
     adapter = Path(options.adapter)
     has_card = adapter.is_dir() and not options.no_card
+    if adapter.is_dir() and not os.access(adapter, os.W_OK):
+        elsewhere = [
+            *(["--output-dir DIR"] if options.output_dir is None else []),
+            *(["--no-card"] if has_card else []),
+        ]
+        if elsewhere:
+            raise ConfigError(
+                f"{adapter} cannot be written to: give {' and '.join(elsewhere)}, "
+                "so that results go elsewhere and its README.md is left alone."
+            )
+    column, workload, folder = column_of(options), workload_of(options), output_folder(options)
     if has_card:
         check_card(adapter)
-        if not os.access(adapter, os.W_OK):
-            raise ConfigError(f"{adapter} cannot be written to, nor its README.md: leave that alone with --no-card.")
     with measuring() as track:
         subject = subject_of(options.adapter, options)
         audit = run_audit(subject, column, workload, limits, store_of(options), track)
