@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from rich.console import Console
 
-from benchmarks.results_file import write
+from benchmarks.results_file import RESULTS, write
 from qadapter import QAdapterForCausalLM, load_preference_dataset
 from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
 from qadapter.evaluation.intervals import wilson
@@ -33,6 +33,7 @@ from qadapter.export import export_lora
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base
 from qadapter.modeling.wrapping import wrap
+from qadapter.plots import line_chart
 from qadapter.quickstart import train_adapter
 
 CLOSING = "Let me know if you would like more detail."
@@ -106,6 +107,19 @@ def figures(policy: QAdapterForCausalLM, tokenizer: Any, prompts: Sequence[str],
     return {**rounded, "example": answers[0].text}
 
 
+def plot(results: Sequence[Mapping[str, Any]]) -> str:
+    """Answers that have both preferences against drift, as even weights (or the strength) rise from 0; an SVG."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for entry in results:
+        if entry["contender"] != "base" and len(set(entry["weights"])) == 1:
+            series.setdefault(entry["contender"], []).append((entry["kl"][0], entry["both"][0]))
+    start = next((entry["kl"][0], entry["both"][0]) for entry in results if entry["contender"] == "base")
+    lines = {name: [start, *points] for name, points in series.items()}
+    return line_chart(
+        lines, "Both preferences at once", "KL from the base on neutral text, nats a token", "answers with both"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -138,8 +152,10 @@ def main() -> None:
             print(results[-1], file=sys.stderr)
             progress.advance(task)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    write(options.output, "composition", "cpu", "float32", versions, preferences=list(PREFERENCES),
+    output = options.output or RESULTS / "composition.json"
+    write(output, "composition", "cpu", "float32", versions, preferences=list(PREFERENCES),
           prompts=len(prompts), max_new_tokens=options.max_new_tokens, results=results)  # fmt: skip
+    output.with_suffix(".svg").write_text(plot(results))
 
 
 if __name__ == "__main__":

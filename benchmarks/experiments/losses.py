@@ -1,7 +1,7 @@
 """Losses of every method on pairs, from the same fused statistics: same batches, same code path, same LoRA.
 
 Each takes `TokenStatistics` (B, T) of 2P rows, chosen first, and the mask of response tokens (B, T), and gives the loss
-of each pair (P,), whose mean is minimised. tests/benchmarks compares them with TRL's own on whole models.
+of each pair (P,), whose mean is minimised. tests/experiments compares them with TRL's own on whole models.
 """
 
 import torch

@@ -9,6 +9,7 @@ from benchmarks.experiments.composition import (
     contenders,
     figures,
     judge,
+    plot,
     preference_pairs,
     summed_loras,
 )
@@ -117,3 +118,19 @@ def test_the_base_does_not_drift_and_a_composition_does(source, adapters):
         assert all(len(found[name]) == 3 for name in ("concise", "closing", "both"))
         drifts.append(found["kl"][0])
     assert drifts[0] == 0.0 < drifts[1]
+
+
+def test_the_plot_has_a_line_for_each_contender_from_the_base_on():
+    def entry(name, weights, kl, both):
+        return {"contender": name, "weights": weights, "kl": [kl, 0, 1], "both": [both, 0, 1]}
+
+    results = [
+        entry("base", [0.0, 0.0], 0.0, 0.0),
+        entry("composition", [1.0, 0.0], 0.2, 0.0),
+        entry("composition", [0.5, 0.5], 0.1, 0.25),
+        entry("composition", [1.0, 1.0], 0.4, 0.75),
+        entry("one adapter on both", [0.5], 0.2, 0.5),
+    ]
+    picture = plot(results)
+    assert picture.count("<polyline") == 2
+    assert picture.count("<circle") == 3 + 2  # uneven weights are in the table alone
