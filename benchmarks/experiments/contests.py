@@ -57,11 +57,17 @@ class Contest:
         return float(self.own.lower[0] / self.other.lower[0]) if self.other.lower[0] > 0 else np.nan
 
 
-def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str = OWN) -> list[Contest]:
+def contests(
+    found: Sequence[Variant], gain: Measure, drift: Measure, own: str = OWN, read_by: Measure | None = None
+) -> list[Contest]:
     """`own`, its knob tuned and with the strength dial, against every other method and form of it.
 
-    Both choose among what they may be `tuned_over`, on the seeds that all of these have; a method that shares none is
-    left out. The method's own other forms are among the others.
+    Both choose among what they may be `tuned_over`, on the seeds that all of these have, and Q-Adapter also among its
+    variants that have these seeds after all; a method that shares none is left out. The method's own other forms are
+    among the others.
+
+    Args:
+        read_by: the drift of the areas, where the same variants and seeds are to be read in another way.
     """
     result = []
     methods = {method: tuned_over([v for v in found if v.method == method], gain, drift)
@@ -71,8 +77,9 @@ def contests(found: Sequence[Variant], gain: Measure, drift: Measure, own: str =
         seeds = frozenset.intersection(*(variant.seeds for variant in pair))
         if not seeds:
             continue
+        pair = [v for v in found if v in pair or (v.method == OWN in (own, method) and v.seeds >= seeds)]
         pair = [on_seeds(variant, seeds) for variant in pair]
-        rows = method_areas(pair, gain, drift, Draws())
+        rows = method_areas(pair, gain, read_by or drift, Draws())
         first = next(row for row in rows if row.method == own and row.form == "dial")
         others = [row for row in rows if row is not first and row.method == method]
         result += [Contest(first, row, len(seeds), knob_values(pair, own, method)) for row in others]
@@ -92,9 +99,9 @@ def knob_values(pair: Sequence[Variant], own: str, other: str) -> str:
 def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure) -> list[Variant]:
     """The variants of a method that it may choose its knob from.
 
-    Of Q-Adapter's, one that lacks seeds which another has is left out, which narrows our own choice alone. A rival's is
-    left out only where the other one's area is the larger on the seeds they share: the first seeds have then chosen, as
-    one tunes a knob before repeating. Otherwise it stays, and costs the contest those seeds.
+    Of Q-Adapter's, one that lacks seeds which another has is left out: it shall cost no seed. A rival's is left out
+    only where the other one's area is the larger on the seeds they share: the first seeds have then chosen, as one
+    tunes a knob before repeating. Otherwise it stays, and costs the contest those seeds.
     """
     most = max(len(variant.seeds) for variant in found)
     covered = [variant for variant in found if len(variant.seeds) == most]

@@ -52,10 +52,23 @@ def test_a_curve_that_ends_early_is_flat_from_there_and_one_below_the_base_count
 def test_areas_of_all_resamples_are_those_of_each():
     generator = np.random.default_rng(0)
     drifts, gains = generator.random((5, 4)), generator.normal(size=(5, 4))
+    drifts[0, :2], drifts[1, 2:] = 0.0, 0.1  # points of one drift
     whole, lower = areas(drifts, gains, 0.25)
+    for row in range(5):  # the twin's steps are at places of its own
+        assert whole[row] == pytest.approx(area(drifts[row], gains[row], 0.25), abs=1e-3)
+        assert lower[row] == pytest.approx(area(drifts[row], gains[row], 0.25, until=0.5), abs=1e-3)
+
+
+def test_areas_by_the_root_are_those_of_curves_that_are_straight_in_it():
+    generator = np.random.default_rng(1)
+    drifts, gains = generator.random((5, 4)), generator.normal(size=(5, 4))
+    whole, lower = areas(drifts, gains, 0.25, root=True)
+    grid = np.linspace(0, 1, 4001)
     for row in range(5):
-        assert whole[row] == pytest.approx(area(drifts[row], gains[row], 0.25))
-        assert lower[row] == pytest.approx(area(drifts[row], gains[row], 0.25, until=0.5))
+        xs, ys = envelope(drifts[row], gains[row])
+        heights = np.interp(grid, np.sqrt(xs / 0.25), ys)
+        assert whole[row] == pytest.approx(heights.mean(), abs=1e-3)
+        assert lower[row] == pytest.approx(heights[:2001].mean(), abs=1e-3)
 
 
 def test_means_weigh_groups_by_their_size():

@@ -20,6 +20,12 @@ AREA = 0.2385
 TRAINING = {"lora_r": 8, "lora_layers": "all"}
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """What is asserted here needs no exact intervals."""
+    monkeypatch.setattr("benchmarks.experiments.curves.RESAMPLES", 400)
+
+
 def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None):
     """A cell whose margin (and score) grows with √KL; pairs and seeds differ a little."""
 
@@ -93,6 +99,7 @@ def test_one_seed_is_never_enough():
         "met", "one seed", "not shown"
     ]  # fmt: skip
     assert word((-0.1, -0.2, 0.1), 2) == "not met"
+    assert [word((-0.1, -0.2, -0.05), seeds) for seeds in (1, 2)] == ["not met", "behind"]
 
 
 def test_methods_are_compared_on_the_seeds_that_both_have():
@@ -123,6 +130,36 @@ def test_a_knob_with_fewer_seeds_is_left_out_of_ours_and_of_a_rivals_if_the_firs
     (one,) = [one for one in found if (one.other.method, one.other.form) == ("dpo", "dial")]
     assert one.seeds == seeds
     assert {one.own.method: one.own, one.other.method: one.other}[method].chosen == (chosen,)
+
+
+def test_ours_with_fewer_seeds_is_a_choice_where_the_contest_has_no_more():
+    own = [*(result("qadapter", seed, 1.0, {"knob": 1}) for seed in (0, 1, 2)),
+           *(result("qadapter", seed, 2.0, {"knob": 2}) for seed in (0, 1))]  # fmt: skip
+    for seeds, values, chosen in [((0, 1), "2 / 1", "knob = 2"), ((0, 1, 2), "1 / 1", "knob = 1")]:
+        found = contests(variants([*own, *(result("dpo", seed, 1.0) for seed in seeds)]), GAINS["margin"], DRIFTS["kl"])
+        (one,) = [one for one in found if one.other.method == "dpo"]
+        assert (one.seeds, one.values, one.own.chosen) == (len(seeds), values, (chosen,))
+
+
+def test_both_readings_of_a_contest_are_of_the_same_variants_and_seeds():
+    """A rival's knob of one seed that is the better one only if lines are straight in √KL."""
+    late = result("dpo", 0, 1.0, {"knob": 2})
+    late["points"] = late["points"][-1:]
+    results = [*(result(method, seed, 0.9, {"knob": 1}) for method in ("qadapter", "dpo") for seed in (0, 1)), late]
+    root = replace(DRIFTS["kl"], root=True)
+    (one,), (rooted,) = (
+        contests(variants(results), GAINS["margin"], DRIFTS["kl"], read_by=read_by) for read_by in (None, root)
+    )
+    assert (one.seeds, one.values) == (rooted.seeds, rooted.values) == (2, "1 / 1")
+    assert rooted.other.whole[0] == pytest.approx(0.9 * 0.25 * 1.005, rel=1e-2)
+    assert contests(variants(results), GAINS["margin"], root)[0].seeds == 1  # what a choice of its own would give
+
+
+def test_comparisons_that_cannot_be_met_and_those_that_are_lost_are_counted():
+    page = text([*(result("qadapter", seed, 1.0) for seed in (0, 1)), *(result("dpo", seed, 1.4) for seed in (0, 1))])
+    assert "DPO's area is the larger, outside the interval, in 2. Only the 2 comparisons with several seeds" in page
+    page = text([result("dpo", 0, 1.4), result("qadapter", 0, 1.0)])
+    assert "outside the interval, in 0. Only the 0 comparisons with several seeds" in page
 
 
 def test_domains_are_pooled_and_resampled_each_by_itself():
