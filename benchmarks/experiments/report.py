@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.experiments.cells import read_results
 from benchmarks.experiments.contests import OWN
-from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
+from benchmarks.experiments.curves import DRIFTS, GAINS, RESAMPLES, Draws
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
 from benchmarks.experiments.summary import (
@@ -62,15 +62,17 @@ straight in √drift, which credits what was not measured. Where strengths were 
 the whole curve (benchmarks/LOG.md).
 
 Gains: the change of the judge's score on sampled answers; its win rate against the base's answers at equal length,
-less ½; the change of log-prob(chosen) − log-prob(rejected) a token on held-out pairs. Drifts: KL(policy ‖ base) a token
-on the held-out pairs, on prose, on the policy's own samples; and the score that benchmarks lost, up to 0.04.
+less ½; the change of log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the
+answers' ends. Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the
+score that benchmarks lost, up to 0.04.
 
 A method's knob is chosen on one half of the prompts and measured on the other, both ways round. "Dial" is the strength
 dial z_b + λ (z̃ − z_b), given to every method (on a DPO LoRA it is DeRa); "scaled" averages weights with the base's
 (WiSE-FT); "by its own knob alone" is the curve through the knob's values at full strength.
 
-Brackets are 95% intervals (bootstrap of held-out prompts and of seeds, the same resamples for all methods). With one
-seed they are over prompts alone. Two or three seeds hardly show their spread: take such intervals as too narrow.
+Brackets are 95% intervals (bootstrap of held-out prompts and of seeds, {resamples:,} resamples, the same for all
+methods). With one seed they are over prompts alone. Two or three seeds hardly show their spread: take such intervals as
+too narrow.
 """
 
 
@@ -94,7 +96,13 @@ def write_report(results: Path, output: Path) -> None:
     }
     index = suite_table({name: found for name, (found, _) in suites.items()}, plots.name)
     write_page(
-        output, [HEAD.format(results="/".join(results.parts[-3:])), *index, *verdict_lines(settings), DEFINITIONS]
+        output,
+        [
+            HEAD.format(results="/".join(results.parts[-3:])),
+            *index,
+            *verdict_lines(settings),
+            DEFINITIONS.format(resamples=RESAMPLES),
+        ],
     )
     figures: dict[str, Any] = {}
     for name, (found, folder) in suites.items():
