@@ -152,6 +152,29 @@ def test_columns_maps_own_names():
     assert normalise_row(row, columns) == PLAIN
 
 
+@pytest.mark.parametrize("layout", ["alpaca-output", "messages", "sharegpt", "plain", "ultrafeedback", "chat"])
+def test_columns_of_the_answers_alone_leave_the_prompt_where_it_is(layout):
+    row, _ = EXAMPLES[layout]
+    row = {"chosen": "Four.", "rejected": "Five."} | row
+    renamed = {{"chosen": "good", "rejected": "bad"}.get(name, name): value for name, value in row.items()}
+    row.pop("output", None)
+    assert normalise_row(renamed, {"chosen": "good", "rejected": "bad"}) == normalise_row(row)
+
+
+@pytest.mark.parametrize("name", ["query", "question"])
+def test_a_column_of_prompts_is_not_read_beside_the_one_that_is_named(name):
+    row = PLAIN | {"my_q": "Two plus two is", name: "Another?"}
+    row_format = recognise(row, [row], {"prompt": "my_q"})
+    assert row_format.normalise(row) == PLAIN
+    with pytest.raises(RowError, match="prompt is missing"):
+        row_format.normalise(row | {"my_q": None})
+
+
+def test_a_column_that_is_named_is_not_read_under_its_own_name_too():
+    row = {"system": "Two plus two is", "chosen": " four.", "rejected": " five."}
+    assert normalise_row(row, {"prompt": "system"}) == PLAIN
+
+
 def test_columns_reaches_into_objects():
     """The raw DSP file has one answer a domain: {"query", "responses": {"academy": ..., "normal": ...}}."""
     row = {"query": "Two plus two is", "responses": {"academy": " four.", "normal": " five."}}
