@@ -109,6 +109,17 @@ def test_an_empty_system_column_leaves_plain_text_plain():
     assert normalise_row(PLAIN | {"system": ""}) == PLAIN
 
 
+def test_an_empty_system_column_does_not_hide_a_filled_system_prompt():
+    assert normalise_row(CHAT | {"system": "", "system_prompt": "Be brief."}) == CHAT | {"prompt": [SYSTEM, USER]}
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_columns_leaves_the_system_text_where_it_is(name):
+    row = CHAT | {"good": [GOOD], name: "Be brief."}
+    assert normalise_row(row, {"chosen": "good"}) == CHAT | {"prompt": [SYSTEM, USER]}
+    assert normalise_row(row | {"own": "Be brief.", name: "Another"}, {"system": "own"})["prompt"] == [SYSTEM, USER]
+
+
 def test_a_system_text_that_first_appears_late_is_an_error_not_ignored():
     row_format = recognise(PLAIN, [PLAIN])
     with pytest.raises(RowError, match="first rows have none"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qadapter.data import messages
-from qadapter.data.layouts import LAYOUTS, PROMPT_COLUMNS, SYSTEM_COLUMNS, first_present
+from qadapter.data.layouts import LAYOUTS, PROMPT_COLUMNS, SYSTEM_COLUMNS, system_text
 from qadapter.data.rows import Pair, Row, RowError
 from qadapter.errors import DataError
 
@@ -19,7 +19,7 @@ MAPPABLE = {
     "prompt": (*PROMPT_COLUMNS, "input", "history", "messages", "conversations"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
-    "system": ("system",),
+    "system": SYSTEM_COLUMNS,
 }
 # Columns by which a prompt is more than its text.
 UNREAD = ("image", "images", "tools", "chat_template_kwargs")
@@ -43,7 +43,7 @@ class Format:
                 "alone with --columns prompt=... chosen=... rejected=...",
             )
         pair = LAYOUTS[self.layout].read(selected)
-        system = first_present(selected, SYSTEM_COLUMNS)
+        system = system_text(selected)
         if not self.chat:
             if system:
                 raise RowError("wrong type", "a system text, but the first rows have none and were taken as plain text")
@@ -71,7 +71,7 @@ def recognise(
     check_mapping(columns, names, source)
     selected = [select(row, columns) for row in first_rows]
     example = example_row(selected)
-    has_system = any(first_present(row, SYSTEM_COLUMNS) for row in selected)
+    has_system = any(system_text(row) for row in selected)
     for name, layout in LAYOUTS.items():
         if layout.matches(example):
             return Format(name, layout.chat or has_system, columns)
