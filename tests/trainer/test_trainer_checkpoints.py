@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import APART, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
+from models import APART, lora, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
 from trainer_examples import CONFIG, METRICS
 from transformers import EarlyStoppingCallback
 
@@ -113,6 +113,26 @@ def test_checkpoint_is_not_loaded_into_a_model_of_other_settings(policy, base, t
     other = tiny_policy(base, APART)
     with pytest.raises(AdapterFormatError, match="this checkpoint was trained with other settings"):
         load_adapter_weights(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"lora_alpha": 32}, r"lora_alpha = 6 instead of 32\."),
+        ({"use_rslora": True}, r"use_rslora = False instead of True\."),
+        ({"alpha_pattern": {"dense": 3}}, r"lora_alpha = 6 instead of 3 at gpt_neox\.layers\.0\.attention\.dense\."),
+    ],
+)
+def test_checkpoint_is_not_loaded_into_a_model_of_another_scale(policy, base, tmp_path, other, named):
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFormatError, match=f"this checkpoint was trained with {named}"):
+        load_adapter_weights(tiny_policy(base, CONFIG, lora(**other)), tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"alpha_pattern": {"dense": 3, "dense_4h_to_h": 4.5}}])
+def test_checkpoint_is_loaded_into_a_model_of_the_same_scales(base, tmp_path, settings):
+    tiny_policy(base, CONFIG, lora(**settings)).save_pretrained(tmp_path)
+    load_adapter_weights(tiny_policy(base, CONFIG, lora(lora_dropout=0.5, **settings)), tmp_path)
 
 
 def test_checkpoint_is_not_loaded_into_a_model_of_another_base(policy, tmp_path):
