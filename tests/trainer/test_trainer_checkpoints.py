@@ -8,7 +8,7 @@ from models import APART, lora, tiny_base, tiny_policy, tiny_tokenizer, tiny_tra
 from trainer_examples import CONFIG, METRICS
 from transformers import EarlyStoppingCallback
 
-from qadapter import QAdapterForCausalLM
+from qadapter import QAdapterForCausalLM, QAdapterTrainingArguments
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.training_log import CURVE_NAME, LOG_NAME, read_log
@@ -89,6 +89,17 @@ def test_best_model_is_loaded_at_the_end(policy, tmp_path):
     assert step < 4, "the last checkpoint is the best: the test shows nothing"
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{step}")
     assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(margins[step], rel=1e-9)
+
+
+def test_every_metric_knows_whether_its_best_is_its_smallest(tmp_path):
+    smallest = {"loss", "rewards/rejected", "logps/rejected", "qadapter/kl", "qadapter/penalty"}
+    for name in METRICS | {"loss"}:
+        for metric in (name, f"eval_{name}"):
+            arguments = QAdapterTrainingArguments(tmp_path, metric_for_best_model=metric)
+            assert arguments.greater_is_better == (name not in smallest), metric
+    asked_for = QAdapterTrainingArguments(tmp_path, metric_for_best_model="qadapter/kl", greater_is_better=True)
+    assert asked_for.greater_is_better
+    assert QAdapterTrainingArguments(tmp_path).greater_is_better is None
 
 
 def test_early_stopping_ends_the_run(policy, tmp_path):
