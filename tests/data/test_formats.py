@@ -148,7 +148,8 @@ def test_a_messages_column_may_hold_the_chosen_answer_once_more():
 
 
 def test_extra_keys_and_columns_are_left_out():
-    row = CHAT | {"chosen": [GOOD | {"weight": 1, "tool_calls": None}], "tools": None, "id": 7}
+    answer = GOOD | {"weight": 1, "tool_calls": None, "function_call": {}, "reasoning_content": ""}
+    row = CHAT | {"chosen": [answer], "tools": None, "id": 7}
     assert normalise_row(row) == CHAT
 
 
@@ -241,6 +242,8 @@ FAULTY = {
         (CHAT, {"chosen": ["Four."]}, r"chosen\[0\] is str, a message"),
         (CHAT, {"chosen": [{"role": "tool", "content": "4"}]}, "role 'tool'"),
         (CHAT, {"chosen": [GOOD | {"tool_calls": [{}]}]}, "tool calls are not supported"),
+        (CHAT, {"chosen": [GOOD | {"function_call": {"name": "add"}}]}, "has function_call, .* tool calls are not"),
+        (CHAT, {"chosen": [GOOD | {"reasoning_content": "2 + 2"}]}, "reasoning_content, .*; put it into the content"),
         (CHAT, {"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, "content is list"),
         (CHAT, {"chosen": 5}, "a list of messages is needed"),
         (EXAMPLES["hh-rlhf"][0], {"chosen": "Four."}, "does not start with"),
@@ -343,7 +346,7 @@ def test_any_rows_give_pairs_or_data_errors(rows):
         assert pair["chosen"] != pair["rejected"]
 
 
-@pytest.mark.parametrize("name", ["image", "images", "tools"])
+@pytest.mark.parametrize("name", ["image", "images", "audio", "audios", "video", "videos", "tools", "functions"])
 def test_prompts_that_are_more_than_text_are_refused_unless_the_text_alone_is_asked_for(name):
     row = PLAIN | {name: [{"path": "cat.png"}]}
     with pytest.raises(RowError, match=f"the prompt has {name}, which pairs of text cannot hold; .*--columns"):

@@ -22,7 +22,7 @@ MAPPABLE = {
     "system": SYSTEM_COLUMNS,
 }
 # Columns by which a prompt is more than its text.
-UNREAD = ("image", "images", "tools", "chat_template_kwargs")
+UNREAD = ("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
