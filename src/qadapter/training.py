@@ -9,6 +9,7 @@ from transformers import TrainerCallback, set_seed
 
 from qadapter.data import load_preference_dataset, train_eval_split
 from qadapter.data.columns import parse_columns
+from qadapter.data.mixtures import split_weight
 from qadapter.data.rows import RowError
 from qadapter.data.sources import SHORT_NAMES
 from qadapter.data.splits import pairs_of_trained_prompts
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 def load_datasets(data: DataArguments, seed: int) -> tuple[Any, Any]:
     """Training pairs and held-out pairs (None if there are none)."""
-    sources: Any = data.dataset[0] if data.dataset and len(data.dataset) == 1 else data.dataset
+    sources: Any = data.dataset or []
+    # Of a source by itself no more than max_rows rows are read, of a list all; a weight is a list's alone.
+    if len(sources) == 1 and split_weight(sources[0])[1] is None:
+        sources = sources[0]
     options: dict[str, Any] = {
         "columns": parse_columns(data.columns),
         "on_error": "drop" if data.drop_bad_rows else "raise",

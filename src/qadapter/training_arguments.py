@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from qadapter.errors import ConfigError
+from qadapter.training_metrics import SMALLER_IS_BETTER
 
 # Arguments of transformers that do not fit pairs or passes: the values that leave them off, and what to do instead.
 UNFIT: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -62,6 +63,10 @@ class QAdapterTrainingArguments(TrainingArguments):
         for name, (fitting, instead) in UNFIT.items():
             if (value := getattr(self, name)) not in fitting:
                 raise ConfigError(f"{name} = {value!r}: {instead}")
+        best = str(self.metric_for_best_model).removeprefix("eval_")
+        # transformers' own default takes more of anything but a loss for better.
+        if self.greater_is_better is None and best in SMALLER_IS_BETTER:
+            self.greater_is_better: bool | None = False
         # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
         layer_by_layer = self.torch_compile
         self.torch_compile = False

@@ -10,6 +10,8 @@ METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "entropy", "qadapter/penalty", "qadapter/kl", "qadapter/value",
 )  # fmt: skip
+# Those of which less is better.
+SMALLER_IS_BETTER = ("loss", "rewards/rejected", "logps/rejected", "qadapter/penalty", "qadapter/kl")
 
 
 class PairMetrics:

@@ -112,6 +112,7 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--max-steps", "-1", "--num-train-epochs", "0"), "num_train_epochs = 0.0: must be above 0"),
         (("--preset", "author"), "preset 'author' is unknown: choose one of default, early, kl, authors"),
         (("--columns", "prompt"), "--columns 'prompt': write NAME=YOUR_COLUMN"),
+        (("--columns", "prompt=a", "chosen=b", "prompt=c"), "--columns names 'prompt' twice: keep one"),
         (("--max-rows", "0"), "max_rows is 0; it has to be at least 1"),
         (("--dataset-split", "test"), "a file has only the split 'train', not 'test'"),
         (("--eval-split", "test"), "eval_split = 'test': there is no eval_dataset of which it is a split"),

@@ -145,6 +145,8 @@ def test_null_takes_a_limit_away(train_yaml, write_pairs):
         ("help: true\n", "unknown key 'help'"),
         ("beta: 1\nbeta: 2\n", "'beta' is there 2 times: keep one"),
         ("lora_r: 1\nlora-r: 2\n", "'lora_r' is there 2 times: keep one"),
+        ("columns: {chosen: a, chosen: b}\n", "run.yaml: columns: 'chosen' is there 2 times: keep one"),
+        ("columns: [chosen=a, chosen=b]\n", "--columns names 'chosen' twice: keep one"),
         ("beta: many\n", "beta = 'many' has the wrong type"),
         ("beta: [1, 2]\n", r"beta = \[1, 2\] has the wrong type"),
         ("beta: {a: 1}\n", r"beta = {'a': 1} has the wrong type"),
@@ -164,6 +166,11 @@ def test_null_takes_a_limit_away(train_yaml, write_pairs):
 def test_a_bad_line_is_one_clear_error(train_yaml, tmp_path, text, match):
     assert_refused(train_yaml(text), match, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_that_is_named_twice_in_a_mapping_is_refused(train_yaml):
+    run = train_yaml("", common="dataset: {a.jsonl: 1, b-c.jsonl: 1, b_c.jsonl: 1, a.jsonl: 2}\n")
+    assert_refused(run, "run.yaml: dataset: 'a.jsonl' is there 2 times: keep one")
 
 
 @pytest.mark.parametrize("text", ["", "- model\n- dataset\n", "model\n"])

@@ -109,6 +109,17 @@ def test_an_empty_system_column_leaves_plain_text_plain():
     assert normalise_row(PLAIN | {"system": ""}) == PLAIN
 
 
+def test_an_empty_system_column_does_not_hide_a_filled_system_prompt():
+    assert normalise_row(CHAT | {"system": "", "system_prompt": "Be brief."}) == CHAT | {"prompt": [SYSTEM, USER]}
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_columns_leaves_the_system_text_where_it_is(name):
+    row = CHAT | {"good": [GOOD], name: "Be brief."}
+    assert normalise_row(row, {"chosen": "good"}) == CHAT | {"prompt": [SYSTEM, USER]}
+    assert normalise_row(row | {"own": "Be brief.", name: "Another"}, {"system": "own"})["prompt"] == [SYSTEM, USER]
+
+
 def test_a_system_text_that_first_appears_late_is_an_error_not_ignored():
     row_format = recognise(PLAIN, [PLAIN])
     with pytest.raises(RowError, match="first rows have none"):
@@ -137,7 +148,8 @@ def test_a_messages_column_may_hold_the_chosen_answer_once_more():
 
 
 def test_extra_keys_and_columns_are_left_out():
-    row = CHAT | {"chosen": [GOOD | {"weight": 1, "tool_calls": None}], "tools": None, "id": 7}
+    answer = GOOD | {"weight": 1, "tool_calls": None, "function_call": {}, "reasoning_content": ""}
+    row = CHAT | {"chosen": [answer], "tools": None, "id": 7}
     assert normalise_row(row) == CHAT
 
 
@@ -150,6 +162,29 @@ def test_columns_maps_own_names():
     row = {"my_q": "Two plus two is", "good": " four.", "bad": " five.", "prompt": "something else"}
     columns = {"prompt": "my_q", "chosen": "good", "rejected": "bad"}
     assert normalise_row(row, columns) == PLAIN
+
+
+@pytest.mark.parametrize("layout", ["alpaca-output", "messages", "sharegpt", "plain", "ultrafeedback", "chat"])
+def test_columns_of_the_answers_alone_leave_the_prompt_where_it_is(layout):
+    row, _ = EXAMPLES[layout]
+    row = {"chosen": "Four.", "rejected": "Five."} | row
+    renamed = {{"chosen": "good", "rejected": "bad"}.get(name, name): value for name, value in row.items()}
+    row.pop("output", None)
+    assert normalise_row(renamed, {"chosen": "good", "rejected": "bad"}) == normalise_row(row)
+
+
+@pytest.mark.parametrize("name", ["query", "question"])
+def test_a_column_of_prompts_is_not_read_beside_the_one_that_is_named(name):
+    row = PLAIN | {"my_q": "Two plus two is", name: "Another?"}
+    row_format = recognise(row, [row], {"prompt": "my_q"})
+    assert row_format.normalise(row) == PLAIN
+    with pytest.raises(RowError, match="prompt is missing"):
+        row_format.normalise(row | {"my_q": None})
+
+
+def test_a_column_that_is_named_is_not_read_under_its_own_name_too():
+    row = {"system": "Two plus two is", "chosen": " four.", "rejected": " five."}
+    assert normalise_row(row, {"prompt": "system"}) == PLAIN
 
 
 def test_columns_reaches_into_objects():
@@ -207,6 +242,8 @@ FAULTY = {
         (CHAT, {"chosen": ["Four."]}, r"chosen\[0\] is str, a message"),
         (CHAT, {"chosen": [{"role": "tool", "content": "4"}]}, "role 'tool'"),
         (CHAT, {"chosen": [GOOD | {"tool_calls": [{}]}]}, "tool calls are not supported"),
+        (CHAT, {"chosen": [GOOD | {"function_call": {"name": "add"}}]}, "has function_call, .* tool calls are not"),
+        (CHAT, {"chosen": [GOOD | {"reasoning_content": "2 + 2"}]}, "reasoning_content, .*; put it into the content"),
         (CHAT, {"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, "content is list"),
         (CHAT, {"chosen": 5}, "a list of messages is needed"),
         (EXAMPLES["hh-rlhf"][0], {"chosen": "Four."}, "does not start with"),
@@ -309,7 +346,7 @@ def test_any_rows_give_pairs_or_data_errors(rows):
         assert pair["chosen"] != pair["rejected"]
 
 
-@pytest.mark.parametrize("name", ["image", "images", "tools"])
+@pytest.mark.parametrize("name", ["image", "images", "audio", "audios", "video", "videos", "tools", "functions"])
 def test_prompts_that_are_more_than_text_are_refused_unless_the_text_alone_is_asked_for(name):
     row = PLAIN | {name: [{"path": "cat.png"}]}
     with pytest.raises(RowError, match=f"the prompt has {name}, which pairs of text cannot hold; .*--columns"):

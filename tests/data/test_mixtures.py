@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from qadapter.data import load_preference_dataset
 from qadapter.data.mixtures import mixture_counts, parse_mixture
 from qadapter.errors import DataError
+from qadapter.run_settings import DataArguments
+from qadapter.training import load_datasets
 
 
 @pytest.fixture
@@ -66,6 +68,13 @@ def test_a_list_of_strings_equals_a_dict(paths):
         load_preference_dataset([f"{a}=0.2", f"{b}=0.8"]).to_list()
         == load_preference_dataset({a: 0.2, b: 0.8}).to_list()
     )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_takes_a_single_dataset_with_its_weight(paths, streaming):
+    run = DataArguments(dataset=[f"{paths[0]}=1"], streaming=streaming)
+    expected = load_preference_dataset({paths[0]: 1}, streaming=streaming)
+    assert list(load_datasets(run, seed=0)[0]) == list(expected)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from models import APART, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
+from models import APART, lora, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
 from trainer_examples import CONFIG, METRICS
 from transformers import EarlyStoppingCallback
 
-from qadapter import QAdapterForCausalLM
+from qadapter import QAdapterForCausalLM, QAdapterTrainingArguments
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.training_log import CURVE_NAME, LOG_NAME, read_log
@@ -91,6 +91,17 @@ def test_best_model_is_loaded_at_the_end(policy, tmp_path):
     assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(margins[step], rel=1e-9)
 
 
+def test_every_metric_knows_whether_its_best_is_its_smallest(tmp_path):
+    smallest = {"loss", "rewards/rejected", "logps/rejected", "qadapter/kl", "qadapter/penalty"}
+    for name in METRICS | {"loss"}:
+        for metric in (name, f"eval_{name}"):
+            arguments = QAdapterTrainingArguments(tmp_path, metric_for_best_model=metric)
+            assert arguments.greater_is_better == (name not in smallest), metric
+    asked_for = QAdapterTrainingArguments(tmp_path, metric_for_best_model="qadapter/kl", greater_is_better=True)
+    assert asked_for.greater_is_better
+    assert QAdapterTrainingArguments(tmp_path).greater_is_better is None
+
+
 def test_early_stopping_ends_the_run(policy, tmp_path):
     trainer = tiny_trainer(
         policy,
@@ -113,6 +124,26 @@ def test_checkpoint_is_not_loaded_into_a_model_of_other_settings(policy, base, t
     other = tiny_policy(base, APART)
     with pytest.raises(AdapterFormatError, match="this checkpoint was trained with other settings"):
         load_adapter_weights(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"lora_alpha": 32}, r"lora_alpha = 6 instead of 32\."),
+        ({"use_rslora": True}, r"use_rslora = False instead of True\."),
+        ({"alpha_pattern": {"dense": 3}}, r"lora_alpha = 6 instead of 3 at gpt_neox\.layers\.0\.attention\.dense\."),
+    ],
+)
+def test_checkpoint_is_not_loaded_into_a_model_of_another_scale(policy, base, tmp_path, other, named):
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFormatError, match=f"this checkpoint was trained with {named}"):
+        load_adapter_weights(tiny_policy(base, CONFIG, lora(**other)), tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"alpha_pattern": {"dense": 3, "dense_4h_to_h": 4.5}}])
+def test_checkpoint_is_loaded_into_a_model_of_the_same_scales(base, tmp_path, settings):
+    tiny_policy(base, CONFIG, lora(**settings)).save_pretrained(tmp_path)
+    load_adapter_weights(tiny_policy(base, CONFIG, lora(lora_dropout=0.5, **settings)), tmp_path)
 
 
 def test_checkpoint_is_not_loaded_into_a_model_of_another_base(policy, tmp_path):

@@ -173,7 +173,7 @@ def read_yaml(path: Path, parser: TrainParser) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read.")
         text = path.read_text(encoding="utf-8")
-        values, names = yaml.safe_load(text), _names(yaml.compose(text, yaml.SafeLoader))
+        values, entries = yaml.safe_load(text), _entries(yaml.compose(text, yaml.SafeLoader))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -181,13 +181,16 @@ def read_yaml(path: Path, parser: TrainParser) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold options as `name: value` lines.")
     known = parser.by_name
+    names = [key.replace("-", "_") for key, _ in entries]
     for name in names:
         if name not in known:
             near = _nearest(name, known)
             hint = did_you_mean(near and repr(near))
             raise ConfigError(f"{path}: unknown key {name!r}.{hint} See qadapter train --help.")
-        if names.count(name) > 1:
-            raise ConfigError(f"{path}: {name!r} is there {names.count(name)} times: keep one.")
+    _refuse_repeated(names, str(path))
+    for name, (_, node) in zip(names, entries, strict=True):
+        if name in MAPPINGS:
+            _refuse_repeated([key for key, _ in _entries(node)], f"{path}: {name}")
     kinds = {name: kind for group in GROUPS for name, kind in get_type_hints(group).items()}
     options = {str(key).replace("-", "_"): value for key, value in values.items()}
     return {name: _typed(path, name, value, known[name], kinds[name]) for name, value in options.items()}
@@ -202,10 +205,16 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def _names(node: yaml.Node | None) -> list[str]:
-    """The keys of a YAML mapping as option names, with those that are repeated."""
+def _entries(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
+    """The keys and values of a YAML mapping, with the keys that are repeated."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    return [str(key.value).replace("-", "_") for key, _ in pairs]
+    return [(str(key.value), value) for key, value in pairs]
+
+
+def _refuse_repeated(names: list[str], where: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{where}: {name!r} is there {names.count(name)} times: keep one.")
 
 
 def _is_union(kind: Any) -> bool:

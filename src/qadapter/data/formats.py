@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from qadapter.data import messages
-from qadapter.data.layouts import LAYOUTS, SYSTEM_COLUMNS, first_present
+from qadapter.data.layouts import LAYOUTS, PROMPT_COLUMNS, SYSTEM_COLUMNS, system_text
 from qadapter.data.rows import Pair, Row, RowError
 from qadapter.errors import DataError
 
-MAPPABLE = ("prompt", "chosen", "rejected", "system")
+# The names that can be mapped, with all columns from which each is read where it is not.
+MAPPABLE = {
+    "prompt": (*PROMPT_COLUMNS, "input", "history", "messages", "conversations"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "system": SYSTEM_COLUMNS,
+}
 # Columns by which a prompt is more than its text.
-UNREAD = ("image", "images", "tools", "chat_template_kwargs")
+UNREAD = ("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Format:
                 "alone with --columns prompt=... chosen=... rejected=...",
             )
         pair = LAYOUTS[self.layout].read(selected)
-        system = first_present(selected, SYSTEM_COLUMNS)
+        system = system_text(selected)
         if not self.chat:
             if system:
                 raise RowError("wrong type", "a system text, but the first rows have none and were taken as plain text")
@@ -65,7 +71,7 @@ def recognise(
     check_mapping(columns, names, source)
     selected = [select(row, columns) for row in first_rows]
     example = example_row(selected)
-    has_system = any(first_present(row, SYSTEM_COLUMNS) for row in selected)
+    has_system = any(system_text(row) for row in selected)
     for name, layout in LAYOUTS.items():
         if layout.matches(example):
             return Format(name, layout.chat or has_system, columns)
@@ -78,10 +84,11 @@ def normalise_row(row: Row, columns: Mapping[str, str] | None = None) -> Pair:
 
 
 def select(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """The row under our column names: the mapped columns, and those that have one of our names already."""
+    """The row under our column names: the mapped columns, and for what is not mapped those that we know."""
     if columns is None:
         return dict(row)
-    same = {name: row[name] for name in MAPPABLE if name in row and name not in columns}
+    known = [name for part, names in MAPPABLE.items() if part not in columns for name in names]
+    same = {name: row[name] for name in known if name in row and name not in columns.values()}
     return same | {name: value_at(row, path) for name, path in columns.items()}
 
 

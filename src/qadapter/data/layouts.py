@@ -32,6 +32,11 @@ def first_present(row: Row, names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
+def system_text(row: Row) -> Any:
+    """What the first filled system column holds, or None."""
+    return next((row[name] for name in SYSTEM_COLUMNS if row.get(name)), None)
+
+
 def answers(row: Row) -> tuple[Any, Any]:
     return row.get("chosen"), row.get("rejected")
 

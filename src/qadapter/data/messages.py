@@ -16,6 +16,12 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
+# Keys by which a message is more than its content, and what to do about them.
+UNREAD = {
+    "tool_calls": "pairs with tool calls are not supported",
+    "function_call": "pairs with tool calls are not supported",
+    "reasoning_content": "put it into the content, marked as the chat template does, or remove it",
+}
 
 
 def as_text(value: Any, name: str) -> str:
@@ -49,8 +55,9 @@ def as_message(value: Any, name: str) -> Message:
     """{"role", "content"} from an OpenAI-style or ShareGPT-style message; other keys are left out."""
     if not isinstance(value, dict):
         raise RowError("wrong type", f"{name} is {type(value).__name__}, a message with role and content is needed")
-    if value.get("tool_calls"):
-        raise RowError("wrong type", f"{name} calls a tool; pairs with tool calls are not supported")
+    for key, way_out in UNREAD.items():
+        if value.get(key):
+            raise RowError("wrong type", f"{name} has {key}, which a pair of text would lose; {way_out}")
     keys = ("from", "value") if value.get("role") is None and value.get("from") is not None else ("role", "content")
     role = as_text(value.get(keys[0]), f"{name}.{keys[0]}")
     if role not in ROLES:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -278,7 +279,27 @@ def load_adapter_weights(model: QAdapterForCausalLM, folder: str | os.PathLike[s
             "Resume with the same settings, or choose a new output folder."
         )
     for name in manifest.configs:
-        load_tensors(model, name, read_adapter(root, name)[1], root)
+        stored, tensors = read_adapter(root, name)
+        _check_scale(model.peft_model.peft_config[name], stored, root)  # type: ignore[arg-type]
+        load_tensors(model, name, tensors, root)
+
+
+def _check_scale(own: LoraConfig, stored: LoraConfig, root: Path) -> None:
+    """Refuse a checkpoint whose tensors would count for more or less here: its scale is not among them."""
+    pairs = [("use_rslora", stored.use_rslora, own.use_rslora, "")]
+    for module in sorted(stored.target_modules):  # type: ignore[arg-type]
+        place = f" at {module}" if own.alpha_pattern or stored.alpha_pattern else ""
+        pairs.append(("lora_alpha", _alpha(stored, module), _alpha(own, module), place))
+    for setting, then, now, place in pairs:
+        if then != now:
+            raise AdapterFormatError(
+                f"{root}: this checkpoint was trained with {setting} = {then} instead of {now}{place}. "
+                "Resume with the same settings, or choose a new output folder."
+            )
+
+
+def _alpha(config: LoraConfig, module: str) -> float:
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
 
 
 def _refuse(message: str, verify: bool) -> None:
