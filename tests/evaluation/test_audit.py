@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from evaluated import open_policy, pair_rows, write_adapter, write_jsonl
-from models import tiny_tokenizer
+from models import lora, tiny_tokenizer, train_randomly
+from transformers import AutoModelForCausalLM
 
-from qadapter import ConfigError, QAdapterConfig
+from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.evaluation import benchmarks, evaluate
 from qadapter.evaluation.audit import run_audit, without_environment
 from qadapter.evaluation.audit_report import page, write_audit
@@ -20,6 +21,7 @@ from qadapter.evaluation.gate import Limits
 from qadapter.evaluation.judges.models import RewardJudge
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
+from qadapter.evaluation.tables import headline
 from qadapter.evaluation.texts import excerpt
 from qadapter.evaluation.workload import Workload
 
@@ -121,6 +123,41 @@ def test_an_audit_is_as_its_schema_says(audited, fake_tasks):
     assert errors_of(audit, document, document) == []
     assert errors_of({**audit, "verdict": "perhaps", "more": 1}, document, document) != []
     assert json.loads(json.dumps(audit, allow_nan=False)) == audit
+
+
+@pytest.fixture
+def composed(base):
+    """A subject of two adapters with temperatures of their own."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    configs = {"one": QAdapterConfig(alpha_tilde=0.7, gamma=0.5), "two": QAdapterConfig(alpha_tilde=0.4)}
+    policy = QAdapterForCausalLM(model, configs, {"one": lora(), "two": lora()})
+    return Subject("runs/composed", train_randomly(policy).eval(), tiny_tokenizer())
+
+
+def test_returns_are_those_of_the_only_adapter_with_a_weight(composed, workload, tmp_path):
+    def figures(**weights):
+        columns = [Column(name, adapter_weights=own) for name, own in weights.items()]
+        pairs = Evaluation(composed, columns, workload, PartStore(tmp_path / "parts")).pairs()
+        rewards = {name: own["reward_accuracy"]["n"] for name, own in pairs["columns"].items()}
+        return rewards, {name: own["ece"] is not None for name, own in pairs["calibration"].items()}
+
+    both = {"one": 1.0, "two": 0.5}
+    assert figures(second={"two": 1.0}, mixed=both) == (
+        {"base": 0, "second": 9, "mixed": 0},
+        {"second": True, "mixed": False},
+    )
+    assert figures(second={"two": 1.0}, half={"one": 0.0, "two": 0.5})[0] == {"base": 9, "second": 9, "half": 9}
+    assert figures(first={"one": 1.0}, second={"two": 1.0})[0] == {"base": 0, "first": 9, "second": 9}
+    assert composed.temperatures(Column("two", adapter_weights={"two": 1.0})).alpha_tilde == 0.4
+    assert composed.temperatures(Column("own weights")) is None
+
+
+def test_an_audit_of_a_composition_has_no_calibration(audited, composed, tmp_path):
+    audit, document = audited(composed), schema()
+    assert errors_of(audit, document, document) == []
+    assert audit["results"]["pairs"]["calibration"]["policy"] == {"ece": None, "n": 0, "bins": None}
+    assert "Calibration of" not in page(audit)
+    assert ("Calibration error of σ(reward margin)", "–", "–") in headline(audit["results"], ["policy"])
 
 
 def test_two_audits_of_the_same_inputs_agree(audited, tmp_path):

@@ -14,7 +14,15 @@ from qadapter.evaluation.judges import Judge, make_judge
 from qadapter.evaluation.judges.models import PairJudge, RewardJudge
 from qadapter.evaluation.judging import judged
 from qadapter.evaluation.part_store import PartStore, jsonable
-from qadapter.evaluation.preferences import PairDrift, by_category, calibration, paired, preference_figures
+from qadapter.evaluation.preferences import (
+    PairDrift,
+    Temperatures,
+    by_category,
+    calibration,
+    paired,
+    preference_figures,
+    reward_margins,
+)
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.resampling import group_numbers
 from qadapter.evaluation.subjects import Subject
@@ -101,7 +109,7 @@ class Evaluation:
     def _measured_pairs(self) -> dict[str, Any]:
         held_out = self.held_out
         pairs = paired(self._measured("Held-out pairs", held_out.texts))
-        temperatures, seed = self.subject.temperatures, self.workload.seed
+        temperatures, seed = self._temperatures(), self.workload.seed
         chosen, texts = [pair.chosen for pair in pairs], [pair.chosen for pair in held_out.pairs]
         categories = [text.category for text in texts]
         return {
@@ -110,10 +118,9 @@ class Evaluation:
             "rows": held_out.summary,
             "columns": preference_figures(pairs, temperatures, held_out.groups, seed),
             "calibration": {
-                column.name: calibration(
-                    [pair.reward_margin(column.name, temperatures) for pair in pairs], held_out.groups
-                )
-                for column in self.columns
+                name: calibration(reward_margins(pairs, name, own), held_out.groups)
+                for name, own in temperatures.items()
+                if name != BASE
             },
             "chosen": {
                 "columns": drift_figures(chosen, held_out.groups, seed),
@@ -130,6 +137,12 @@ class Evaluation:
                 "columns": {column.name: pair_items(pairs, column.name) for column in self.detailed},
             },
         }
+
+    def _temperatures(self) -> dict[str, Temperatures | None]:
+        """Those of each column, and of the base those that all columns have in common."""
+        columns = {column.name: self.subject.temperatures(column) for column in self.columns}
+        common = set(columns.values())
+        return {BASE: common.pop() if len(common) == 1 else None, **columns}
 
     def neutral(self) -> dict[str, Any]:
         """Drift on text that has nothing to do with the preference."""

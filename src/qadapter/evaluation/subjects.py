@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qadapter.errors import ConfigError
+from qadapter.evaluation.columns import Column
 from qadapter.evaluation.preferences import Temperatures
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import tokenizer_fingerprint, weight_fingerprint
@@ -26,10 +27,12 @@ class Subject:
     model: QAdapterForCausalLM
     tokenizer: Any
 
-    @property
-    def temperatures(self) -> Temperatures:
-        """α̃, α₀ and the discount of the (first) adapter."""
-        config = self.model.configs[self.model.adapters[0]]
+    def temperatures(self, column: Column) -> Temperatures | None:
+        """α̃, α₀ and the discount of the only adapter with a weight in a column; None for a composition and for none."""
+        adapters = column.direction(self.model).adapters
+        if len(adapters) != 1:
+            return None
+        config = self.model.configs[adapters[0][0]]
         return Temperatures(config.alpha_tilde, config.alpha_0, config.gamma, config.discount_floor)
 
     def base_identity(self) -> dict[str, Any]:
