@@ -223,6 +223,23 @@ def test_a_changed_input_is_measured_again(audited, base, workload, tmp_path, ch
     assert "pairs" not in audited(**options)["environment"]["reused_parts"]
 
 
+@pytest.mark.parametrize(
+    ("file", "setting", "parts"),
+    [
+        ("config.json", {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, {"pairs", "answers"}),
+        ("generation_config.json", {"eos_token_id": 7}, {"pairs", "answers"}),
+        ("config.json", {"transformers_version": "5.0.0", "_name_or_path": "elsewhere"}, set()),
+    ],
+)
+def test_a_base_with_other_settings_is_measured_again(audited, base, tmp_path, file, setting, parts):
+    folder = shutil.copytree(base, tmp_path / "base")
+    audited(Subject("runs/tiny", open_policy(folder), tiny_tokenizer()))
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    again = audited(Subject("runs/tiny", open_policy(folder), tiny_tokenizer()))
+    assert {"pairs", "answers"} - set(again["environment"]["reused_parts"]) == parts
+
+
 def test_answers_of_the_base_are_shared_by_all_adapters_of_it(audited, base, monkeypatch):
     audited()
     columns = []

@@ -162,7 +162,7 @@ class Evaluation:
             kind: which prompts, for the progress bar: "instructions" or "prompts".
         """
         chosen = Column(BASE, 0.0) if column == BASE else next(own for own in self.columns if own.name == column)
-        identity = self.subject.base_identity() if column == BASE else self.identity
+        identity = self.identity["base"] if column == BASE else self.identity
         inputs = [identity, chosen.settings(), [prompt.content for prompt in prompts], self.workload.max_new_tokens]
         rows = self.store.part("answers", inputs, lambda: self._generated(chosen, prompts, kind))
         return [Answer(**row) for row in rows]
