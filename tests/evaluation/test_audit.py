@@ -24,6 +24,7 @@ from qadapter.evaluation.subjects import Subject, open_subject
 from qadapter.evaluation.tables import headline
 from qadapter.evaluation.texts import excerpt
 from qadapter.evaluation.workload import Workload
+from qadapter.generation import Answer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -271,6 +272,13 @@ def test_a_judge_that_could_not_be_reached_is_asked_again(audited, monkeypatch):
         assert judged["wins"] == 0
         assert judged["rate"]["value"] is None
     assert asked == [4, 4]
+
+
+def test_a_base_that_says_nothing_is_refused_in_one_line(audited, monkeypatch):
+    """As with one token, of white space."""
+    monkeypatch.setattr(evaluate, "generate_texts", lambda model, tokenizer, prompts, *_, **__: [Answer("", False)] * 3)
+    with pytest.raises(ConfigError, match=r"all 3 answers of the base .* --instructions, or more than 6 tokens with"):
+        audited()
 
 
 def test_judged_prompts_are_drawn_from_all_pairs_by_the_seed(audited, workload, files):

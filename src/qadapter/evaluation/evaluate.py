@@ -149,10 +149,19 @@ class Evaluation:
         return self._drift_part("neutral", "Neutral text", self.neutral_texts)
 
     def instructions(self) -> dict[str, Any]:
-        """Drift on what the base itself says to general instructions."""
+        """Drift on what the base itself says to general instructions.
+
+        Raises:
+            ConfigError: it says nothing to any of them.
+        """
         prompts = self.prompts
         answers = self.answers(BASE, prompts, "instructions")
         texts = [text for text in reference_texts(self.subject.tokenizer, prompts, answers) if text is not None]
+        if not texts:
+            raise ConfigError(
+                f"all {len(prompts)} answers of the base to general instructions are empty: give others with "
+                f"--instructions, or more than {self.workload.max_new_tokens} tokens with --max-new-tokens."
+            )
         return self._drift_part("instructions", "Answers of the base", texts)
 
     def answers(self, column: str, prompts: Sequence[Prompt], kind: str) -> list[Answer]:

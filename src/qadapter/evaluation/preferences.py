@@ -110,7 +110,7 @@ def preference_figures(
     accuracy_at_equal_length: the same, as a logistic regression on the length difference says it of pairs of one
     length; prefers_chosen, prefers_chosen_summed: share whose chosen answer has the higher log-probability per token,
     and in sum; log_ratio_margin, token_margin, token_margin_gain: see `PairDrift`, the last is policy's minus base's;
-    reward_accuracy: share whose return, by the column's `temperatures`, ranks the chosen answer first; nan without them.
+    reward_accuracy: share whose return, by the column's `temperatures`, ranks the chosen answer first (nan without).
     """
     names = [BASE, *(pairs[0].chosen.columns if pairs else ())]
     lengths = [pair.length_difference for pair in pairs]
