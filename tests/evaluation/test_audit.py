@@ -381,6 +381,21 @@ def test_pairs_of_one_prompt_tell_no_more_about_chosen_answers_than_one(subject,
     assert widths[3] == pytest.approx(widths[2])
 
 
+def test_what_was_left_out_is_told_of_these_pairs(subject, tmp_path):
+    """The same pairs are left of both files."""
+    rows = pair_rows(5)
+    left_out = [
+        Evaluation(
+            subject,
+            [Column("policy")],
+            Workload(dataset=str(write_jsonl(tmp_path / f"{len(more)}.jsonl", rows + more)), max_length=60),
+            PartStore(tmp_path / "parts"),
+        ).pairs()["rows"]
+        for more in ([], [{**rows[0], "chosen": "x" * 200}])
+    ]
+    assert ["1 dropped" in summary for summary in left_out] == [False, True]
+
+
 def test_an_edited_adapter_folder_is_another_adapter(base, tmp_path):
     one, other = (
         open_subject(str(write_adapter(tmp_path / str(seed), base, seed=seed)), None, open_policy(base).dtype, "cpu")

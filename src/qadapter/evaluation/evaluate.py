@@ -104,7 +104,8 @@ class Evaluation:
 
     def pairs(self) -> dict[str, Any]:
         """Preference figures, calibration, and drift on the chosen answers."""
-        return self.store.part("pairs", [*self._inputs(), digest(self.held_out.texts)], self._measured_pairs)
+        inputs = [*self._inputs(), digest(self.held_out.texts), self.held_out.summary]
+        return self.store.part("pairs", inputs, self._measured_pairs)
 
     def _measured_pairs(self) -> dict[str, Any]:
         held_out = self.held_out
