@@ -137,7 +137,8 @@ def test_an_answer_is_the_text_before_its_end_token(policy, tokenizer, monkeypat
     ids = policy.generate(**prompt, max_new_tokens=9, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
     assert ids.index(ids[2]) == 2
     monkeypatch.setattr(policy.generation_config, "eos_token_id", [ids[2]])
-    assert generate_texts(policy, tokenizer, ["Why?"], SHORT) == [Answer(tokenizer.decode(ids[:2]).strip(), True)]
+    answer = Answer(tokenizer.decode(ids[:2]).strip(), finished=True, end=ids[2])
+    assert generate_texts(policy, tokenizer, ["Why?"], SHORT) == [answer]
 
 
 def test_an_answer_cut_by_the_limit_is_not_finished(policy, tokenizer):

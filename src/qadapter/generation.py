@@ -59,10 +59,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, and whether the model ended it itself."""
+    """A generated text, whether the model ended it itself, and with which token where that is known."""
 
     text: str
     finished: bool
+    end: int | None = None
 
 
 def encode(tokenizer: Any, prompts: Sequence[str | Sequence[Message]]) -> dict[str, torch.Tensor]:
@@ -127,7 +128,8 @@ def generate_texts(
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             cut = next((index for index, token in enumerate(row) if token in ends), None)
             text = tokenizer.decode(row[:cut], skip_special_tokens=True)
-            answers.append(Answer(text.strip(), finished=cut is not None))
+            end = None if cut is None else row[cut]
+            answers.append(Answer(text.strip(), finished=cut is not None, end=end))
         if progress is not None:
             progress(len(batch["input_ids"]))
     return answers

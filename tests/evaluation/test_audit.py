@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from evaluated import open_policy, pair_rows, write_adapter, write_jsonl
-from models import tiny_tokenizer
+from models import lora, tiny_tokenizer, train_randomly
+from transformers import AutoModelForCausalLM
 
-from qadapter import ConfigError, QAdapterConfig
+from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.evaluation import benchmarks, evaluate
 from qadapter.evaluation.audit import run_audit, without_environment
 from qadapter.evaluation.audit_report import page, write_audit
@@ -20,8 +21,10 @@ from qadapter.evaluation.gate import Limits
 from qadapter.evaluation.judges.models import RewardJudge
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
+from qadapter.evaluation.tables import headline
 from qadapter.evaluation.texts import excerpt
 from qadapter.evaluation.workload import Workload
+from qadapter.generation import Answer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -123,6 +126,41 @@ def test_an_audit_is_as_its_schema_says(audited, fake_tasks):
     assert json.loads(json.dumps(audit, allow_nan=False)) == audit
 
 
+@pytest.fixture
+def composed(base):
+    """A subject of two adapters with temperatures of their own."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    configs = {"one": QAdapterConfig(alpha_tilde=0.7, gamma=0.5), "two": QAdapterConfig(alpha_tilde=0.4)}
+    policy = QAdapterForCausalLM(model, configs, {"one": lora(), "two": lora()})
+    return Subject("runs/composed", train_randomly(policy).eval(), tiny_tokenizer())
+
+
+def test_returns_are_those_of_the_only_adapter_with_a_weight(composed, workload, tmp_path):
+    def figures(**weights):
+        columns = [Column(name, adapter_weights=own) for name, own in weights.items()]
+        pairs = Evaluation(composed, columns, workload, PartStore(tmp_path / "parts")).pairs()
+        rewards = {name: own["reward_accuracy"]["n"] for name, own in pairs["columns"].items()}
+        return rewards, {name: own["ece"] is not None for name, own in pairs["calibration"].items()}
+
+    both = {"one": 1.0, "two": 0.5}
+    assert figures(second={"two": 1.0}, mixed=both) == (
+        {"base": 0, "second": 9, "mixed": 0},
+        {"second": True, "mixed": False},
+    )
+    assert figures(second={"two": 1.0}, half={"one": 0.0, "two": 0.5})[0] == {"base": 9, "second": 9, "half": 9}
+    assert figures(first={"one": 1.0}, second={"two": 1.0})[0] == {"base": 0, "first": 9, "second": 9}
+    assert composed.temperatures(Column("two", adapter_weights={"two": 1.0})).alpha_tilde == 0.4
+    assert composed.temperatures(Column("own weights")) is None
+
+
+def test_an_audit_of_a_composition_has_no_calibration(audited, composed, tmp_path):
+    audit, document = audited(composed), schema()
+    assert errors_of(audit, document, document) == []
+    assert audit["results"]["pairs"]["calibration"]["policy"] == {"ece": None, "n": 0, "bins": None}
+    assert "Calibration of" not in page(audit)
+    assert ("Calibration error of σ(reward margin)", "–", "–") in headline(audit["results"], ["policy"])
+
+
 def test_two_audits_of_the_same_inputs_agree(audited, tmp_path):
     first, second = audited(folder=tmp_path / "a"), audited(folder=tmp_path / "b")
     assert "pairs" not in second["environment"]["reused_parts"]
@@ -186,6 +224,23 @@ def test_a_changed_input_is_measured_again(audited, base, workload, tmp_path, ch
     assert "pairs" not in audited(**options)["environment"]["reused_parts"]
 
 
+@pytest.mark.parametrize(
+    ("file", "setting", "parts"),
+    [
+        ("config.json", {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, {"pairs", "answers"}),
+        ("generation_config.json", {"eos_token_id": 7}, {"pairs", "answers"}),
+        ("config.json", {"transformers_version": "5.0.0", "_name_or_path": "elsewhere"}, set()),
+    ],
+)
+def test_a_base_with_other_settings_is_measured_again(audited, base, tmp_path, file, setting, parts):
+    folder = shutil.copytree(base, tmp_path / "base")
+    audited(Subject("runs/tiny", open_policy(folder), tiny_tokenizer()))
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    again = audited(Subject("runs/tiny", open_policy(folder), tiny_tokenizer()))
+    assert {"pairs", "answers"} - set(again["environment"]["reused_parts"]) == parts
+
+
 def test_answers_of_the_base_are_shared_by_all_adapters_of_it(audited, base, monkeypatch):
     audited()
     columns = []
@@ -217,6 +272,13 @@ def test_a_judge_that_could_not_be_reached_is_asked_again(audited, monkeypatch):
         assert judged["wins"] == 0
         assert judged["rate"]["value"] is None
     assert asked == [4, 4]
+
+
+def test_a_base_that_says_nothing_is_refused_in_one_line(audited, monkeypatch):
+    """As with one token, of white space."""
+    monkeypatch.setattr(evaluate, "generate_texts", lambda model, tokenizer, prompts, *_, **__: [Answer("", False)] * 3)
+    with pytest.raises(ConfigError, match=r"all 3 answers of the base .* --instructions, or more than 6 tokens with"):
+        audited()
 
 
 def test_judged_prompts_are_drawn_from_all_pairs_by_the_seed(audited, workload, files):
@@ -317,6 +379,21 @@ def test_pairs_of_one_prompt_tell_no_more_about_chosen_answers_than_one(subject,
     widths = [figure["high"] - figure["low"] for figure in figures]
     assert widths[1] == pytest.approx(widths[0])
     assert widths[3] == pytest.approx(widths[2])
+
+
+def test_what_was_left_out_is_told_of_these_pairs(subject, tmp_path):
+    """The same pairs are left of both files."""
+    rows = pair_rows(5)
+    left_out = [
+        Evaluation(
+            subject,
+            [Column("policy")],
+            Workload(dataset=str(write_jsonl(tmp_path / f"{len(more)}.jsonl", rows + more)), max_length=60),
+            PartStore(tmp_path / "parts"),
+        ).pairs()["rows"]
+        for more in ([], [{**rows[0], "chosen": "x" * 200}])
+    ]
+    assert ["1 dropped" in summary for summary in left_out] == [False, True]
 
 
 def test_an_edited_adapter_folder_is_another_adapter(base, tmp_path):

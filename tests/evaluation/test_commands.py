@@ -1,7 +1,9 @@
 """`qadapter eval`, `sweep`, `compare` and `audit` from the command line: outputs, exit codes, one clear line."""
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 from evaluated import write_adapter, write_base
@@ -132,6 +134,27 @@ def test_audit_passes_fails_and_cannot_run(run, own):
     assert code == 2
     assert len(complaints) == 1
     assert json.loads((own / "audit.json").read_text())["verdict"] == "fails"  # as it was
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "written", "code"),
+    [
+        ("audit", "--output-dir", "audit.html", 0),
+        ("eval", "--output", "", 1),
+        ("compare", "--output-dir", "compare.html", 1),
+    ],
+)
+def test_results_are_written_and_a_verdict_stands_where_nobody_reads(
+    run, adapter, tmp_path, monkeypatch, command, option, written, code
+):
+    """As in `| true`: the pipe's reader is gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        arguments = ["--no-card", "--max-kl", 50] if command == "audit" else []
+        assert run(command, adapter, *arguments, option, tmp_path / "out")[0] == code
+    assert (tmp_path / "out" / written).is_file()
 
 
 def test_audit_writes_its_certificate_into_the_card(run, own, tmp_path):

@@ -87,6 +87,14 @@ def test_a_figure_at_its_limit_passes():
     assert verdict(entries) == "passes"
 
 
+@pytest.mark.parametrize("points", [7, 14, 28, 29, 57])  # whose hundredfold share is above the number itself or below
+def test_a_drop_of_just_its_limit_passes(points):
+    fallen = {**TASKS["lambada"], "differences": {"policy": bounds(-points / 100, -points / 100, -points / 100)}}
+    (entry,) = check({**RESULTS, "tasks": {"lambada": fallen}}, "policy", Limits(max_drop={"lambada": points}))
+    assert entry["passes"]
+    assert entry["value"] == points
+
+
 def test_a_drop_that_was_not_measured_does_not_pass():
     unknown = {**TASKS["lambada"], "differences": {"policy": bounds(None, None, None)}}
     (entry,) = check({**RESULTS, "tasks": {"lambada": unknown}}, "policy", Limits(max_drop={"lambada": 100.0}))

@@ -9,7 +9,7 @@ import pytest
 
 from qadapter.evaluation import part_store
 from qadapter.evaluation.intervals import Interval
-from qadapter.evaluation.part_store import PartStore, fingerprint, jsonable, write_ordered_json
+from qadapter.evaluation.part_store import PartStore, fingerprint, jsonable, write_ordered_json, write_whole
 
 
 def test_a_stored_part_is_taken_and_equals_a_fresh_one(tmp_path):
@@ -105,6 +105,20 @@ def test_files_are_replaced_whole(tmp_path):
     with pytest.raises(ValueError, match="Out of range"):
         write_ordered_json(path, math.nan)
     assert json.loads(path.read_text())["z"] == 1
+
+
+def test_a_file_that_could_not_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    write_whole(path, "as it wäs")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(part_store.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, b"new")
+    assert path.read_text(encoding="utf-8") == "as it wäs"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_fingerprints_ignore_the_order_of_keys_and_see_values():

@@ -34,6 +34,7 @@ PAIRS = [
     PairDrift.of(side([-2.0], [-2.0]), side([-1.0, -4.0, -1.0], [-4.0, -1.0, -1.0])),  # the same
 ]
 TEMPERATURES = Temperatures(0.5, 0.2)
+COMMON = {BASE: TEMPERATURES, "policy": TEMPERATURES}
 
 
 def test_margins_of_a_pair():
@@ -51,7 +52,7 @@ def test_margins_of_a_pair():
 
 
 def test_figures_of_pairs():
-    figures = preference_figures(PAIRS, TEMPERATURES)
+    figures = preference_figures(PAIRS, COMMON)
     assert list(figures) == [BASE, "policy"]
     assert figures["policy"]["accuracy"].value == 0.5  # won, lost, tied
     assert figures["policy"]["prefers_chosen"].value == pytest.approx(1 / 3 + 0.5 / 3)
@@ -61,10 +62,17 @@ def test_figures_of_pairs():
 
 
 def test_the_base_is_at_chance_by_definition():
-    figures = preference_figures(PAIRS, TEMPERATURES)[BASE]
+    figures = preference_figures(PAIRS, COMMON)[BASE]
     assert figures["accuracy"].value == figures["accuracy_at_equal_length"].value == 0.5
     assert figures["accuracy"].low < 0.5 < figures["accuracy"].high
     assert figures["token_margin_gain"][:3] == (0.0, 0.0, 0.0)
+
+
+def test_a_column_without_temperatures_has_no_rewards():
+    figures = preference_figures(PAIRS, {BASE: TEMPERATURES, "policy": None})
+    assert figures[BASE]["reward_accuracy"].n == 3
+    assert math.isnan(figures["policy"]["reward_accuracy"].value)
+    assert calibration(None) == {"ece": None, "n": 0, "bins": None}
 
 
 def test_accuracy_at_equal_length_sees_through_a_preference_for_length():

@@ -118,11 +118,15 @@ def test_missing_files_and_prompts(tmp_path, tokenizer):
 def test_answers_of_the_base_become_texts_that_end_where_it_ended(tokenizer):
     prompts = instructions(limit=3)
     answers = [Answer("so it is", True), Answer("and then", False), Answer("", True)]
+    others = [Answer(answer.text, answer.finished, 7 if answer.finished else None) for answer in answers]
     ended, cut, empty = reference_texts(tokenizer, prompts, answers)
     assert ended.answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(cut.answer) == "and then"
     assert list(empty.answer) == [tokenizer.eos_token_id]
     assert reference_texts(tokenizer, prompts[:1], [Answer("", False)]) == [None]
+    own_end, still_cut, only_end = reference_texts(tokenizer, prompts, others)  # a model may have several end tokens
+    assert list(own_end.answer) == [*ended.answer[:-1], 7]
+    assert (still_cut, list(only_end.answer)) == (cut, [7])
 
 
 def test_the_digest_sees_ids_split_and_category(files, tokenizer):

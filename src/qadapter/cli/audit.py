@@ -76,6 +76,6 @@ def _run(arguments: list[str]) -> int:
     try:
         print_audit(audit, Console())
         print(f"written: {', '.join(map(str, written))}", flush=True)
-    except BrokenPipeError:  # nobody reads on, as in `qadapter audit ... | head`: the verdict stands
+    except (BrokenPipeError, SystemExit):  # the latter is rich's: nobody reads on, as in `| head`, the verdict stands
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_CODES[audit["verdict"]]

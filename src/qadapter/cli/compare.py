@@ -42,8 +42,9 @@ def run(arguments: list[str]) -> int:
             store_of(options),
             track,
         )
+    if options.output_dir is not None:  # before it prints: whoever reads may have left
+        write_comparison(comparison, options.output_dir)
     print_comparison(comparison, Console())
     if options.output_dir is not None:
-        write_comparison(comparison, options.output_dir)
         print(f"written to {options.output_dir}")
     return 0

@@ -36,9 +36,10 @@ def run(arguments: list[str]) -> int:
         results = run_comparison(
             [options.adapter], [[column]], partial(subject_of, options=options), workload, store, track
         )
+    if options.output is not None:  # before it prints: whoever reads may have left
+        write_ordered_json(options.output, results)
     rows = headline(results["results"], [column.name])
     print_table(Console(), "What it gained and what it cost (95% intervals)", ("", BASE, column.name), rows)
     if options.output is not None:
-        write_ordered_json(options.output, results)
         print(f"all figures: {options.output}")
     return 0

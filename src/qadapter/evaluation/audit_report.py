@@ -13,7 +13,7 @@ from qadapter.evaluation.audit import curve
 from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, verdict_line
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
-from qadapter.evaluation.part_store import write_ordered_json
+from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import headline, print_table, written, written_number
 from qadapter.evaluation.texts import excerpt
 from qadapter.plots import line_chart
@@ -31,7 +31,7 @@ SET_TITLES = {
 def write_audit(audit: Mapping[str, Any], folder: Path) -> None:
     """audit.json and audit.html in `folder`."""
     write_ordered_json(folder / JSON_NAME, audit)
-    (folder / HTML_NAME).write_text(page(audit), encoding="utf-8")
+    write_whole(folder / HTML_NAME, page(audit))
 
 
 def print_audit(audit: Mapping[str, Any], console: Console) -> None:

@@ -1,5 +1,6 @@
 """Benchmarks through lm-eval, which is an extra and imported when it is asked for."""
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -135,41 +136,63 @@ def run(
     }
 
 
-DEFINITIONS = (".yaml", ".yml", ".py")
+YAML_ENDINGS = ("yaml", "yml")  # lm-eval's own templates are called _default_template_yaml and the like
+DATA_KEYS = ("dataset_path", "dataset_kwargs")
 
 
 def state(task: str, folder: Path | None) -> list[Any]:
     """What the questions of a task depend on: lm-eval's version, and the files that define them.
 
-    A task file may take others that lie beside it (members of a group, templates, code) and data from anywhere.
+    A task file may take others that lie beside it (members of a group, templates, code), include some from elsewhere,
+    which may do the same, and take data from anywhere.
     """
-    files = set()
-    if Path(task).is_file():
-        beside = Path(task).parent.iterdir()
-        files |= {Path(task), *(path for path in beside if path.suffix in DEFINITIONS and path.is_file())}
+    given = _beside(Path(task), (*YAML_ENDINGS, ".py")) if Path(task).is_file() else []
     if folder is not None:
-        files |= {path for path in folder.rglob("*") if path.is_file()}
-    files |= {named for path in files if path.suffix in DEFINITIONS[:2] for named in _named_in(path)}
-    contents = [[str(path), hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(files)]
-    return [version("lm_eval"), task, contents]
+        given += [path for path in folder.rglob("*") if path.is_file()]
+    files: set[Path] = set()
+    while given:
+        path = Path(os.path.abspath(given.pop()))  # one name a file, however it is reached
+        if path in files:
+            continue
+        files.add(path)
+        if path.name.endswith(YAML_ENDINGS):
+            given += [*_beside(path, ".py"), *_named_in(path)]
+    return [version("lm_eval"), task, [[str(path), _digest(path)] for path in sorted(files)]]
+
+
+def _beside(path: Path, endings: str | tuple[str, ...]) -> list[Path]:
+    """The file, and those of the given endings that lie beside it."""
+    return [path, *(other for other in path.parent.iterdir() if other.name.endswith(endings) and other.is_file())]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:  # data may be large
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _named_in(definition: Path) -> Iterator[Path]:
-    """The files that a YAML file names, from here or from where it lies; none if it is no YAML."""
+    """The files that a YAML file names, from here or from where it lies; none if it is no YAML.
+
+    As data it may name folders and patterns, too.
+    """
     try:
-        nodes = [yaml.compose(definition.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+        root = yaml.compose(definition.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError):  # lm-eval will say so, if it takes the file at all
         return
-    seen = set()  # anchors: a node may be there many times
+    nodes, seen = [(root, False)], set()
     while nodes:
-        node = nodes.pop()
-        if id(node) in seen:
+        node, is_data = nodes.pop()
+        if (id(node), is_data) in seen:  # anchors: a node may be there many times
             continue
-        seen.add(id(node))
+        seen.add((id(node), is_data))
         if isinstance(node, yaml.MappingNode):
-            nodes += [value for _, value in node.value]
+            nodes += [(value, is_data or key.value in DATA_KEYS) for key, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.ScalarNode):
-            places = (Path(node.value), definition.parent / node.value)
-            yield from (path for path in places if os.path.isfile(path))  # Path.is_file raises for long texts
+            nodes += [(value, is_data) for value in node.value]
+        elif isinstance(node, yaml.ScalarNode) and node.value:
+            for place in (node.value, os.path.join(definition.parent, node.value)):
+                if os.path.isfile(place):
+                    yield Path(place)
+                elif is_data:
+                    pattern = os.path.join(glob.escape(place), "**") if os.path.isdir(place) else place
+                    yield from filter(Path.is_file, map(Path, glob.iglob(pattern, recursive=True)))

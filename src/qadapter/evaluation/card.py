@@ -9,6 +9,7 @@ import yaml
 
 from qadapter.errors import DataError
 from qadapter.evaluation.columns import BASE
+from qadapter.evaluation.part_store import write_whole
 from qadapter.evaluation.tables import headline, markdown_table, written
 from qadapter.evaluation.texts import read_utf8
 from qadapter.modeling.lora_files import CONFIG_NAME
@@ -45,10 +46,7 @@ def update_card(folder: Path, audit: Mapping[str, Any]) -> None:
     plain = (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists()  # a LoRA as PEFT writes it
     old = read_utf8(path).replace("\r\n", "\n") if path.exists() else new_card(audit, plain)
     library = "peft" if plain else "qadapter"
-    new = with_certificate(with_metadata(old, audit, path, library), certificate(audit), path)
-    scratch = path.with_name(f".{CARD_NAME}.partial")
-    scratch.write_text(new, encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, with_certificate(with_metadata(old, audit, path, library), certificate(audit), path))
 
 
 def base_title(audit: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from qadapter.evaluation.card import finding_line
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
-from qadapter.evaluation.part_store import write_ordered_json
+from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, short, whole_tasks, written
 from qadapter.plots import line_chart
 
@@ -88,7 +88,7 @@ def judged_count(judged: Mapping[str, Any]) -> int:
 def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
     """The JSON and the page in `folder`."""
     write_ordered_json(folder / JSON_NAME, comparison)
-    (folder / HTML_NAME).write_text(page(comparison), encoding="utf-8")
+    write_whole(folder / HTML_NAME, page(comparison))
 
 
 def page(comparison: Mapping[str, Any]) -> str:

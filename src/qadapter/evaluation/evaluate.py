@@ -14,7 +14,15 @@ from qadapter.evaluation.judges import Judge, make_judge
 from qadapter.evaluation.judges.models import PairJudge, RewardJudge
 from qadapter.evaluation.judging import judged
 from qadapter.evaluation.part_store import PartStore, jsonable
-from qadapter.evaluation.preferences import PairDrift, by_category, calibration, paired, preference_figures
+from qadapter.evaluation.preferences import (
+    PairDrift,
+    Temperatures,
+    by_category,
+    calibration,
+    paired,
+    preference_figures,
+    reward_margins,
+)
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.resampling import group_numbers
 from qadapter.evaluation.subjects import Subject
@@ -96,12 +104,13 @@ class Evaluation:
 
     def pairs(self) -> dict[str, Any]:
         """Preference figures, calibration, and drift on the chosen answers."""
-        return self.store.part("pairs", [*self._inputs(), digest(self.held_out.texts)], self._measured_pairs)
+        inputs = [*self._inputs(), digest(self.held_out.texts), self.held_out.summary]
+        return self.store.part("pairs", inputs, self._measured_pairs)
 
     def _measured_pairs(self) -> dict[str, Any]:
         held_out = self.held_out
         pairs = paired(self._measured("Held-out pairs", held_out.texts))
-        temperatures, seed = self.subject.temperatures, self.workload.seed
+        temperatures, seed = self._temperatures(), self.workload.seed
         chosen, texts = [pair.chosen for pair in pairs], [pair.chosen for pair in held_out.pairs]
         categories = [text.category for text in texts]
         return {
@@ -110,10 +119,9 @@ class Evaluation:
             "rows": held_out.summary,
             "columns": preference_figures(pairs, temperatures, held_out.groups, seed),
             "calibration": {
-                column.name: calibration(
-                    [pair.reward_margin(column.name, temperatures) for pair in pairs], held_out.groups
-                )
-                for column in self.columns
+                name: calibration(reward_margins(pairs, name, own), held_out.groups)
+                for name, own in temperatures.items()
+                if name != BASE
             },
             "chosen": {
                 "columns": drift_figures(chosen, held_out.groups, seed),
@@ -131,15 +139,30 @@ class Evaluation:
             },
         }
 
+    def _temperatures(self) -> dict[str, Temperatures | None]:
+        """Those of each column, and of the base those that all columns have in common."""
+        columns = {column.name: self.subject.temperatures(column) for column in self.columns}
+        common = set(columns.values())
+        return {BASE: common.pop() if len(common) == 1 else None, **columns}
+
     def neutral(self) -> dict[str, Any]:
         """Drift on text that has nothing to do with the preference."""
         return self._drift_part("neutral", "Neutral text", self.neutral_texts)
 
     def instructions(self) -> dict[str, Any]:
-        """Drift on what the base itself says to general instructions."""
+        """Drift on what the base itself says to general instructions.
+
+        Raises:
+            ConfigError: it says nothing to any of them.
+        """
         prompts = self.prompts
         answers = self.answers(BASE, prompts, "instructions")
         texts = [text for text in reference_texts(self.subject.tokenizer, prompts, answers) if text is not None]
+        if not texts:
+            raise ConfigError(
+                f"all {len(prompts)} answers of the base to general instructions are empty: give others with "
+                f"--instructions, or more than {self.workload.max_new_tokens} tokens with --max-new-tokens."
+            )
         return self._drift_part("instructions", "Answers of the base", texts)
 
     def answers(self, column: str, prompts: Sequence[Prompt], kind: str) -> list[Answer]:
@@ -149,7 +172,7 @@ class Evaluation:
             kind: which prompts, for the progress bar: "instructions" or "prompts".
         """
         chosen = Column(BASE, 0.0) if column == BASE else next(own for own in self.columns if own.name == column)
-        identity = self.subject.base_identity() if column == BASE else self.identity
+        identity = self.identity["base"] if column == BASE else self.identity
         inputs = [identity, chosen.settings(), [prompt.content for prompt in prompts], self.workload.max_new_tokens]
         rows = self.store.part("answers", inputs, lambda: self._generated(chosen, prompts, kind))
         return [Answer(**row) for row in rows]

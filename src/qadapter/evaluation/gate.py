@@ -102,9 +102,14 @@ def drop(results: Mapping[str, Any], task: str, column: str) -> dict[str, Any]:
         raise ConfigError(f"--max-drop {task}: its metric {figures['metric']!r} is no rate; limit --max-kl instead.")
     difference = figures["differences"][column]
     sign = -100 if figures.get("higher_is_better", True) else 100
-    fall = {key: None if difference[key] is None else sign * difference[key] + 0.0 for key in ("value", "low", "high")}
+    fall = {key: _points(difference[key], sign) for key in ("value", "low", "high")}
     low, high = (fall["high"], fall["low"]) if sign < 0 else (fall["low"], fall["high"])
     return {"value": fall["value"], "low": low, "high": high, "n": figures["n"]}
+
+
+def _points(share: float | None, sign: int) -> float | None:
+    """Percentage points, without the rounding of binary shares: 35 of 500 items are 7, not 7.000000000000001."""
+    return None if share is None else round(sign * share, 9) + 0.0
 
 
 def _entry(quantity: str, relation: str, limit: float, unit: str, interval: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qadapter.modeling.bases import cache_folder
 logger = logging.getLogger(__name__)
 
 # Raise it when the meaning of a stored part changes.
-PARTS_VERSION = 4
+PARTS_VERSION = 5
 VERSIONED = ("qadapter", "torch", "transformers", "peft")
 
 
@@ -109,7 +109,16 @@ def jsonable(value: Any) -> Any:
 
 def write_ordered_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all, keys in their own order: columns have one."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all, and the folder that it is in; text in UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -19,6 +19,7 @@ CALIBRATION_BINS = 10
 # agree would put them at infinity.
 PRIOR_SCALE = 3.0
 NEWTON_STEPS = 50
+UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,14 @@ def paired(drifts: Sequence[TextDrift]) -> list[PairDrift]:
     return [PairDrift.of(*sides) for sides in zip(drifts[::2], drifts[1::2], strict=True)]
 
 
+def reward_margins(pairs: Sequence[PairDrift], column: str, temperatures: Temperatures | None) -> list[float] | None:
+    """The difference of the returns of each pair; None for a composition of adapters, which has no returns."""
+    return None if temperatures is None else [pair.reward_margin(column, temperatures) for pair in pairs]
+
+
 def preference_figures(
     pairs: Sequence[PairDrift],
-    temperatures: Temperatures,
+    temperatures: Mapping[str, Temperatures | None],
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> dict[str, Figures]:
@@ -104,7 +110,7 @@ def preference_figures(
     accuracy_at_equal_length: the same, as a logistic regression on the length difference says it of pairs of one
     length; prefers_chosen, prefers_chosen_summed: share whose chosen answer has the higher log-probability per token,
     and in sum; log_ratio_margin, token_margin, token_margin_gain: see `PairDrift`, the last is policy's minus base's;
-    reward_accuracy: share whose return ranks the chosen answer first.
+    reward_accuracy: share whose return, by the column's `temperatures`, ranks the chosen answer first (nan without).
     """
     names = [BASE, *(pairs[0].chosen.columns if pairs else ())]
     lengths = [pair.length_difference for pair in pairs]
@@ -119,12 +125,13 @@ def preference_figures(
     result = {}
     for name in names:
         wins = [win(pair.log_ratio_margin(name)) for pair in pairs]
+        rewards = reward_margins(pairs, name, temperatures[name])
         result[name] = {
             "accuracy": rate_interval(wins, groups),
             "accuracy_at_equal_length": accuracy_at_equal_length(wins, lengths, groups),
             "prefers_chosen": rate_interval([win(pair.token_margin(name)) for pair in pairs], groups),
             "prefers_chosen_summed": rate_interval([win(pair.margin(name)) for pair in pairs], groups),
-            "reward_accuracy": rate_interval([win(pair.reward_margin(name, temperatures)) for pair in pairs], groups),
+            "reward_accuracy": UNKNOWN if rewards is None else rate_interval(list(map(win, rewards)), groups),
             **{figure: next(intervals) for figure in means},
         }
     return result
@@ -181,12 +188,15 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def calibration(margins: Sequence[float], groups: Sequence[Hashable] | None = None) -> dict[str, Any]:
+def calibration(margins: Sequence[float] | None, groups: Sequence[Hashable] | None = None) -> dict[str, Any]:
     """How well σ(reward margin) tells the chance that the chosen answer is ranked first.
 
     Every pair is turned so that the model's confidence is max(σ, 1 − σ) ≥ ½; `ece` is the mean gap between confidence
-    and accuracy over bins of confidence, weighted by their size, and `bins` the reliability diagram.
+    and accuracy over bins of confidence, weighted by their size, and `bins` the reliability diagram;
+    both are None without margins (see `reward_margins`).
     """
+    if margins is None:
+        return {"ece": None, "n": 0, "bins": None}
     bins: list[list[tuple[float, float]]] = [[] for _ in range(CALIBRATION_BINS)]
     members: list[list[Hashable]] = [[] for _ in range(CALIBRATION_BINS)]
     for margin, group in zip(margins, range(len(margins)) if groups is None else groups, strict=True):

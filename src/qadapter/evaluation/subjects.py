@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qadapter.errors import ConfigError
+from qadapter.evaluation.columns import Column
 from qadapter.evaluation.preferences import Temperatures
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import tokenizer_fingerprint, weight_fingerprint
@@ -16,6 +17,9 @@ from qadapter.modeling.loading import tokenizer_of
 from qadapter.modeling.lora_files import CONFIG_NAME
 from qadapter.modeling.manifest import MANIFEST_NAME
 from qadapter.modeling.wrapping import wrap
+
+# Of a configuration, what changes no figure: where it came from, and what is stated beside its digest.
+PROVENANCE = ("_name_or_path", "_commit_hash", "_from_model_config", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,12 @@ class Subject:
     model: QAdapterForCausalLM
     tokenizer: Any
 
-    @property
-    def temperatures(self) -> Temperatures:
-        """α̃, α₀ and the discount of the (first) adapter."""
-        config = self.model.configs[self.model.adapters[0]]
+    def temperatures(self, column: Column) -> Temperatures | None:
+        """α̃, α₀ and the discount of the only adapter with a weight in a column; None for a composition and for none."""
+        adapters = column.direction(self.model).adapters
+        if len(adapters) != 1:
+            return None
+        config = self.model.configs[adapters[0][0]]
         return Temperatures(config.alpha_tilde, config.alpha_0, config.gamma, config.discount_floor)
 
     def base_identity(self) -> dict[str, Any]:
@@ -38,6 +44,8 @@ class Subject:
             "name": self.model.base_source.name,
             "revision": self.model.base_source.revision,
             "fingerprint": weight_fingerprint(self.model.base),
+            "config": settings_digest(self.model.base.config),
+            "generation_config": settings_digest(self.model.generation_config),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
@@ -89,6 +97,18 @@ def adapter_digest(model: QAdapterForCausalLM, adapter: str) -> str:
         result.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         result.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
+
+
+def settings_digest(config: Any) -> str:
+    """SHA-256 of a model's or a generation's settings; of none if there are none."""
+
+    def stated(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {str(key): stated(item) for key, item in value.items() if key not in PROVENANCE}
+
+    settings = {} if config is None else stated(config.to_dict())
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def require_same_base(path: str, base: dict[str, Any], other_path: str, other: dict[str, Any]) -> None:

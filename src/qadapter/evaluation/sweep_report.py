@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape as plain
 
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
-from qadapter.evaluation.part_store import write_ordered_json
+from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import Row, print_table, short, whole_tasks, written
 from qadapter.plots import Chart, chart, svg
 
@@ -50,18 +50,18 @@ def write_sweep(sweep: Mapping[str, Any], folder: Path) -> list[Path]:
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)
     write_ordered_json(folder / JSON_NAME, sweep)
-    (folder / HTML_NAME).write_text(page(sweep), encoding="utf-8")
+    write_whole(folder / HTML_NAME, page(sweep))
     written = [folder / JSON_NAME, folder / HTML_NAME]
     pictures = {folder / SVG_NAME: trade_off(sweep)}
     if sweep["tasks"]:
         pictures[folder / BENCHMARKS_SVG_NAME] = benchmark_changes(sweep)
     for path, picture in pictures.items():
-        path.write_text(svg(picture), encoding="utf-8")
+        write_whole(path, svg(picture))
         written.append(path)
         if find_spec("PIL") is not None:
             from qadapter.plots_png import png
 
-            path.with_suffix(".png").write_bytes(png(picture))
+            write_whole(path.with_suffix(".png"), png(picture))
             written.append(path.with_suffix(".png"))
     return written
 

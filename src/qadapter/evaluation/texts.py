@@ -248,13 +248,17 @@ def instructions(path: Path | None = None, limit: int | None = None, seed: int =
 
 
 def reference_texts(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Text | None]:
-    """Given answers after their prompts, as texts to be scored; None for an empty answer."""
+    """Given answers after their prompts, as texts to be scored; None for an empty answer.
+
+    A finished one ends with its own end token, else with the tokenizer's: a model may have several.
+    """
     texts: list[Text | None] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         context = encode(tokenizer, [prompt.content])["input_ids"][0].tolist()
         ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        if answer.finished and tokenizer.eos_token_id is not None:
-            ids = [*ids, tokenizer.eos_token_id]
+        end = tokenizer.eos_token_id if answer.end is None else answer.end
+        if answer.finished and end is not None:
+            ids = [*ids, end]
         texts.append(Text(context, ids, prompt.category, excerpt(prompt.text)) if ids else None)
     return texts
 

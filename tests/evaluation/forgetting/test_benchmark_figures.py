@@ -25,7 +25,7 @@ from qadapter.evaluation.intervals import mcnemar_exact
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 from qadapter.evaluation import harness
-from qadapter.evaluation.benchmarks import Benchmarks
+from qadapter.evaluation.benchmarks import Benchmarks, state
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.forgetting import local_tasks, run_tasks
 from qadapter.evaluation.harness import load_tasks
@@ -199,3 +199,29 @@ def test_a_changed_file_of_a_task_is_run_again(policy, tmp_path):
     definition = tmp_path / "sums.yaml"
     definition.write_text(definition.read_text().replace("metric: acc", "metric: acc_norm"))
     assert results()["sums"]["metric"] == "acc_norm"
+
+
+def test_the_state_of_a_task_follows_what_it_includes_and_its_data(tmp_path):
+    """Code beside an included file, a template that it includes, files of a pattern, files of local folders."""
+    for name in ("own", "shared", "parts", "data", "more/deep"):
+        (tmp_path / name).mkdir(parents=True)
+    files = {
+        "own/task.yaml": "include: ../shared/common.yaml\ndoc_to_text: What is a * b?\ndataset_kwargs:\n"
+        f"  data_files: {{test: '{tmp_path}/parts/*.jsonl'}}\n  data_dir: ../data\n",
+        "shared/common.yaml": "include: template_yaml\ndoc_to_target: !function code.target\n",
+        "shared/template_yaml": f"include: ../own/task.yaml\ndataset_path: {tmp_path}/more\n",
+        "shared/code.py": "",
+        "parts/one.jsonl": "",
+        "data/one.jsonl": "",
+        "more/deep/one.parquet": "",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "parts" / "unnamed.txt").write_text("")
+    _, _, found = state(str(tmp_path / "own" / "task.yaml"), None)
+    assert {path for path, _ in found} == {str(tmp_path / name) for name in files}
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "\n")
+        (changed,) = set(map(tuple, state(str(tmp_path / "own" / "task.yaml"), None)[2])) - set(map(tuple, found))
+        assert changed[0] == str(tmp_path / name)
+        (tmp_path / name).write_text(files[name])
