@@ -18,7 +18,14 @@ from models import (
     token_ids,
     two_passes,
 )
-from transformers import DynamicCache, GenerationConfig, StopStringCriteria, TextIteratorStreamer, set_seed
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StopStringCriteria,
+    TextIteratorStreamer,
+    set_seed,
+)
 from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
@@ -231,6 +238,31 @@ def test_a_cache_that_forward_has_filled_with_other_streams_is_refused(generatin
         ConfigError, match=r"past_key_values holds the streams \['default'\], and this call runs \['base'"
     ):
         run(inputs, past_key_values=cache, strength=0.0)
+
+
+def test_a_cache_that_the_plain_base_has_filled_is_the_bases():
+    policy = tiny_policy(config=QAdapterConfig())
+    ids = torch.tensor(PROMPTS[:1])
+
+    def filled():
+        with policy.plan.running(None), torch.no_grad():
+            return policy.base(ids[:, :3], use_cache=True).past_key_values
+
+    continued = policy(ids[:, 3:], past_key_values=filled(), strength=0.0).logits
+    torch.testing.assert_close(continued, policy(ids, strength=0.0).logits[:, 3:], rtol=1e-4, atol=1e-4)
+    for strength in (0.5, 1.0):
+        with pytest.raises(ConfigError, match=r"past_key_values holds the streams \['base'\], and this call runs"):
+            policy(ids[:, 3:], past_key_values=filled(), strength=strength)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_static_cache_that_is_allocated_and_empty_belongs_to_nobody(strength):
+    policy = tiny_policy(config=QAdapterConfig())
+    ids, cache = torch.tensor(PROMPTS[:1]), StaticCache(config=policy.config, max_cache_len=16)
+    rows = 1 if strength == 1.0 else 2
+    cache.early_initialization(rows, num_heads=2, head_dim=8, dtype=torch.float32, device=torch.device("cpu"))
+    actual = policy(ids, past_key_values=cache, use_cache=True, strength=strength).logits
+    torch.testing.assert_close(actual, policy(ids, strength=strength).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_decay_and_callables_count_the_token_that_a_text_without_prompt_begins_with(policy):
