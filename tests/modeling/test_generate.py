@@ -290,6 +290,15 @@ def test_a_prefill_in_pieces_writes_the_same(policy):
     assert generated(policy, strength=0.5, prefill_chunk_size=2) == generated(policy, strength=0.5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("strength", [0.0, 0.5, torch.tensor([0.0, 0.5, 1.5])], ids=["base", "half", "one a row"])
+def test_a_prefill_in_pieces_into_a_static_cache_writes_the_same(architecture, strength):
+    """transformers would allocate such a cache before the first piece, for the rows of one stream."""
+    policy, _ = models_of(architecture)
+    options = {"strength": strength, "cache_implementation": "static", "disable_compile": True}
+    assert generated(policy, prefill_chunk_size=4, **options) == generated(policy, strength=strength)
+
+
 def test_embeddings_instead_of_ids_give_the_same_text(policy):
     batch = padded(PROMPTS)
     with torch.no_grad():

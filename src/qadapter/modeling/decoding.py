@@ -150,6 +150,9 @@ class PolicyGenerationMixin(GenerationMixin):
         inputs["strength"] = value
         return inputs
 
+    def _get_static_cache_init_shape(self) -> None:
+        """No shape: the first pass allocates a static cache, in which each layer has as many rows as run there."""
+
     def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:
         """`cache` with the rows of every stream in the order of `beam_idx` (B,); beam search calls it."""
         streams = len(streams_in(cache) or ())
