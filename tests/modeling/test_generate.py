@@ -578,6 +578,33 @@ def test_strengths_of_beams_are_refused_wherever_the_beams_come_from(policy):
         policy.generate(ids, output_strengths=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "off", "setting", "what"),
+    [
+        ("num_beams", 3, 1, {"output_strengths": True}, "output_strengths"),
+        ("prompt_lookup_num_tokens", 2, None, {"decay": 0.5}, "a decay"),
+        ("guidance_scale", 1.5, None, {"strength": lambda state: 0.5}, "a callable strength"),
+    ],
+)
+def test_the_models_own_generation_settings_count_where_the_call_brings_others(name, value, off, setting, what):
+    policy = tiny_policy()
+    policy.generation_config = GenerationConfig(**{name: value})
+    ids, config = torch.tensor(PROMPTS[:1]), GenerationConfig(max_new_tokens=2)
+    with pytest.raises(ConfigError, match=f"{what} cannot be used with {name}"):
+        policy.generate(ids, config, **setting)
+    policy.generate(ids, config, **setting, **{name: off})  # the call itself has the last word
+
+
+def test_the_models_own_number_of_texts_counts_where_guidance_keeps_the_dial_of_a_row():
+    policy, strengths = tiny_policy(), torch.tensor([0.6, -0.3, 1.0])
+    rows = torch.tensor(token_ids(5, 5, 5))
+    policy.generation_config = GenerationConfig(num_return_sequences=2, do_sample=True)
+    config = GenerationConfig(guidance_scale=1.5, max_new_tokens=3, do_sample=True, top_k=1)
+    texts = policy.generate(rows, config, strength=strengths)
+    one = policy.generate(rows, config, strength=strengths, num_return_sequences=1)
+    assert torch.equal(texts, one.repeat_interleave(2, dim=0))
+
+
 def test_callable_strength_needs_ids_in_forward(policy):
     embeddings = policy.get_input_embeddings()(torch.tensor(PROMPTS[:1]))
     with pytest.raises(ConfigError, match="a callable strength reads the text so far: give input_ids"):
