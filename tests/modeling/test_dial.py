@@ -167,6 +167,14 @@ def test_strength_a_token_for_the_last_positions_is_theirs(policy):
     torch.testing.assert_close(kept, logits(policy, strength=strengths)[:, -2:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [2, torch.tensor([1, 4])], ids=["the last", "some"])
+def test_one_strength_as_a_table_serves_every_kept_position(policy, kept):
+    expected, record = logits(policy, strength=0.7, logits_to_keep=kept), []
+    actual = logits(policy, strength=torch.tensor([[0.7]]), logits_to_keep=kept, strength_record=record)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert record[0].tolist() == pytest.approx([0.7] * 3)
+
+
 def test_weights_a_row_go_along_the_rows_of_strengths_a_token():
     strengths, weights = torch.rand(3, 3), torch.tensor([1.0, 0.5, -2.0])
     assert torch.equal(times(strengths, weights), torch.stack([s * w for s, w in zip(strengths, weights, strict=True)]))

@@ -18,7 +18,14 @@ from models import (
     token_ids,
     two_passes,
 )
-from transformers import DynamicCache, GenerationConfig, StopStringCriteria, TextIteratorStreamer, set_seed
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StopStringCriteria,
+    TextIteratorStreamer,
+    set_seed,
+)
 from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
@@ -233,6 +240,31 @@ def test_a_cache_that_forward_has_filled_with_other_streams_is_refused(generatin
         run(inputs, past_key_values=cache, strength=0.0)
 
 
+def test_a_cache_that_the_plain_base_has_filled_is_the_bases():
+    policy = tiny_policy(config=QAdapterConfig())
+    ids = torch.tensor(PROMPTS[:1])
+
+    def filled():
+        with policy.plan.running(None), torch.no_grad():
+            return policy.base(ids[:, :3], use_cache=True).past_key_values
+
+    continued = policy(ids[:, 3:], past_key_values=filled(), strength=0.0).logits
+    torch.testing.assert_close(continued, policy(ids, strength=0.0).logits[:, 3:], rtol=1e-4, atol=1e-4)
+    for strength in (0.5, 1.0):
+        with pytest.raises(ConfigError, match=r"past_key_values holds the streams \['base'\], and this call runs"):
+            policy(ids[:, 3:], past_key_values=filled(), strength=strength)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_static_cache_that_is_allocated_and_empty_belongs_to_nobody(strength):
+    policy = tiny_policy(config=QAdapterConfig())
+    ids, cache = torch.tensor(PROMPTS[:1]), StaticCache(config=policy.config, max_cache_len=16)
+    rows = 1 if strength == 1.0 else 2
+    cache.early_initialization(rows, num_heads=2, head_dim=8, dtype=torch.float32, device=torch.device("cpu"))
+    actual = policy(ids, past_key_values=cache, use_cache=True, strength=strength).logits
+    torch.testing.assert_close(actual, policy(ids, strength=strength).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_decay_and_callables_count_the_token_that_a_text_without_prompt_begins_with(policy):
     options = {"max_new_tokens": 3, "do_sample": False, "strength": 0.8, "decay": 0.5, "output_strengths": True}
     expected = policy.generate(torch.tensor([[3]]), **options)
@@ -256,6 +288,15 @@ def test_a_prefill_in_pieces_is_refused_where_the_whole_prompt_must_be_seen(poli
 
 def test_a_prefill_in_pieces_writes_the_same(policy):
     assert generated(policy, strength=0.5, prefill_chunk_size=2) == generated(policy, strength=0.5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("strength", [0.0, 0.5, torch.tensor([0.0, 0.5, 1.5])], ids=["base", "half", "one a row"])
+def test_a_prefill_in_pieces_into_a_static_cache_writes_the_same(architecture, strength):
+    """transformers would allocate such a cache before the first piece, for the rows of one stream."""
+    policy, _ = models_of(architecture)
+    options = {"strength": strength, "cache_implementation": "static", "disable_compile": True}
+    assert generated(policy, prefill_chunk_size=4, **options) == generated(policy, strength=strength)
 
 
 def test_embeddings_instead_of_ids_give_the_same_text(policy):
@@ -535,6 +576,33 @@ def test_strengths_of_beams_are_refused_wherever_the_beams_come_from(policy):
     policy.generation_config = config
     with pytest.raises(ConfigError, match="output_strengths cannot be used with num_beams > 1"):
         policy.generate(ids, output_strengths=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "off", "setting", "what"),
+    [
+        ("num_beams", 3, 1, {"output_strengths": True}, "output_strengths"),
+        ("prompt_lookup_num_tokens", 2, None, {"decay": 0.5}, "a decay"),
+        ("guidance_scale", 1.5, None, {"strength": lambda state: 0.5}, "a callable strength"),
+    ],
+)
+def test_the_models_own_generation_settings_count_where_the_call_brings_others(name, value, off, setting, what):
+    policy = tiny_policy()
+    policy.generation_config = GenerationConfig(**{name: value})
+    ids, config = torch.tensor(PROMPTS[:1]), GenerationConfig(max_new_tokens=2)
+    with pytest.raises(ConfigError, match=f"{what} cannot be used with {name}"):
+        policy.generate(ids, config, **setting)
+    policy.generate(ids, config, **setting, **{name: off})  # the call itself has the last word
+
+
+def test_the_models_own_number_of_texts_counts_where_guidance_keeps_the_dial_of_a_row():
+    policy, strengths = tiny_policy(), torch.tensor([0.6, -0.3, 1.0])
+    rows = torch.tensor(token_ids(5, 5, 5))
+    policy.generation_config = GenerationConfig(num_return_sequences=2, do_sample=True)
+    config = GenerationConfig(guidance_scale=1.5, max_new_tokens=3, do_sample=True, top_k=1)
+    texts = policy.generate(rows, config, strength=strengths)
+    one = policy.generate(rows, config, strength=strengths, num_return_sequences=1)
+    assert torch.equal(texts, one.repeat_interleave(2, dim=0))
 
 
 def test_callable_strength_needs_ids_in_forward(policy):

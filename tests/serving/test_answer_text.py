@@ -8,20 +8,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qadapter.serving.answer_text import AnswerText, Detokeniser, StopStrings
+from qadapter.serving.jobs import Answer
 from qadapter.serving.sampling import Chosen
 
 
-def byte_tokenizer():
-    """A tokenizer with one token a byte, so that most characters need several."""
+def byte_tokenizer(*pairs):
+    """A tokenizer with one token a byte, so that most characters need several, and one for each of the pairs."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"</s>": 0, **{byte: index for index, byte in enumerate(alphabet, 1)}}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="</s>"))
+    vocabulary = {token: index for index, token in enumerate(["</s>", *alphabet, *map("".join, pairs)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(pairs), unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
 BYTES = byte_tokenizer()
+# Tokens of a whole character and the first byte of the next: of an emoji after a space, of é after n.
+STRADDLING = byte_tokenizer(("Ġ", "ð"), ("n", "Ã"))
 whole_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\N{REPLACEMENT CHARACTER}"))
 
 
@@ -43,6 +46,42 @@ def test_half_a_character_at_the_end_is_dropped():
     tokens = BYTES("né")["input_ids"]
     detokeniser = Detokeniser(BYTES)
     assert [detokeniser.push(token) for token in tokens[:-1]] == ["n", ""]
+
+
+def cut_answer(tokenizer, tokens, stops=()):
+    """Text and finish reason of an answer that is cut after these tokens."""
+    text = AnswerText(Detokeniser(tokenizer), StopStrings(stops))
+    answer = Answer(0, None, text, frozenset(), max_tokens=len(tokens))
+    deltas = [answer.take(Chosen(token, -1.0, ())) for token in tokens]
+    assert stops or sum(len(delta.reports) for delta in deltas) == len(tokens)
+    return "".join(delta.text for delta in deltas), deltas[-1].finish_reason
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "whole"),
+    [
+        ("Well done 🎉", 1, "Well done "),
+        ("Well done 🎉", 3, "Well done "),
+        ("né", 1, "n"),
+        ("né", 0, "né"),
+        ("n\N{REPLACEMENT CHARACTER}", 0, "n\N{REPLACEMENT CHARACTER}"),
+        ("n\N{REPLACEMENT CHARACTER}", 1, "n"),
+    ],
+)
+def test_a_cut_inside_a_character_takes_only_that_character(text, cut, whole):
+    tokens = STRADDLING(text)["input_ids"]
+    assert cut_answer(STRADDLING, tokens[: len(tokens) - cut]) == (whole, "length")
+
+
+def test_a_stop_string_before_half_a_character_ends_the_answer():
+    assert cut_answer(STRADDLING, STRADDLING("so né")["input_ids"][:-1], stops=["n"]) == ("so ", "stop")
+
+
+def test_replacement_characters_that_the_model_writes_are_sent_however_many():
+    tokenizer, text = byte_tokenizer(("ï", "¿"), ("ï¿", "½")), "\N{REPLACEMENT CHARACTER}" * 11
+    tokens = tokenizer(text)["input_ids"]
+    assert len(tokens) == 11
+    assert cut_answer(tokenizer, tokens) == (text, "length")
 
 
 def test_characters_appear_with_their_last_byte():
@@ -131,3 +170,18 @@ def test_tokens_of_a_stop_string_are_not_reported(stop, kept):
     pieces = answer_of("abXcd", stops=[stop])
     assert "".join(text for text, _ in pieces) == kept
     assert "".join(report.text for _, reports in pieces for report in reports) == kept
+
+
+@pytest.mark.parametrize(
+    ("tokens", "offsets"),
+    [
+        ([*BYTES("a😀b")["input_ids"]], [0, 1, 1, 1, 1, 2]),
+        ([BYTES("😀")["input_ids"][0], *BYTES("ab")["input_ids"]], [0, 1, 2]),  # a byte that no other completes
+    ],
+)
+def test_a_tokens_offset_is_where_its_text_begins(tokens, offsets):
+    answer = AnswerText(Detokeniser(BYTES), StopStrings(()))
+    for token in tokens:
+        answer.add(Chosen(token, -1.0, ()))
+    answer.close()
+    assert [report.offset for report in answer.take()[1]] == offsets

@@ -1,7 +1,8 @@
 """generate() for a policy with a dial: settings a request, conditions on the text so far, strengths on record."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,9 +77,9 @@ class PolicyGenerationMixin(GenerationMixin):
             decay = 1.0  # the base alone, for which one stream is enough
         changing = "a callable strength" if callable(strength) else "a decay" if decay < 1 else ""
         config = args[0] if args else kwargs.get("generation_config")
-        config = config or self.generation_config
-        refuse_unsupported(changing, output_strengths, kwargs, config)
-        guided = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1)
+        setting = partial(generation_setting, kwargs, (config, self.generation_config))
+        refuse_unsupported(changing, output_strengths, setting)
+        guided = setting("guidance_scale") not in (None, 1)
         if guided and (changing or isinstance(adapter_weights, Tensor)):
             what = changing or "weights a row"
             raise ConfigError(f"{what} cannot be used with guidance_scale: its second pass is not told of them.")
@@ -99,9 +100,7 @@ class PolicyGenerationMixin(GenerationMixin):
             with self.defaults(strength, adapter_weights, cap):
                 return super().generate(inputs, *args, **kwargs)
         # The pass without the prompt that guidance makes is not handed the loop's arguments, but its rows.
-        texts = max(
-            kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
-        )
+        texts = max(setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
         own = [v.repeat_interleave(texts) if isinstance(v, Tensor) else v for v in (strength, cap)]
         with self.defaults(own[0], adapter_weights, own[1]) if guided else nullcontext():
             output = super().generate(inputs, *args, **kwargs, **settings)
@@ -150,6 +149,9 @@ class PolicyGenerationMixin(GenerationMixin):
         inputs["strength"] = value
         return inputs
 
+    def _get_static_cache_init_shape(self) -> None:
+        """No shape: the first pass allocates a static cache, in which each layer has as many rows as run there."""
+
     def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:
         """`cache` with the rows of every stream in the order of `beam_idx` (B,); beam search calls it."""
         streams = len(streams_in(cache) or ())
@@ -188,16 +190,20 @@ def stacked_weights(
     return finite(torch.stack(columns, dim=-1), "adapter_weights")
 
 
-def refuse_unsupported(changing: str, recorded: bool, kwargs: Mapping[str, Any], config: Any) -> None:
+def generation_setting(kwargs: Mapping[str, Any], configs: Sequence[Any], name: str) -> Any:
+    """The value that `GenerationMixin` will use: the call's own, else that of the first config that has one."""
+    if name in kwargs:
+        return kwargs[name]
+    return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+
+def refuse_unsupported(changing: str, recorded: bool, setting: Callable[[str], Any]) -> None:
     """Raise ConfigError where one step of generation is not one token of one row.
 
     Args:
         changing: what makes the strength another one at each step; "" for nothing.
+        setting: the value of a setting of generation, by its name.
     """
-
-    def setting(name: str) -> Any:
-        return kwargs.get(name, getattr(config, name, None))
-
     if setting("assistant_early_exit") is not None:
         raise ConfigError(
             "assistant_early_exit is not supported, as a draft of the lower layers has no streams to mix: use "

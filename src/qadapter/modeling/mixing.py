@@ -139,8 +139,8 @@ def times(strength: float | Tensor, weight: float | Tensor) -> float | Tensor:
 
 
 def kept_columns(value: float | Tensor, kept: Any) -> float | Tensor:
-    """A coefficient a token (B, T) for the kept positions only; others as they are."""
-    return value[:, kept] if isinstance(value, Tensor) and value.dim() == 2 else value
+    """A coefficient a token (B, T) for the kept positions only; others, (B, 1) among them, as they are."""
+    return value[:, kept] if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 1 else value
 
 
 def capped_logits(logits: Tensor, base_logits: Tensor, cap: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,12 +97,12 @@ def mark_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
     """Note in the cache whose keys and values it gets.
 
     Raises:
-        ConfigError: it holds those of other streams.
+        ConfigError: it holds those of other streams, or, without a note, the plain base's.
     """
     filled = streams_in(cache)
-    if filled == streams:
-        return
-    if filled is not None and cache.get_seq_length() > 0:
+    if filled is None:  # Filled by the plain base, if at all; compiled code cannot ask how much a static cache holds.
+        filled = streams if torch.compiler.is_compiling() else (None,)
+    if filled != streams and cache.get_seq_length() > 0:
         names = [[stream or "base" for stream in own] for own in (filled, streams)]
         raise ConfigError(
             f"past_key_values holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "

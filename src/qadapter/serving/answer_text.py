@@ -28,13 +28,14 @@ class Detokeniser:
     def push(self, token: int) -> str:
         """The text that `token` completes; empty for half a character or a special token."""
         self._ids.append(token)
-        sent = self._decoded(self._ids[self._start : self._sent])
-        window = self._decoded(self._ids[self._start :])
-        waiting = window.endswith(REPLACEMENT) and len(self._ids) - self._sent < LONGEST_WAIT
-        if waiting or len(window) <= len(sent):
+        text = self._waiting()
+        if not text or (text.endswith(REPLACEMENT) and len(self._ids) - self._sent < LONGEST_WAIT):
             return ""
-        self._start, self._sent = self._sent, len(self._ids)
-        return window[len(sent) :].rstrip(REPLACEMENT)
+        return self._sendable(text)
+
+    def flush(self) -> str:
+        """What still waits, less half a character at its end, when no more tokens follow."""
+        return self._sendable(self._waiting())
 
     def reading(self, token: int) -> str:
         """What `token` would read like here, for reports, where special tokens are named.
@@ -45,6 +46,18 @@ class Detokeniser:
         after = self._decoded([*self._ids[self._start :], token])
         added = after[len(before) :] if after.startswith(before) else ""
         return added or self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _waiting(self) -> str:
+        """The text of the tokens since the last that was sent."""
+        sent = self._decoded(self._ids[self._start : self._sent])
+        return self._decoded(self._ids[self._start :])[len(sent) :]
+
+    def _sendable(self, text: str) -> str:
+        """The waiting text as it may be sent; nothing waits any more."""
+        tokens, self._start, self._sent = self._ids[self._sent :], self._sent, len(self._ids)
+        # A replacement character that the model has written reads like half a character, but has tokens of its own.
+        half = text.endswith(REPLACEMENT) and self._tokenizer.encode(text, add_special_tokens=False) != tokens
+        return text.rstrip(REPLACEMENT) if half else text
 
     def _decoded(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -107,22 +120,21 @@ class AnswerText:
 
     def add(self, chosen: Chosen) -> bool:
         """Take a token in; whether it completed a stop string, which ends the answer."""
-        if chosen.logprob is not None:
-            top = tuple((self.detokeniser.reading(token), logprob) for token, logprob in chosen.top)
-            text = self.detokeniser.reading(chosen.token)
-            self._reports.append(TokenReport(text, chosen.logprob, top, self._decoded))
+        text = self.detokeniser.reading(chosen.token) if chosen.logprob is not None else ""
+        top = tuple((self.detokeniser.reading(token), logprob) for token, logprob in chosen.top)
         piece = self.detokeniser.push(chosen.token)
-        self._decoded += len(piece)
-        passed, stopped = self.stops.push(piece)
-        self._pass(passed)
-        if stopped:
-            self._reports = [report for report in self._reports if report.offset < self._passed]
-        return stopped
+        if chosen.logprob is not None:
+            # Before the token's own text, the piece has what waited for it.
+            offset = self._decoded + max(0, len(piece) - len(text))
+            self._reports.append(TokenReport(text, chosen.logprob, top, offset))
+        return self._extend(piece)
 
-    def close(self) -> None:
-        """No more tokens follow: what was held back for a stop string may be sent."""
+    def close(self) -> bool:
+        """No more tokens follow: what was held back may be sent; whether it had a stop string."""
+        stopped = self._extend(self.detokeniser.flush())
         self._pass(self.stops.flush())
         self._passed = self._decoded + 1  # all reports may go
+        return stopped
 
     def take(self) -> tuple[str, list[TokenReport]]:
         """Text and reports that may be sent now, each once."""
@@ -130,6 +142,15 @@ class AnswerText:
         reports = [report for report in self._reports if report.offset < self._passed]
         self._reports = self._reports[len(reports) :]
         return text, reports
+
+    def _extend(self, piece: str) -> bool:
+        """Take text in; whether it completed a stop string."""
+        self._decoded += len(piece)
+        passed, stopped = self.stops.push(piece)
+        self._pass(passed)
+        if stopped:
+            self._reports = [report for report in self._reports if report.offset < self._passed]
+        return stopped
 
     def _pass(self, text: str) -> None:
         self._ready += text

@@ -56,8 +56,8 @@ class Answer:
             reason = "stop"
         elif self.tokens >= self.max_tokens:
             reason = "length"
-        if reason == "length" or chosen.token in self.ends:
-            self.text.close()
+        if (reason == "length" or chosen.token in self.ends) and self.text.close():
+            reason = "stop"
         return Delta(self.index, *self.text.take(), 1, reason)
 
 
