@@ -2,11 +2,12 @@
 
 python -m benchmarks.experiments.composition   # an hour on two cores; needs no data but the package's own
 
-Two preferences on the built-in pairs: "concise" as they are, and "closing", where the long answer closes with a
-sentence or does not. They meet at one token, the end of a short answer. Measured on held-out prompts: the share of
-greedy answers that are short, that close with the sentence, and that do both; and KL from the base on text that has
-nothing to do with either. The rivals are the usual ones: the LoRAs' weights added up (PEFT's "cat"), which needs one
-pass where a composition runs each adapter, and one adapter trained on the pairs of both, which cannot be mixed anew.
+Two preferences on the built-in pairs: "concise" as they are, and "opening", where the long answer opens with a sentence
+or does not. (One that closes with a sentence would not do: to say it, the model ends its answers early.) Measured on
+held-out prompts: the share of greedy answers that are short, that open with the sentence, and that do both; and KL from
+the base on text that has nothing to do with either. The rivals are the usual ones: the LoRAs' weights added up (PEFT's
+"cat"), which needs one pass where a composition runs each adapter, and one adapter trained on the pairs of both, which
+cannot be mixed anew.
 """
 
 import argparse
@@ -36,32 +37,32 @@ from qadapter.modeling.wrapping import wrap
 from qadapter.plots import line_chart
 from qadapter.quickstart import train_adapter
 
-CLOSING = "Let me know if you would like more detail."
-CONCISE_WORDS = 40  # the longest short answer, the closing sentence not counted
-PREFERENCES = ("concise", "closing")
+OPENING = "Good question."
+CONCISE_WORDS = 40  # the longest short answer, the opening sentence not counted
+PREFERENCES = ("concise", "opening")
 ALONE, EVEN, UNEVEN = ((1.0, 0.0), (0.0, 1.0)), ((0.5, 0.5), (0.75, 0.75), (1.0, 1.0)), ((1.0, 0.5), (0.5, 1.0))
-STRENGTHS = (0.5, 0.75, 1.0)
+STRENGTHS = (0.5, 1.0)
 Contender = tuple[str, tuple[float, ...], QAdapterForCausalLM]
 
 
 def preference_pairs(name: str) -> Dataset:
-    """The training pairs of "concise", of "closing", or of "both", one after the other."""
+    """The training pairs of "concise", of "opening", or of "both", one after the other."""
     rows = load_preference_dataset("builtin").select_columns(["prompt", "chosen", "rejected"])
     if name == "concise":
         return rows
     if name == "both":
-        return concatenate_datasets([preference_pairs("concise"), preference_pairs("closing")])
+        return concatenate_datasets([preference_pairs("concise"), preference_pairs("opening")])
     return rows.map(
-        lambda row: {"chosen": f"{row['rejected']} {CLOSING}"}, load_from_cache_file=False, keep_in_memory=True
+        lambda row: {"chosen": f"{OPENING} {row['rejected']}"}, load_from_cache_file=False, keep_in_memory=True
     )
 
 
 def judge(answer: Answer) -> dict[str, bool]:
-    """Whether an answer ends by itself and is short, closes with the sentence, and both."""
-    text, closes = answer.text.strip(), answer.text.strip().endswith(CLOSING)
-    words = len(text.removesuffix(CLOSING).split())
+    """Whether an answer ends by itself and is short, opens with the sentence, and both."""
+    text = answer.text.strip()
+    opens, words = text.startswith(OPENING), len(text.removeprefix(OPENING).split())
     concise = answer.finished and 0 < words <= CONCISE_WORDS
-    return {"concise": concise, "closing": answer.finished and closes, "both": concise and closes}
+    return {"concise": concise, "opening": opens, "both": concise and opens}
 
 
 def summed_loras(source: BaseSource, adapters: Mapping[str, Path], weights: Sequence[float], scratch: Path) -> Path:

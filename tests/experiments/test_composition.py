@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.experiments.composition import (
-    CLOSING,
     CONCISE_WORDS,
+    OPENING,
     contenders,
     figures,
     judge,
@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapters(source, tmp_path_factory):
     """Folders of two adapters that move the base in different ways."""
-    folders = {name: tmp_path_factory.mktemp("adapters") / name for name in ("concise", "closing")}
+    folders = {name: tmp_path_factory.mktemp("adapters") / name for name in ("concise", "opening")}
     for seed, folder in enumerate(folders.values()):
         policy = new_policy(source.path, QAdapterConfig(), make_suite("smoke").settings[0].training, "float32", seed)
         with torch.no_grad():
@@ -45,30 +45,30 @@ def adapters(source, tmp_path_factory):
 
 
 def test_the_pairs_of_both_are_those_of_either():
-    concise, closing, both = (preference_pairs(name) for name in ("concise", "closing", "both"))
-    assert len(concise) == len(closing) == 352
-    assert both.to_list() == concise.to_list() + closing.to_list()
-    for short, closed in zip(concise, closing, strict=True):
-        assert closed["prompt"] == short["prompt"]
-        assert closed["rejected"] == short["rejected"]
-        assert closed["chosen"] == f"{short['rejected']} {CLOSING}"
+    concise, opening, both = (preference_pairs(name) for name in ("concise", "opening", "both"))
+    assert len(concise) == len(opening) == 352
+    assert both.to_list() == concise.to_list() + opening.to_list()
+    for short, opened in zip(concise, opening, strict=True):
+        assert opened["prompt"] == short["prompt"]
+        assert opened["rejected"] == short["rejected"]
+        assert opened["chosen"] == f"{OPENING} {short['rejected']}"
 
 
 @pytest.mark.parametrize(
-    ("text", "finished", "concise", "closing"),
+    ("text", "finished", "concise", "opening"),
     [
         ("Two words.", True, True, False),
-        (f"Two words. {CLOSING}", True, True, True),
-        (f"{'word ' * CONCISE_WORDS}{CLOSING}", True, True, True),
-        (f"{'word ' * (CONCISE_WORDS + 1)}{CLOSING}", True, False, True),
-        (f"{CLOSING} Yes.", True, True, False),
-        (f"Two words. {CLOSING}", False, False, False),
+        (f"{OPENING} Two words.", True, True, True),
+        (f"{OPENING}{' word' * CONCISE_WORDS}", True, True, True),
+        (f"{OPENING}{' word' * (CONCISE_WORDS + 1)}", True, False, True),
+        (f"Yes. {OPENING}", True, True, False),
+        (f"{OPENING} Two words.", False, False, True),
         ("", True, False, False),
-        (CLOSING, True, False, True),
+        (OPENING, True, False, True),
     ],
 )
-def test_answers_are_judged_by_both_rules(text, finished, concise, closing):
-    assert judge(Answer(text, finished)) == {"concise": concise, "closing": closing, "both": concise and closing}
+def test_answers_are_judged_by_both_rules(text, finished, concise, opening):
+    assert judge(Answer(text, finished)) == {"concise": concise, "opening": opening, "both": concise and opening}
 
 
 def test_summed_loras_are_the_base_with_the_weighted_sum_of_both_updates(source, adapters, tmp_path):
@@ -93,7 +93,7 @@ def test_the_contenders_are_mixed_as_they_are_labelled(source, adapters, tmp_pat
         moves = [policy(input_ids=IDS).logits - ground for policy in single]
         found = [
             (name, setting, policy(input_ids=IDS).logits)
-            for name, setting, policy in contenders(source, adapters, adapters["closing"], tmp_path)
+            for name, setting, policy in contenders(source, adapters, adapters["opening"], tmp_path)
         ]
     assert [name for name, *_ in found].count("summed LoRAs") == 3
     for name, setting, logits in found:
@@ -115,7 +115,7 @@ def test_the_base_does_not_drift_and_a_composition_does(source, adapters):
     for weight in (0.0, 1.0):
         composed.adapter_weights = dict.fromkeys(adapters, weight)
         found = figures(composed, tokenizer, ["Why?", "How?"], longest=4)
-        assert all(len(found[name]) == 3 for name in ("concise", "closing", "both"))
+        assert all(len(found[name]) == 3 for name in ("concise", "opening", "both"))
         drifts.append(found["kl"][0])
     assert drifts[0] == 0.0 < drifts[1]
 
