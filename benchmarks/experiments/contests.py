@@ -77,7 +77,7 @@ def contests(
         seeds = frozenset.intersection(*(variant.seeds for variant in pair))
         if not seeds:
             continue
-        pair = [v for v in found if v in pair or (v.method == OWN in (own, method) and v.seeds >= seeds)]
+        pair = [v for v in found if v in pair or (v.method == OWN and OWN in (own, method) and v.seeds >= seeds)]
         pair = [on_seeds(variant, seeds) for variant in pair]
         rows = method_areas(pair, gain, read_by or drift, Draws())
         first = next(row for row in rows if row.method == own and row.form == "dial")

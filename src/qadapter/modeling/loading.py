@@ -280,14 +280,15 @@ def load_adapter_weights(model: QAdapterForCausalLM, folder: str | os.PathLike[s
         )
     for name in manifest.configs:
         stored, tensors = read_adapter(root, name)
-        _check_scale(model.peft_model.peft_config[name], stored, root)  # type: ignore[arg-type]
+        own: Any = model.peft_model.peft_config[name]  # a LoRA's, which PEFT types as any adapter's
+        _check_scale(own, stored, root)
         load_tensors(model, name, tensors, root)
 
 
 def _check_scale(own: LoraConfig, stored: LoraConfig, root: Path) -> None:
     """Refuse a checkpoint whose tensors would count for more or less here: its scale is not among them."""
     pairs = [("use_rslora", stored.use_rslora, own.use_rslora, "")]
-    for module in sorted(stored.target_modules):  # type: ignore[arg-type]
+    for module in sorted(stored.target_modules or ()):
         place = f" at {module}" if own.alpha_pattern or stored.alpha_pattern else ""
         pairs.append(("lora_alpha", _alpha(stored, module), _alpha(own, module), place))
     for setting, then, now, place in pairs:
