@@ -187,6 +187,13 @@ def test_a_column_that_is_named_is_not_read_under_its_own_name_too():
     assert normalise_row(row, {"prompt": "system"}) == PLAIN
 
 
+def test_an_empty_prompt_column_does_not_hide_a_filled_question():
+    row = {"prompt": "", "question": "Two plus two is", "chosen": " four.", "rejected": " five."}
+    assert normalise_row(row) == PLAIN
+    messages = {"prompt": [], "messages": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    assert normalise_row(messages) == CHAT
+
+
 def test_columns_reaches_into_objects():
     """The raw DSP file has one answer a domain: {"query", "responses": {"academy": ..., "normal": ...}}."""
     row = {"query": "Two plus two is", "responses": {"academy": " four.", "normal": " five."}}
@@ -244,6 +251,7 @@ FAULTY = {
         (CHAT, {"chosen": [GOOD | {"tool_calls": [{}]}]}, "tool calls are not supported"),
         (CHAT, {"chosen": [GOOD | {"function_call": {"name": "add"}}]}, "has function_call, .* tool calls are not"),
         (CHAT, {"chosen": [GOOD | {"reasoning_content": "2 + 2"}]}, "reasoning_content, .*; put it into the content"),
+        (CHAT, {"chosen": [GOOD | {"thinking": "2 + 2"}]}, "thinking, .*; put it into the content"),
         (CHAT, {"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, "content is list"),
         (CHAT, {"chosen": 5}, "a list of messages is needed"),
         (EXAMPLES["hh-rlhf"][0], {"chosen": "Four."}, "does not start with"),
@@ -296,7 +304,8 @@ def test_answers_beside_an_unknown_text_column_are_not_taken_for_a_dataset_witho
     with pytest.raises(DataError, match="no known preference layout"):
         recognise(row, [row])
     columns = {"chosen": "chosen", "rejected": "rejected"}
-    assert recognise(row, [row], columns).layout == "plain-implicit"
+    with pytest.warns(UserWarning, match="no prompt, .* the columns topic; .* --columns prompt=topic"):
+        assert recognise(row, [row], columns).layout == "plain-implicit"
 
 
 def test_a_mapping_to_a_column_that_is_not_there_is_refused():

@@ -5,6 +5,7 @@ row that deviates is an error, not another layout. Chat layouts give lists of {"
 text stays text, because base models without a chat template are trained on it.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,8 @@ def recognise(
     has_system = any(system_text(row) for row in selected)
     for name, layout in LAYOUTS.items():
         if layout.matches(example):
+            if name == "plain-implicit":
+                warn_of_unread_text(example_row(first_rows), columns, source)
             return Format(name, layout.chat or has_system, columns)
     raise unknown_layout(names, source)
 
@@ -132,6 +135,18 @@ def check_mapping(columns: Mapping[str, str] | None, names: list[str], source: s
             raise DataError(f"--columns: {name!r} cannot be mapped; the names are {known}")
         if path not in names and path.split(".", 1)[0] not in names:
             raise DataError(f"{source}: --columns maps {name} to {path!r}, the columns are {', '.join(names)}")
+
+
+def warn_of_unread_text(example: Row, columns: Mapping[str, str] | None, source: str) -> None:
+    """Warn where the pairs have no prompt, but a column that --columns left aside may well hold it."""
+    used = {"chosen", "rejected", *SYSTEM_COLUMNS, *(path.split(".", 1)[0] for path in (columns or {}).values())}
+    unread = [name for name, value in example.items() if isinstance(value, str | list) and name not in used]
+    if unread:
+        warnings.warn(
+            f"{source}: the pairs have no prompt, and nothing is read from the columns {', '.join(unread)}; "
+            f"if the prompt is there, name it: --columns prompt={unread[0]}",
+            stacklevel=2,
+        )
 
 
 def unknown_layout(names: list[str], source: str) -> DataError:

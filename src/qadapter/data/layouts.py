@@ -28,8 +28,9 @@ class Layout:
 
 
 def first_present(row: Row, names: tuple[str, ...]) -> Any:
-    """The first of the named columns that holds something, or None."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    """The first of the named columns that holds something; else an empty one's value, or None where there is none."""
+    values = [row[name] for name in names if row.get(name) is not None]
+    return next((value for value in values if value not in ("", [])), values[0] if values else None)
 
 
 def system_text(row: Row) -> Any:

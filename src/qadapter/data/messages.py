@@ -20,7 +20,10 @@ ROLES = {
 UNREAD = {
     "tool_calls": "pairs with tool calls are not supported",
     "function_call": "pairs with tool calls are not supported",
-    "reasoning_content": "put it into the content, marked as the chat template does, or remove it",
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "put it into the content, marked as the chat template does, or remove it",
+    ),
 }
 
 
