@@ -102,6 +102,16 @@ def test_compare_refuses_adapters_of_different_bases(run, adapter, tmp_path):
     assert "have a different base model" in complaint
 
 
+def test_compare_refuses_adapters_of_bases_with_equal_weights_and_other_settings(run, adapter, tmp_path):
+    base = write_base(tmp_path / "other-base")
+    settings = json.loads((base / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] = 12345.0
+    (base / "config.json").write_text(json.dumps(settings))
+    code, _, (complaint,) = run("compare", adapter, write_adapter(tmp_path / "other", base))
+    assert code == 1
+    assert "have a different config.json of the base" in complaint
+
+
 def test_sweep_writes_into_the_adapter_folder(run, own):
     code, printed, _ = run("sweep", own, "--strengths", "0:1:3", "--alpha-0", 0.3, "--max-kl", 100)
     assert code == 0

@@ -112,8 +112,14 @@ def settings_digest(config: Any) -> str:
 
 
 def require_same_base(path: str, base: dict[str, Any], other_path: str, other: dict[str, Any]) -> None:
-    """Raise ConfigError unless both (`Subject.base_identity`) are one base and one tokenizer."""
-    for part, name in (("fingerprint", "base model"), ("tokenizer", "tokenizer or chat template")):
+    """Raise ConfigError unless both (`Subject.base_identity`) are one base, with its settings, and one tokenizer."""
+    parts = {
+        "fingerprint": "base model",
+        "config": "config.json of the base",
+        "generation_config": "generation_config.json of the base",
+        "tokenizer": "tokenizer or chat template",
+    }
+    for part, name in parts.items():
         if base[part] != other[part]:
             raise ConfigError(
                 f"{path} and {other_path} have a different {name} ({base['name']} and {other['name']}): "
