@@ -10,11 +10,13 @@ _EXPORTS = {
     "AdapterFormatError": "qadapter.errors",
     "ConfigError": "qadapter.errors",
     "DataError": "qadapter.errors",
+    "OffInside": "qadapter.modeling.conditions",
     "QAdapterConfig": "qadapter.config",
     "QAdapterError": "qadapter.errors",
     "QAdapterForCausalLM": "qadapter.modeling",
     "QAdapterTrainer": "qadapter.trainer",
     "QAdapterTrainingArguments": "qadapter.training_arguments",
+    "StepState": "qadapter.modeling.mixing",
     "TrainingError": "qadapter.errors",
     "load_preference_dataset": "qadapter.data",
 }
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from qadapter.errors import QAdapterError as QAdapterError
     from qadapter.errors import TrainingError as TrainingError
     from qadapter.modeling import QAdapterForCausalLM as QAdapterForCausalLM
+    from qadapter.modeling.conditions import OffInside as OffInside
+    from qadapter.modeling.mixing import StepState as StepState
     from qadapter.trainer import QAdapterTrainer as QAdapterTrainer
     from qadapter.training_arguments import QAdapterTrainingArguments as QAdapterTrainingArguments
 

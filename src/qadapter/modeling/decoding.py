@@ -57,16 +57,10 @@ class PolicyGenerationMixin(GenerationMixin):
                 of the prompt (`prefill_chunk_size`); a callable strength, a decay or weights a row with
                 `guidance_scale`; `assistant_early_exit`; a cache that another call has filled with other streams.
         """
-        strength = self.strength if strength is None else strength
-        if isinstance(strength, Tensor):
-            strength = finite(strength, "strength").to(self.device)
-        elif not callable(strength):
-            strength = checked_number(strength, "strength")
         prompt = kwargs.get("input_ids", inputs)
         given = kwargs.get("inputs_embeds") if prompt is None else prompt
         rows = 1 if given is None else len(given)
-        if isinstance(strength, Tensor) and strength.numel() == 1:  # generate repeats tensors row by row
-            strength = strength.reshape(()).expand(rows)
+        strength = self._strength_of_answers(strength, rows)
         adapter_weights = self.adapter_weights if adapter_weights is None else adapter_weights
         adapter_weights = stacked_weights(adapter_weights, self.adapters, rows, self.device)
         cap = checked_cap(self.max_kl if max_kl is None else max_kl, self.device)
@@ -107,6 +101,17 @@ class PolicyGenerationMixin(GenerationMixin):
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
         return output
+
+    def _strength_of_answers(self: Any, strength: Strength | None, rows: int) -> Strength:
+        """The strength of a call, the model's own where it gives none; raises ConfigError if it is not finite."""
+        strength = self.strength if strength is None else strength
+        if callable(strength):
+            return strength
+        if not isinstance(strength, Tensor):
+            return checked_number(strength, "strength")
+        strength = finite(strength, "strength").to(self.device)
+        # generate repeats tensors row by row
+        return strength.reshape(()).expand(rows) if strength.numel() == 1 else strength
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching feeds one stream, and would answer nothing.

@@ -1,6 +1,5 @@
 """The customised policy as a transformers causal language model: a frozen base, LoRA adapters, and a dial."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
+from qadapter.modeling.adapter_settings import check_adapter_names, default_peft_config, warn_of_missing_targets
 from qadapter.modeling.bases import load_base, resolve_base, source_of, tokenizer_fingerprint
 from qadapter.modeling.decoding import PolicyGenerationMixin
 from qadapter.modeling.heads import Head
@@ -240,17 +240,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
-        rows, tokens = shape_of(batch)
-        used = evaluated(self.strength if strength is None else strength, StepState(input_ids, 0))  # type: ignore[arg-type]
-        check_shape("strength", used, (rows,), (rows, tokens))
-        if isinstance(adapter_weights, Tensor):
-            check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))
-        else:
-            for name, weight in (adapter_weights or {}).items():
-                check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
-        max_kl = self.max_kl if max_kl is None else max_kl
-        check_shape("max_kl", max_kl, (rows,))
-        cap = checked_cap(max_kl, self.device, read=not isinstance(max_kl, Tensor))
+        used, cap = self._dial_of_pass(strength, adapter_weights, max_kl, input_ids, *shape_of(batch))
         coefficients = self.stream_coefficients(used, adapter_weights)
         streams = list(coefficients) if cap is None else list(dict.fromkeys([*coefficients, None]))
         hidden, cache = self.stacked_pass(streams, batch, past_key_values, use_cache)
@@ -269,6 +259,27 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
+
+    def _dial_of_pass(
+        self,
+        strength: Strength | None,
+        adapter_weights: AdapterWeights | None,
+        max_kl: float | Tensor | None,
+        input_ids: Tensor | None,
+        rows: int,
+        tokens: int,
+    ) -> tuple[float | Tensor, Tensor | None]:
+        """The strength and the cap of a pass, the model's own where it gives none; raises ConfigError."""
+        used = evaluated(self.strength if strength is None else strength, StepState(input_ids, 0))  # type: ignore[arg-type]
+        check_shape("strength", used, (rows,), (rows, tokens))
+        if isinstance(adapter_weights, Tensor):
+            check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))
+        else:
+            for name, weight in (adapter_weights or {}).items():
+                check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
+        max_kl = self.max_kl if max_kl is None else max_kl
+        check_shape("max_kl", max_kl, (rows,))
+        return used, checked_cap(max_kl, self.device, read=not isinstance(max_kl, Tensor))
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""
@@ -360,34 +371,3 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         from qadapter.modeling.checkpoint import push
 
         return push(self, repo_id, **kwargs)
-
-
-def check_adapter_names(names: list[str]) -> None:
-    """Raise ConfigError unless there are adapters whose names can be told from PEFT's and PyTorch's own names."""
-    if not names:
-        raise ConfigError("no adapter was given: a policy needs at least one.")
-    for name in names:
-        # PEFT keeps each adapter's matrices in a ModuleDict, under its name.
-        if hasattr(torch.nn.ModuleDict, name) or name == "training":
-            raise ConfigError(f"adapter name {name!r} is an attribute of PyTorch's modules: choose another.")
-        if name in "lora_" or "lora_" in name or "." in name:
-            raise ConfigError(f"adapter name {name!r} cannot be told from PEFT's parameter names: choose another.")
-
-
-def warn_of_missing_targets(peft_config: LoraConfig, base: PreTrainedModel) -> None:
-    """Warn of names in target_modules that the base does not have: PEFT says so only where all of them are missing."""
-    if not isinstance(targets := getattr(peft_config, "target_modules", None), list | set):
-        return  # a regular expression, or a word for many layers
-    paths = [f".{path}" for path, _ in base.named_modules()]
-    missing = sorted(name for name in targets if not any(path.endswith(f".{name}") for path in paths))
-    if 0 < len(missing) < len(targets):
-        warnings.warn(
-            f"target_modules: no layer of {type(base).__name__} is called {', '.join(map(repr, missing))}; "
-            "only the others are adapted.",
-            stacklevel=3,
-        )
-
-
-def default_peft_config() -> LoraConfig:
-    """LoRA of rank 8 on every linear layer but the head."""
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
