@@ -191,6 +191,16 @@ def tiny_tokenizer(template=TEMPLATE, characters=PRINTABLE):
     )
 
 
+def byte_tokenizer(*pairs):
+    """A tokenizer with one token a byte, so that most characters need several, and one for each of the pairs."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["</s>", *alphabet, *map("".join, pairs)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(pairs), unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
 def tiny_trainer(policy, folder, pairs=None, eval_pairs=None, **options):
     """A QAdapterTrainer on tokenised pairs; names of its own arguments go to it, all others to the arguments."""
     own = {name: options.pop(name) for name in ("processing_class", "callbacks", "data_collator") if name in options}

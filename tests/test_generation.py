@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from models import tiny_base, tiny_policy, tiny_tokenizer
+from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 
 from qadapter import QAdapterConfig, generation
@@ -193,6 +194,29 @@ def test_an_impossible_batch_size_is_refused(policy, tokenizer, batch_size):
         generate_texts(policy, tokenizer, PROMPTS, SHORT, batch_size=batch_size)
 
 
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.9}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}])
+def test_the_bases_generation_config_does_not_change_what_is_drawn(policy, tokenizer, monkeypatch, settings):
+    plain = generate_texts(policy, tokenizer, PROMPTS, SHORT, strength=0.5)
+    streamed = list(stream_text(policy, tokenizer, "Why?", SHORT, strength=0.5))
+    for name, value in settings.items():
+        monkeypatch.setattr(policy.generation_config, name, value)
+    prompt = encode(tokenizer, PROMPTS)
+    by_config = policy.generate(**prompt, strength=0.5, max_new_tokens=9, do_sample=False)
+    texts = tokenizer.batch_decode(by_config[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [text.strip() for text in texts] != [answer.text for answer in plain]  # it is of weight here
+    assert generate_texts(policy, tokenizer, PROMPTS, SHORT, strength=0.5) == plain
+    assert list(stream_text(policy, tokenizer, "Why?", SHORT, strength=0.5)) == streamed
+
+
+@pytest.mark.parametrize("settings", [{"min_p": 0.9}, {"typical_p": 0.1}, {"eta_cutoff": 0.9}, {"stop_strings": ["e"]}])
+def test_nor_what_is_sampled(policy, tokenizer, monkeypatch, settings):
+    sampling = Sampling(9, temperature=3.0, seed=3)
+    plain = generate_texts(policy, tokenizer, PROMPTS, sampling)
+    for name, value in settings.items():
+        monkeypatch.setattr(policy.generation_config, name, value)
+    assert generate_texts(policy, tokenizer, PROMPTS, sampling) == plain
+
+
 # -- stream_text ---------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +236,7 @@ def test_a_stream_leaves_out_an_end_token_that_is_no_special_one(policy, tokeniz
 
 
 def test_a_stream_comes_in_pieces(policy, tokenizer):
-    """Spaces end a piece: the policy is made to say nothing but "a b a b ..."."""
+    """One a token: the policy is made to say nothing but "a b a b ..."."""
     a, b, space = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab ")
     follower = {a: space, b: space}
     order = iter([a, b] * 40)
@@ -229,7 +253,29 @@ def test_a_stream_comes_in_pieces(policy, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "generate", forced)
         pieces = [piece for piece in stream_text(policy, tokenizer, "Why?", SHORT) if piece]
-    assert pieces == ["a ", "b "] * 5
+    assert pieces == ["a", " ", "b", " "] * 5
+
+
+def test_a_stream_keeps_the_indentation_of_each_line(policy, monkeypatch):
+    """Decoders as Llama 2's and Mistral's take a space off the beginning of what they are given."""
+    tokenizer = tiny_tokenizer(None, characters=["▁", "d", ":", "\n", "r"])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(steps)
+    prompt = "dr"
+    answer = "▁d:\n▁▁▁▁r\n▁▁▁▁r"
+
+    def forced(input_ids, streamer=None, **kwargs):
+        tokens = [tokenizer.convert_tokens_to_ids(character) for character in answer]
+        for value in (input_ids, *(torch.tensor([token]) for token in tokens)) if streamer else ():
+            streamer.put(value)
+        if streamer:
+            streamer.end()
+        return torch.cat([input_ids, torch.tensor([tokens])], dim=1)
+
+    monkeypatch.setattr(policy, "generate", forced)
+    [whole] = generate_texts(policy, tokenizer, [prompt], SHORT)
+    assert whole.text == "d:\n    r\n    r"
+    assert "".join(stream_text(policy, tokenizer, prompt, SHORT)) == whole.text
 
 
 @pytest.fixture

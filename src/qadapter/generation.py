@@ -11,10 +11,25 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from qadapter.data.encoding import PlainEncoder, render
 from qadapter.data.messages import user
+from qadapter.detokenising import Detokeniser, detokenised
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 
 Message = dict[str, str]
+# What a base's generation_config.json may ask for besides (Qwen 2.5: a repetition penalty), which would change the
+# distribution that is drawn from: answers are the policy's, as on a server, and what is measured is what it does.
+PLAIN = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": None,
+    "num_beams": 1,
+    "max_time": None,
+    "stop_strings": None,
+}
 
 
 @dataclass(frozen=True)
@@ -44,16 +59,15 @@ class Sampling:
             raise ConfigError(f"seed = {self.seed}: must fit into 64 bits.")
 
     def to_kwargs(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "temperature": None, "top_p": None,
-                    "top_k": None}  # fmt: skip
+        """Arguments of `generate`, which leave nothing of the base's own generation config but what ends an answer."""
+        drawn = self.temperature > 0
         return {
+            **PLAIN,
             "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
+            "do_sample": drawn,
+            "temperature": self.temperature if drawn else None,
+            "top_p": self.top_p if drawn else None,
+            "top_k": 0 if drawn else None,
         }
 
 
@@ -127,7 +141,7 @@ def generate_texts(
         output = model.generate(**arguments, strength=strength)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             cut = next((index for index, token in enumerate(row) if token in ends), None)
-            text = tokenizer.decode(row[:cut], skip_special_tokens=True)
+            text = detokenised(tokenizer, row[:cut])
             end = None if cut is None else row[cut]
             answers.append(Answer(text.strip(), finished=cut is not None, end=end))
         if progress is not None:
@@ -151,16 +165,26 @@ def _arguments(ends: list[int], tokenizer: Any) -> dict[str, Any]:
 
 
 class _AnswerStreamer(TextIteratorStreamer):
-    """Leaves out the token that ends the answer, which need not be a special one."""
+    """Pieces of whole characters, without the token that ends the answer, which need not be a special one.
+
+    transformers' own decodes each line by itself, where many decoders take a space off its beginning.
+    """
 
     def __init__(self, tokenizer: Any, ends: Sequence[int]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.ends = ends
+        super().__init__(tokenizer)
+        self.ends, self.detokeniser = ends, Detokeniser(tokenizer)
+        self.prompt_follows = True
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt (first) or the next token."""
-        if self.next_tokens_are_prompt or int(value) not in self.ends:
-            super().put(value)
+        if self.prompt_follows:
+            self.prompt_follows = False
+        elif int(value) not in self.ends and (piece := self.detokeniser.push(int(value))):
+            self.on_finalized_text(piece)
+
+    def end(self) -> None:
+        """Take the end: what still waits is sent, and the reader told."""
+        self.on_finalized_text(self.detokeniser.flush(), stream_end=True)
 
 
 class _Cancelled(StoppingCriteria):

@@ -25,6 +25,25 @@ from qadapter import OffInside, StepState
         ("<tool_call>{", True),
         ("a list [1, 2", False),
         ("[" * 100_000, True),  # deeper than the parser goes
+        ("[" + "1" * 5000, True),  # longer than numbers are read
+        ("<think>a block opens with ``` then</think>The answer", False),
+        ("Use ``` to fence code. And now", False),
+        ("Use ``` to fence code:\n```\nx", True),
+        ("````md\n```python\nx = 1\n```\nstill inside", True),
+        ("````md\n```python\nx = 1\n```\n````\nout", False),
+        ("~~~python\nx", True),
+        ("~~~python\n```\n~~~\nout", False),
+        ("1. so:\n   ```python\n   x\n   ```\n2. then", False),
+        ("```python\nprint('```')", True),
+        ("```x``` is inline", False),
+        ("[Your Name]\n[Address]\nDear", False),
+        ("[note] this", False),
+        ("[nul", True),
+        ("[link](http://x) text", False),
+        ("{name}, hello!", False),
+        ('{ \n "name": ', True),
+        ("{", True),
+        ("[true, fal", True),
     ],
 )
 def test_protected_regions_turn_the_adapter_off(text, off):

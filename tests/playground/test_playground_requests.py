@@ -14,20 +14,6 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 from qadapter.playground.app import added_texts, create_app  # noqa: E402  of the extra
 
 
-def half_character_tokenizer():
-    """Tokens are bytes: ASCII's, and those of "é" and "😀"."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as kinds
-    from transformers import PreTrainedTokenizerFast
-
-    bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    [(letters, _)] = bytelevel.pre_tokenize_str("".join(models.PRINTABLE) + "é😀")
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *dict.fromkeys(letters)])}
-    tokenizer = Tokenizer(kinds.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = bytelevel, decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-
-
 def test_an_answer_is_streamed_and_then_explained(address):
     *pieces, last = ask(address, strength=1.0)
     assert all(set(piece) == {"text"} for piece in pieces)
@@ -86,10 +72,16 @@ def test_a_decaying_strength_is_shown_at_every_token(address, policy, max_kl):
 
 
 def test_tokens_that_are_part_of_a_character_join_to_it():
-    tokenizer = half_character_tokenizer()
+    tokenizer = models.byte_tokenizer()
     ids = tokenizer("é 😀!", add_special_tokens=False)["input_ids"]
     texts = added_texts(tokenizer, [*ids, tokenizer.eos_token_id, ids[-2], *ids[:1]])
     assert texts == ["", "é", " ", "", "", "", "😀", "!", "</s>", "", ""]
+
+
+def test_a_token_that_begins_a_character_which_never_comes_keeps_its_whole_ones():
+    tokenizer = models.byte_tokenizer(("n", "\u00c3"))  # "n" with the first byte of é
+    ids = tokenizer("so né", add_special_tokens=False)["input_ids"][:-1]
+    assert "".join(added_texts(tokenizer, [*ids, tokenizer.eos_token_id])) == "so n</s>"
 
 
 def test_tokens_keep_the_spaces_between_them():

@@ -3,24 +3,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from models import byte_tokenizer, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from qadapter.serving.answer_text import AnswerText, Detokeniser, StopStrings
+from qadapter.detokenising import Detokeniser
+from qadapter.serving.answer_text import AnswerText, StopStrings
 from qadapter.serving.jobs import Answer
 from qadapter.serving.sampling import Chosen
-
-
-def byte_tokenizer(*pairs):
-    """A tokenizer with one token a byte, so that most characters need several, and one for each of the pairs."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["</s>", *alphabet, *map("".join, pairs)])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, list(pairs), unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-
 
 BYTES = byte_tokenizer()
 # Tokens of a whole character and the first byte of the next: of an emoji after a space, of é after n.

@@ -1,6 +1,7 @@
 """Strengths that depend on the text so far: off inside code, JSON, reasoning and tool calls."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,13 @@ from torch import Tensor
 from qadapter.modeling.mixing import StepState
 
 PROMPT_END = 16  # tokens; more than any tag and the blanks after it
+# Lines with a fence: what stands before it, its marks, and what follows.
+FENCE = re.compile(r"^(.*?)(`{3,}|~{3,})(.*)$", re.MULTILINE)
+INFO = re.compile(r"[\w+#.-]*\s*")  # the language, and nothing else: after a fence that opens within a line
+# What may follow a bracket in JSON, as far as it is written; so "[Your name]" and "{name}" are none.
+JSON_START = re.compile(
+    r"\{\s*(?:[\"}]|$)|\[\s*(?:[\]\[{\"\d-]|$|t(?:r|$)(?:u|$)(?:e|$)|f(?:a|$)(?:l|$)(?:s|$)(?:e|$)|n(?:u|$)(?:l|$)(?:l|$))"
+)
 
 
 @dataclass
@@ -50,24 +58,36 @@ class OffInside:
 
     def off(self, text: str) -> bool:
         """Whether the end of `text` lies inside a protected region."""
-        if self.fences and text.count("```") % 2 == 1:
-            return True
         if any(text.rfind(f"<{tag}>") > text.rfind(f"</{tag}>") for tag in self.tags):
             return True
         for tag in self.tags:  # what stands after the reasoning is the answer
             if text.strip().startswith(f"<{tag}>"):
                 text = text.partition(f"</{tag}>")[2]
-        return self.json_answers and open_json(text.strip())
+        return (self.fences and open_fence(text)) or (self.json_answers and open_json(text.strip()))
+
+
+def open_fence(text: str) -> bool:
+    """Whether `text` ends inside a code fence, as CommonMark has them, or one that opens at the end of a line of text.
+
+    A fence is closed by one of the same character that is at least as long, begins its line and names no language.
+    """
+    opened = ""
+    for before, marks, after in FENCE.findall(text):
+        begins = not before.strip()
+        if opened:
+            closes = marks.startswith(opened) and begins and not after[:1].strip()
+            opened = "" if closes else opened
+        elif "`" not in after and (begins or (marks[0] == "`" and INFO.fullmatch(after))):
+            opened = marks
+    return bool(opened)
 
 
 def open_json(text: str) -> bool:
     """Whether `text` starts as a JSON object or array that has not ended yet."""
-    if text[:1] not in ("{", "["):
+    if not JSON_START.match(text):
         return False
     try:
         json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError:
-        return True
-    except RecursionError:
+    except (ValueError, RecursionError):  # the former is JSONDecodeError, too, and that of an endless number
         return True
     return False

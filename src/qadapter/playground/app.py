@@ -16,11 +16,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from qadapter.detokenising import Detokeniser
 from qadapter.errors import ConfigError, QAdapterError
 from qadapter.generation import Sampling, encode, stream_text
 from qadapter.inspection import inspect_tokens
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.serving.answer_text import Detokeniser
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 1024
@@ -156,7 +156,11 @@ def added_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     A token's own text has no halves of characters, and with SentencePiece no space before it.
     """
     detokeniser, special = Detokeniser(tokenizer), set(tokenizer.all_special_ids)
-    return [tokenizer.decode([token]) if token in special else detokeniser.push(token) for token in ids]
+    texts = [tokenizer.decode([token]) if token in special else detokeniser.push(token) for token in ids]
+    last = max((place for place, token in enumerate(ids) if token not in special), default=None)
+    if last is not None:
+        texts[last] += detokeniser.flush()  # of a token that also began a character which never came
+    return texts
 
 
 async def until_gone(

@@ -5,10 +5,11 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from qadapter.detokenising import Detokeniser
 from qadapter.errors import ConfigError
 from qadapter.generation import end_tokens
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.serving.answer_text import AnswerText, Detokeniser, StopStrings
+from qadapter.serving.answer_text import AnswerText, StopStrings
 from qadapter.serving.api_errors import bad_request
 from qadapter.serving.catalogue import Catalogue, Dial
 from qadapter.serving.jobs import Answer, Event, Job

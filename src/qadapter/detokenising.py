@@ -1,0 +1,66 @@
+"""From tokens to text, one at a time: whole characters, with the spaces that a decoder puts between tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for half a character
+LONGEST_WAIT = 8  # tokens; a character has at most four bytes, so what still looks broken then is broken
+
+
+class Detokeniser:
+    """Turns tokens into text one at a time; half characters wait for their other half, and are dropped without it.
+
+    A window of the last tokens is decoded with and without the new one, because what a token reads like depends on
+    those before it (spaces, characters of several tokens). The windows move as in text-generation-inference.
+
+    Args:
+        context: tokens before the first one, where the text goes on from them.
+    """
+
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(context)
+        self._start, self._sent = 0, len(self._ids)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty for half a character or a special token."""
+        self._ids.append(token)
+        text = self._waiting()
+        if not text or (text.endswith(REPLACEMENT) and len(self._ids) - self._sent < LONGEST_WAIT):
+            return ""
+        return self._sendable(text)
+
+    def flush(self) -> str:
+        """What still waits, less half a character at its end, when no more tokens follow."""
+        return self._sendable(self._waiting())
+
+    def reading(self, token: int) -> str:
+        """What `token` would read like here, for reports, where special tokens are named.
+
+        Half a character reads as the replacement character.
+        """
+        before = self._decoded(self._ids[self._start :])
+        after = self._decoded([*self._ids[self._start :], token])
+        added = after[len(before) :] if after.startswith(before) else ""
+        return added or self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _waiting(self) -> str:
+        """The text of the tokens since the last that was sent."""
+        sent = self._decoded(self._ids[self._start : self._sent])
+        return self._decoded(self._ids[self._start :])[len(sent) :]
+
+    def _sendable(self, text: str) -> str:
+        """The waiting text as it may be sent; nothing waits any more."""
+        tokens, self._start, self._sent = self._ids[self._sent :], self._sent, len(self._ids)
+        # A replacement character that the model has written reads like half a character, but has tokens of its own.
+        half = text.endswith(REPLACEMENT) and self._tokenizer.encode(text, add_special_tokens=False) != tokens
+        return text.rstrip(REPLACEMENT) if half else text
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def detokenised(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer, less half a character at its end: what `Detokeniser` sends in all."""
+    detokeniser = Detokeniser(tokenizer)
+    return "".join(map(detokeniser.push, ids)) + detokeniser.flush()
