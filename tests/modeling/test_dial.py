@@ -6,7 +6,9 @@ import models
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import StaticCache
+from transformers.generation import CompileConfig
 
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM, StepState
 from qadapter.functional import kl_divergence
@@ -378,6 +380,33 @@ def test_a_decoding_step_compiles_to_one_graph_with_a_static_cache(policy, stren
         texts.append(torch.cat(written, dim=1))
     torch.compiler.reset()
     assert torch.equal(*texts)
+
+
+def test_generate_is_compiled_once_for_all_strengths_and_weights(composed):
+    """As it is on a GPU, without a break in the graph; a strength that needs fewer streams has a graph of its own."""
+    both, _ = composed
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True  # transformers compiles on accelerators alone
+    options = {"max_new_tokens": 5, "do_sample": False}
+    compiled = {"cache_implementation": "static", "compile_config": config}
+    names = both.adapters
+    dials = [
+        *({"strength": strength} for strength in (0.6, -0.4, torch.tensor([0.1, 0.9, 1.7]))),
+        {"strength": 0.3, "adapter_weights": dict.fromkeys(names, 0.7)},
+        {"strength": 0.0},
+        {"strength": 0.4, "adapter_weights": {names[0]: 0.5}},
+        {"strength": 0.4, "adapter_weights": {names[0]: 0.9}},
+    ]
+    torch.compiler.reset()
+    counters.clear()
+    graphs = []
+    for dial in dials:
+        expected = both.generate(IDS, **options, **dial)
+        assert torch.equal(both.generate(IDS, **options, **dial, **compiled), expected)
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
+    assert graphs[:4] == [1] * 4
+    assert graphs[-1] <= 5
 
 
 def test_the_models_own_callable_strength_is_asked_where_a_call_gives_none(policy):

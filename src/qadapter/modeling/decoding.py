@@ -79,8 +79,7 @@ class PolicyGenerationMixin(GenerationMixin):
             raise ConfigError(f"{what} cannot be used with guidance_scale: its second pass is not told of them.")
         record: list[Tensor] | None = [] if output_strengths else None
         settings = {
-            "strength": strength,
-            "adapter_weights": adapter_weights,
+            **self._free_of_numbers(strength, adapter_weights, rows),
             "max_kl": cap,
             "strength_record": record,
             "prompt_length": int(given is None) if prompt is None else prompt.shape[1],  # 1: generate begins with BOS
@@ -109,9 +108,23 @@ class PolicyGenerationMixin(GenerationMixin):
             return strength
         if not isinstance(strength, Tensor):
             return checked_number(strength, "strength")
+        check_shape("strength", strength, (rows,))
         strength = finite(strength, "strength").to(self.device)
         # generate repeats tensors row by row
         return strength.reshape(()).expand(rows) if strength.numel() == 1 else strength
+
+    def _free_of_numbers(self: Any, strength: Strength, weights: AdapterWeights, rows: int) -> dict[str, Any]:
+        """Both as tensors (B,) and (B, K), unless more streams would run then.
+
+        A number is compiled into the step, which is then compiled anew for another one.
+        """
+        if callable(strength):
+            return {"strength": strength, "adapter_weights": weights}
+        strengths = torch.full((rows,), strength, device=self.device) if isinstance(strength, float) else strength
+        columns = stacked_columns(weights, rows, self.device)
+        if set(self.stream_coefficients(strength, weights)) != set(self.stream_coefficients(strengths, columns)):
+            return {"strength": strength, "adapter_weights": weights}
+        return {"strength": strengths, "adapter_weights": columns}
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching feeds one stream, and would answer nothing.
@@ -191,8 +204,15 @@ def stacked_weights(
         check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
     if not any(isinstance(weight, Tensor) for weight in weights.values()):
         return weights
+    return finite(stacked_columns(weights, rows, device), "adapter_weights")
+
+
+def stacked_columns(weights: AdapterWeights, rows: int, device: torch.device) -> Tensor:
+    """The weights as one tensor (B, K)."""
+    if isinstance(weights, Tensor):
+        return weights.contiguous()
     columns = [torch.as_tensor(weight, dtype=torch.float32, device=device).expand(rows) for weight in weights.values()]
-    return finite(torch.stack(columns, dim=-1), "adapter_weights")
+    return torch.stack(columns, dim=-1)
 
 
 def generation_setting(kwargs: Mapping[str, Any], configs: Sequence[Any], name: str) -> Any:

@@ -36,7 +36,12 @@ AdapterWeights = Mapping[str, float | Tensor] | Tensor
 
 
 def checked_number(value: Any, name: str) -> float:
-    """`value` as a float, refused if it is no finite number or larger than any dial."""
+    """`value` as a float, refused if it is no finite number or larger than any dial.
+
+    Compiled code cannot ask; `generate` has asked before.
+    """
+    if torch.compiler.is_compiling():
+        return value
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):  # numpy's are Real, too
         raise ConfigError(f"{name} = {value!r}: must be a finite number (0 is the base, 1 the policy).")
     number = float(value)
