@@ -34,7 +34,7 @@ ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qadapter", {"training.lora_r": rank, "training.lora_layers": layers})
         for rank, layers in ((2, "all"), (8, "all"), (32, "all"), (8, "upper"), (32, "upper"))
     ],
-    "layers": [("qadapter", {"training.lora_layers": layers}) for layers in ("upper", "all")],
+    "layers": [("qadapter", {"training.lora_layers": layers}) for layers in ("1/4", "upper", "3/4", "all")],
     "noise": [
         (method, options | {"training.label_noise": noise, "label_smoothing": smoothing})
         for method, options in (("qadapter", {}), ("dpo", {"beta": 0.1}))

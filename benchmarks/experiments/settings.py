@@ -12,7 +12,7 @@ class Training:
 
     Args:
         pairs_a_step: pairs an optimiser step, `micro_batch` at a time.
-        lora_layers: "all", or "upper" for the upper half of the layers.
+        lora_layers: "all", "upper" for the upper half of the layers, or another share of them from the top, as "1/4".
         label_noise: share of the training pairs whose answers are swapped.
         packed: packed rows, and the base's states kept over the epochs, where a method runs both answers of each pair
             and nothing else: the same losses, sooner.

@@ -1,6 +1,7 @@
 """Training a LoRA by any method's objective, through the package's model and trainer."""
 
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from benchmarks.experiments.objectives import Objective
 from benchmarks.experiments.settings import Training
 from qadapter import QAdapterConfig, QAdapterForCausalLM, QAdapterTrainer, QAdapterTrainingArguments
 from qadapter.base_states import IN_MEMORY
+
+LAYERS = {"all": Fraction(1), "upper": Fraction(1, 2)}
 
 
 class MethodTrainer(QAdapterTrainer):
@@ -38,16 +41,16 @@ def new_policy(base: str, config: QAdapterConfig, training: Training, dtype: str
 
 def lora_of(base: str, training: Training) -> LoraConfig:
     """The LoRA that every method trains."""
-    layers = None
-    if training.lora_layers == "upper":
+    share = LAYERS.get(training.lora_layers) or Fraction(training.lora_layers)
+    layers: list[int] | None = None
+    targets: Any = "all-linear"
+    if share < 1:
         from transformers import AutoConfig
 
         from qadapter.modeling.bases import resolve_base
 
         count = AutoConfig.from_pretrained(resolve_base(base).path).num_hidden_layers
-        layers = list(range(count // 2, count))
-    targets: Any = "all-linear"
-    if layers is not None:
+        layers = list(range(count - round(count * share), count))
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return LoraConfig(
         r=training.lora_r,
