@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class QAdapterTrainer(Trainer):
         tokenizer = kwargs.get("processing_class")
         if not args.share_trunk:
             model.shared_layers = 0
+        model.head = replace(model.head, fused=args.fused_head)
         if args.torch_compile:
             compile_layers(model)
         if kwargs.get("data_collator") is None:

@@ -31,6 +31,8 @@ class QAdapterTrainingArguments(TrainingArguments):
         packing: run each pair's prompt once and put pairs side by side in a row instead of padding them, where the
             architecture and its attention allow; the loss is the same.
         share_trunk: run the layers below the first adapted one once for both streams; the loss is the same.
+        fused_head: take what the loss needs of the logits chunk by chunk, without ever holding those of all tokens; the
+            loss is the same.
         cache_base_states: "memory" or a folder: keep the base's hidden states of the training pairs, so that from the
             second epoch on the base does not run (`qadapter.base_states`); None does not.
         micro_batch_tokens: split a batch into parts of at most so many tokens, pairs of similar length together, run
@@ -50,6 +52,7 @@ class QAdapterTrainingArguments(TrainingArguments):
     )
     packing: bool = field(default=True, metadata={"help": "Shared prompts and packed rows instead of padding."})
     share_trunk: bool = field(default=True, metadata={"help": "Layers below the first adapted one run once."})
+    fused_head: bool = field(default=True, metadata={"help": "The head chunk by chunk, without all tokens' logits."})
     cache_base_states: str | None = field(
         default=None, metadata={"help": "Keep the base's hidden states over the epochs: memory, or a folder."}
     )

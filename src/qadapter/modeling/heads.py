@@ -10,7 +10,13 @@ from transformers import PreTrainedModel
 
 from qadapter.errors import ConfigError
 from qadapter.functional import MixCoefficients, mix_streams
-from qadapter.fused import TokenStatistics, default_chunk_size, single_head_statistics, two_head_statistics
+from qadapter.fused import (
+    TokenStatistics,
+    default_chunk_size,
+    single_head_statistics,
+    token_statistics,
+    two_head_statistics,
+)
 from qadapter.modeling.streams import Stream, StreamLinear, StreamPlan
 
 
@@ -22,6 +28,7 @@ class Head:
     scale: float
     softcap: float | None
     compiled: bool = False  # whether training compiles what follows the matmul (`compiled.compile_layers`)
+    fused: bool = True  # whether training's statistics come chunk by chunk, without the logits of all tokens
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
@@ -104,6 +111,13 @@ class Head:
         kl_gradient: bool = False,
     ) -> TokenStatistics:
         """Per-token statistics (N,) of the trained policy, from hidden states (N, H) of both streams."""
+        if not self.fused:
+            hidden = {adapter: adapter_hidden, None: base_hidden}
+            logits = self.mixed_logits(hidden, {adapter: coefficients.adapter, None: coefficients.base}, plan)
+            with torch.no_grad():
+                (base_logits,) = self.stream_logits({None: base_hidden}, plan)
+            statistics = token_statistics(*map(widened, (logits, base_logits)), targets)
+            return statistics if kl_gradient else statistics._replace(kl=statistics.kl.detach())
         weight = whole(self.linear.weight)
         if self.shared:
             mixed = mix_streams([adapter_hidden, base_hidden], coefficients)
@@ -124,6 +138,11 @@ class Head:
             targets,
             chunk_size or default_chunk_size(weight.shape[0], weight.device),
         )
+
+
+def widened(logits: Tensor) -> Tensor:
+    """The logits in float32, or in float64 where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def whole(weight: Tensor) -> Tensor:
