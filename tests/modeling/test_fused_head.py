@@ -1,4 +1,4 @@
-"""Training with the fused head and with full logits, which `fused_head = False` asks for: one loss, the same gradients."""
+"""Training with the fused head and with full logits (`fused_head = False`): one loss, the same gradients."""
 
 from dataclasses import replace
 

@@ -116,7 +116,7 @@ class Head:
             logits = self.mixed_logits(hidden, {adapter: coefficients.adapter, None: coefficients.base}, plan)
             with torch.no_grad():
                 (base_logits,) = self.stream_logits({None: base_hidden}, plan)
-            statistics = token_statistics(*map(widened, (logits, base_logits)), targets)
+            statistics = token_statistics(widened(logits), widened(base_logits), targets)
             return statistics if kl_gradient else statistics._replace(kl=statistics.kl.detach())
         weight = whole(self.linear.weight)
         if self.shared:
