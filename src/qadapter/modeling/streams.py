@@ -160,8 +160,8 @@ class StreamLinear(LoraLinear):
     def _adapted(self, result: Tensor, x: Tensor, stream: Stream) -> Tensor:
         if stream is None or stream not in self.lora_A:
             return result
-        if stream in self.lora_variant:  # DoRA
-            variant = self.lora_variant[stream]
+        if stream in self.lora_variant:  # DoRA, which PEFT computes in the adapter's dtype
+            variant, x = self.lora_variant[stream], self._cast_input_dtype(x, self.lora_A[stream].weight.dtype)
             return variant.forward(self, active_adapter=stream, x=x, result=result).to(result.dtype)
         lora_a, lora_b = self.lora_A[stream], self.lora_B[stream]
         x, scale = self.lora_dropout[stream](x), self.scaling[stream]
