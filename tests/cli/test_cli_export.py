@@ -167,7 +167,7 @@ def test_distilled_approaches_the_policy_at_half_strength(export, exported, base
 def test_a_distilled_lora_names_the_base_as_the_adapter_does(policy, tmp_path):
     """And not the folder of the built-in model's copy on this machine."""
     policy.base_source = BaseSource(policy.base_source.path, "someone/base", None)
-    student = distil(policy, tiny_tokenizer(), ["Question?"] * 5, epochs=1, max_new_tokens=2).student
+    student = distil(policy, tiny_tokenizer(), list("abcde"), epochs=1, max_new_tokens=2).student
     student.save_pretrained(tmp_path, save_embedding_layers=False)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/base"
 
