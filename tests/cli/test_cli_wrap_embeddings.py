@@ -1,6 +1,8 @@
 """`qadapter wrap` where base weights lie beside the LoRA: the base's own, resized or trained along with it."""
 
+import errno
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError
+from qadapter.modeling import checkpoint
 from qadapter.modeling.wrapping import _require_frozen, wrap
 
 IDS = torch.tensor(token_ids(9, 9))
@@ -156,6 +159,29 @@ def test_a_new_base_is_refused_where_the_weights_do_not_fit(base, tmp_path):
     options = ("--output-dir", tmp_path / "wrapped", "--new-base", tmp_path / "new")
     assert_refused(qadapter("wrap", tmp_path / "foreign", *options), r"do not fit the base model: size mismatch.*norm")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_no_new_base_is_left_where_the_lora_is_refused(base, tmp_path, monkeypatch, there, late):
+    """Nor where it could not be saved: the same command is not refused the next time for that."""
+    foreign, new = tmp_path / "foreign", tmp_path / "new"
+    write_resized(foreign, base, 98, trained=True)
+    weights = load_file(foreign / "adapter_model.safetensors")
+    options = ("wrap", foreign, "--output-dir", tmp_path / "wrapped", "--new-base", new)
+    if there:
+        new.mkdir()
+    with monkeypatch.context() as patch:
+        if late:
+            patch.setattr(checkpoint, "save_file", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        else:
+            name = next(name for name in weights if "q_proj.lora_B" in name)
+            save_file(weights | {name: weights[name][:5].clone()}, foreign / "adapter_model.safetensors")
+        assert_refused(qadapter(*options), "Input/output error" if late else "does not fit the base model")
+    assert new.exists() == there
+    assert not there or not any(new.iterdir())
+    save_file(weights, foreign / "adapter_model.safetensors")
+    succeeded(qadapter(*options))
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float16])
