@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import assert_refused, qadapter, succeeded
 from foreign_folders import PEFT_0_15, PEFT_0_20, save_tokenizer, write_lora
-from models import tiny_base, tiny_tokenizer, token_ids
+from models import multimodal_base, tiny_base, tiny_tokenizer, token_ids
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling import checkpoint
+from qadapter.modeling.bases import BaseSource
+from qadapter.modeling.rewritten_bases import write_base
 from qadapter.modeling.wrapping import _require_frozen, wrap
 
 IDS = torch.tensor(token_ids(9, 9))
@@ -130,6 +132,16 @@ def test_a_new_base_keeps_trained_embeddings_that_are_finer_than_its_own(base, t
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
     assert torch.equal(new.lm_head.weight, saved["base_model.model.lm_head.weight"])
     assert new.dtype == torch.float32
+
+
+def test_a_new_base_that_reads_images_too_says_of_its_texts_that_the_head_is_tied_no_more(tmp_path):
+    multimodal_base(tied=True).save_pretrained(tmp_path / "base")
+    source = BaseSource(str(tmp_path / "base"), str(tmp_path / "base"), None)
+    head = torch.randn(97, 32, generator=torch.Generator().manual_seed(0))
+    write_base(source, {"lm_head.weight": head}, None, tmp_path / "new")
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "new").lm_head.weight, head)
 
 
 def test_no_new_base_is_written_where_none_is_needed(with_embeddings, base, tmp_path):
