@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedTokenizerFast
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM, QAdapterTrainer, QAdapterTrainingArguments
 
@@ -79,6 +79,22 @@ def tiny_base(architecture="llama", dtype=torch.float32, seed=0, **changes):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     randomise(model, seed)
     return model.to(dtype).eval()
+
+
+def multimodal_base(tied=False):
+    """A Gemma 3 that reads images, too; its settings for texts are a part of its config."""
+    text = SIZES | {"head_dim": 8, "sliding_window": 4, "tie_word_embeddings": tied}
+    vision = dict.fromkeys(("hidden_size", "intermediate_size"), 16) | {"num_hidden_layers": 1, "image_size": 28}
+    special = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "mm_tokens_per_image": 1}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision | {"num_attention_heads": 2, "patch_size": 14},
+        tie_word_embeddings=tied,
+        **special,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    randomise(model)
+    return model.eval()
 
 
 def randomise(model, seed=0, scale=0.35):

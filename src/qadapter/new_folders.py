@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,6 +61,27 @@ def into_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:
         else:
             raise ConfigError(f"something else was written into {folder} meanwhile: choose another output folder.")
     return result
+
+
+@contextmanager
+def removed_on_error(folder: Path, keep: bool) -> Iterator[None]:
+    """Within the context, an error removes what `folder` holds as it begins: the same command can be given again.
+
+    `keep` the folder itself, as one that was there before.
+    """
+    written = list(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        for path in written:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if not keep:
+            with suppress(OSError):  # something else was written into it
+                folder.rmdir()
+        raise
 
 
 def set_mode_of_weights(config: Path) -> None:

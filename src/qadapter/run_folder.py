@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qadapter.errors import ConfigError
-from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
+from qadapter.modeling.manifest import MANIFEST_NAME, own_adapters, read_manifest
 from qadapter.new_folders import require_writable
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_log import CURVE_NAME, LOG_NAME
@@ -46,6 +46,7 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
     if folder.is_file():
         raise ConfigError(f"output folder {folder} is a file: choose another.")
     require_writable(folder)
+    found = run_parts(folder)  # refuses a link, of a run to resume, too
     resume = training.resume_from_checkpoint
     if resume:
         if str(resume).lower() in ("last", "true"):
@@ -60,7 +61,6 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
         if not any(any(Path(str(resume)).glob(name)) for name in ("optimizer*", "global_step*")):
             logger.warning("%s has no optimizer state (save_only_model): the optimizer begins anew.", resume)
         return str(resume)
-    found = run_parts(folder)
     if found and not overwrite:
         raise ConfigError(
             f"output folder {folder} holds another run ({found[0].name}): choose another one, "
@@ -70,18 +70,26 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
 
 
 def run_parts(folder: Path) -> list[Path]:
-    """What a run has left in its folder: files, checkpoints, adapters."""
+    """What a run has left in its folder: files, checkpoints, adapters, and the folder that these lie in.
+
+    Raises:
+        ConfigError: that folder is a link or a file.
+    """
     files = [folder / name for name in RUN_FILES]
     checkpoints = sorted(path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name))
     card = folder / CARD_NAME
     certified = [card] if card.is_file() and CERTIFICATE.encode() in card.read_bytes() else []
-    return [path for path in (*files, *certified, *checkpoints, folder / "adapters") if path.exists()]
+    adapters = (*own_adapters(folder), folder / "adapters")
+    return [path for path in (*files, *certified, *checkpoints, *adapters) if path.exists()]
 
 
 def remove_run(folder: Path) -> None:
     """Remove what a run has left in its folder; anything else in it is the user's and stays."""
     for path in run_parts(folder):
-        if path.is_dir():
+        if path == folder / "adapters":
+            with suppress(OSError):  # not empty: somebody's LoRAs are in it, too
+                path.rmdir()
+        elif path.is_dir():
             shutil.rmtree(path)
         elif path.name == CARD_NAME:  # what it certifies is gone, but it may hold the user's words, too
             path.replace(folder / OLD_CARD_NAME)

@@ -9,7 +9,7 @@ import shlex
 import pytest
 import torch
 from commands import Outcome, assert_refused, process, qadapter, succeeded
-from models import lora, tiny_base, tiny_tokenizer, train_randomly
+from models import lora, multimodal_base, tiny_base, tiny_tokenizer, train_randomly
 from peft import PeftModel
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -167,7 +167,7 @@ def test_distilled_approaches_the_policy_at_half_strength(export, exported, base
 def test_a_distilled_lora_names_the_base_as_the_adapter_does(policy, tmp_path):
     """And not the folder of the built-in model's copy on this machine."""
     policy.base_source = BaseSource(policy.base_source.path, "someone/base", None)
-    student = distil(policy, tiny_tokenizer(), ["Question?"] * 5, epochs=1, max_new_tokens=2).student
+    student = distil(policy, tiny_tokenizer(), list("abcde"), epochs=1, max_new_tokens=2).student
     student.save_pretrained(tmp_path, save_embedding_layers=False)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/base"
 
@@ -282,15 +282,17 @@ def test_an_adapter_of_another_weight_than_1_is_not_merged(adapter, base, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT: merging may be complicated
-def test_a_head_with_a_lora_is_tied_to_the_embeddings_no_more(exported):
-    """The config says so, for those that do not see it by the weights."""
-    policy = QAdapterForCausalLM.from_base(
-        tiny_base(tie_word_embeddings=True), peft_config=lora(target_modules=["q_proj", "lm_head"])
-    )
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_a_head_with_a_lora_is_tied_to_the_embeddings_no_more(exported, multimodal):
+    """The config says so, for those that do not see it by the weights; that of the text, too, where it is a part."""
+    base = multimodal_base(tied=True) if multimodal else tiny_base(tie_word_embeddings=True)
+    policy = QAdapterForCausalLM.from_base(base, peft_config=lora(target_modules=r".*layers.1.*down_proj|lm_head"))
     assert export_merged(train_randomly(policy).eval(), exported) < 1e-3
-    assert json.loads((exported / "config.json").read_text())["tie_word_embeddings"] is False
+    config = json.loads((exported / "config.json").read_text())
+    for part in (config, config["text_config"]) if multimodal else (config,):
+        assert part["tie_word_embeddings"] is False
     with safe_open(exported / "model.safetensors", framework="pt") as file:
-        assert "lm_head.weight" in file.keys()  # noqa: SIM118 -- not a dict
+        assert any(name.endswith("lm_head.weight") for name in file.keys())  # noqa: SIM118 -- not a dict
 
 
 def test_a_policy_that_needs_both_streams_is_not_merged(train, tmp_path):

@@ -1,6 +1,7 @@
 """`qadapter info`, `qadapter data check` and `qadapter wrap`: what lies in files and folders."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ def test_info_counts_the_adapters_parameters(adapter):
     facts = adapter_settings(adapter)
     assert (facts["rank"], facts["modules"], facts["parameters"]) == (8, 14, expected)
     assert facts["bytes"] > 4 * expected
+
+
+def test_info_refuses_weights_that_have_changed(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "changed")
+    weights = folder / "adapters/default/adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert_refused(qadapter("info", folder), "the weights of adapter 'default' have changed since they were saved")
 
 
 def test_data_check_accepts_good_pairs(pairs):

@@ -63,6 +63,28 @@ def test_overwrite_replaces_the_run_and_keeps_other_files(train, adapter, folder
     assert not any(path.exists() for path in of_the_run)
 
 
+def test_overwrite_keeps_somebodys_loras_beside_the_run_s_adapter(train, adapter, folder):
+    shutil.copytree(adapter, folder)
+    shutil.copytree(folder / "adapters" / "default", folder / "adapters" / "mine")
+    before = contents(folder / "adapters" / "mine")
+    succeeded(train("--overwrite", "--lora-r", "3", "--max-steps", "1"))
+    assert contents(folder / "adapters" / "mine") == before
+    assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["default", "mine"]
+    assert adapter_settings(folder)["rank"] == 3
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume-from-checkpoint", "last")])
+def test_a_folder_whose_adapters_are_a_link_is_refused_before_the_data_is_read(
+    train, adapter, folder, tmp_path, options
+):
+    shutil.copytree(adapter, folder)
+    (folder / "adapters").rename(tmp_path / "elsewhere")
+    (folder / "adapters").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    assert_refused(train(*options, dataset="nowhere.jsonl"), "run/adapters is a link or a file.*choose another folder")
+    assert contents(tmp_path / "elsewhere") == before
+
+
 def test_somebodys_readme_is_no_run_and_stays(train, folder):
     folder.mkdir()
     (folder / "README.md").write_text("# Mine\n")

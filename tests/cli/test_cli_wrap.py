@@ -139,3 +139,13 @@ def test_an_interrupted_run_is_pointed_to_its_checkpoints(base, tmp_path):
         r"adapter_model\.safetensors is missing: the run was interrupted\. Take one of the checkpoint-\* folders",
     )
     succeeded(qadapter("wrap", folder / "checkpoint-20", "--output-dir", tmp_path / "wrapped"))
+
+
+def test_tokens_that_the_base_has_no_embeddings_for_are_warned_of_by_name(base, tmp_path):
+    folder = tmp_path / "foreign"
+    write_lora(folder, base, AXOLOTL_0_9)
+    save_tokenizer(folder, base, tokens=[f"<extra{index}>" for index in range(7)])
+    tokens = ", ".join(f"'<extra{index}>'" for index in range(5))
+    message = rf"has 7 tokens that the base has no embeddings for \({tokens}, \.\.\.\).*\(--base-model\)"
+    with pytest.warns(UserWarning, match=message):
+        wrap(folder)

@@ -1,18 +1,23 @@
 """`qadapter wrap` where base weights lie beside the LoRA: the base's own, resized or trained along with it."""
 
+import errno
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 from commands import assert_refused, qadapter, succeeded
 from foreign_folders import PEFT_0_15, PEFT_0_20, save_tokenizer, write_lora
-from models import tiny_base, tiny_tokenizer, token_ids
+from models import multimodal_base, tiny_base, tiny_tokenizer, token_ids
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError
+from qadapter.modeling import checkpoint
+from qadapter.modeling.bases import BaseSource
+from qadapter.modeling.rewritten_bases import write_base
 from qadapter.modeling.wrapping import _require_frozen, wrap
 
 IDS = torch.tensor(token_ids(9, 9))
@@ -129,6 +134,16 @@ def test_a_new_base_keeps_trained_embeddings_that_are_finer_than_its_own(base, t
     assert new.dtype == torch.float32
 
 
+def test_a_new_base_that_reads_images_too_says_of_its_texts_that_the_head_is_tied_no_more(tmp_path):
+    multimodal_base(tied=True).save_pretrained(tmp_path / "base")
+    source = BaseSource(str(tmp_path / "base"), str(tmp_path / "base"), None)
+    head = torch.randn(97, 32, generator=torch.Generator().manual_seed(0))
+    write_base(source, {"lm_head.weight": head}, None, tmp_path / "new")
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "new").lm_head.weight, head)
+
+
 def test_no_new_base_is_written_where_none_is_needed(with_embeddings, base, tmp_path):
     options = ("--output-dir", tmp_path / "wrapped", "--new-base", tmp_path / "new")
     assert "not needed: nothing written" in succeeded(qadapter("wrap", with_embeddings, *options))
@@ -156,6 +171,29 @@ def test_a_new_base_is_refused_where_the_weights_do_not_fit(base, tmp_path):
     options = ("--output-dir", tmp_path / "wrapped", "--new-base", tmp_path / "new")
     assert_refused(qadapter("wrap", tmp_path / "foreign", *options), r"do not fit the base model: size mismatch.*norm")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_no_new_base_is_left_where_the_lora_is_refused(base, tmp_path, monkeypatch, there, late):
+    """Nor where it could not be saved: the same command is not refused the next time for that."""
+    foreign, new = tmp_path / "foreign", tmp_path / "new"
+    write_resized(foreign, base, 98, trained=True)
+    weights = load_file(foreign / "adapter_model.safetensors")
+    options = ("wrap", foreign, "--output-dir", tmp_path / "wrapped", "--new-base", new)
+    if there:
+        new.mkdir()
+    with monkeypatch.context() as patch:
+        if late:
+            patch.setattr(checkpoint, "save_file", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        else:
+            name = next(name for name in weights if "q_proj.lora_B" in name)
+            save_file(weights | {name: weights[name][:5].clone()}, foreign / "adapter_model.safetensors")
+        assert_refused(qadapter(*options), "Input/output error" if late else "does not fit the base model")
+    assert new.exists() == there
+    assert not there or not any(new.iterdir())
+    save_file(weights, foreign / "adapter_model.safetensors")
+    succeeded(qadapter(*options))
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float16])

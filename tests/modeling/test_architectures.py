@@ -8,6 +8,7 @@ from models import (
     SIZES,
     defined_logps,
     lora,
+    multimodal_base,
     padded,
     plain_peft,
     randomise,
@@ -75,6 +76,18 @@ def test_token_statistics_equal_full_logits(architecture):
     for name in expected._fields:
         values = torch.where(completion_mask[:, 1:], getattr(expected, name), 0.0)
         torch.testing.assert_close(getattr(actual, name).double(), values, **ROUNDING, msg=name)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_texts_of_a_base_that_reads_images_too_equal_the_definition(strength):
+    base, config = multimodal_base(), lora(target_modules=r".*language_model.*(q_proj|down_proj)")
+    policy = tiny_policy(base, peft_config=config)
+    z_theta, z_base = two_passes(plain_peft(base, policy, config), **BATCH)
+    with torch.no_grad():
+        actual = policy(**BATCH, strength=strength).logits.double().log_softmax(-1)
+    torch.testing.assert_close(actual[REAL], defined_logps(z_theta, z_base, APART, strength)[REAL], **ROUNDING)
+    ids, options = torch.tensor(token_ids(9)), {"max_new_tokens": 5, "do_sample": False, "strength": strength}
+    assert torch.equal(policy.generate(ids, **options), policy.generate(ids, use_cache=False, **options))
 
 
 def test_a_base_that_changes_its_positions_on_the_way_is_followed():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import models
 import pytest
@@ -191,10 +192,23 @@ def test_distilling_closes_most_of_the_gap_at_a_setting_that_cannot_be_merged(fo
     assert result.kl_after < 0.5 * result.kl_base
 
 
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_held_out_prompts_are_none_that_are_trained_on(folders, batch_size, monkeypatch):
+    distillation = import_module("qadapter.export.distil")  # the function hides its module
+    sampled, answers = [], distillation._sampled
+    monkeypatch.setattr(distillation, "_sampled", lambda *args: sampled.extend(args[2]) or answers(*args))
+    policy = QAdapterForCausalLM.from_pretrained(folders / "concise")
+    prompts = [f"say {index}" for index in range(7)]
+    options = {"epochs": 1, "max_new_tokens": 2, "batch_size": batch_size}
+    result = distil(policy, models.tiny_tokenizer(), prompts * 4, **options)
+    assert sorted(sampled) == prompts
+    assert (result.held_out_prompts, result.train_prompts) == ((2, 5) if batch_size == 2 else (3, 4))
+
+
 def test_distilling_on_too_few_prompts_is_refused(folders):
     policy = QAdapterForCausalLM.from_pretrained(folders / "concise")
-    with pytest.raises(ConfigError, match="2 prompts were given: distilling needs at least 5"):
-        distil(policy, models.tiny_tokenizer(), ["a", "b"])
+    with pytest.raises(ConfigError, match="2 different prompts were given: distilling needs at least 5"):
+        distil(policy, models.tiny_tokenizer(), ["a", "b"] * 5)
 
 
 def test_a_moved_folder_still_loads(folders, tmp_path):

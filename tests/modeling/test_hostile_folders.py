@@ -211,6 +211,11 @@ def test_hostile_rank_pattern_is_never_matched(folder):
 
 CONFIGS = {
     "hostile alpha pattern": ({"alpha_pattern": {EVIL: 7}}, r"alpha_pattern '\(a\+\)\+.*is not a plain module name"),
+    "alpha pattern of digits": (
+        {"alpha_pattern": {r"layers\.\d\.self_attn\.q_proj": 7}},
+        r"alpha_pattern 'layers.*d.*q_proj' is not a plain module name.*give each layer its own entry",
+    ),
+    "alpha pattern of words": ({"alpha_pattern": {r"\w_proj": 7}}, r"alpha_pattern '.*w_proj' is not a plain module"),
     "alpha patterns as a list": ({"alpha_pattern": [1]}, "alpha_pattern must be an object"),
     "another method": ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
     "no method": ({"peft_type": None}, "peft_type is None"),
@@ -232,6 +237,13 @@ def test_unsupported_adapter_config_is_refused_by_name(folder, kind):
     rewrite(folder / CONFIG, lambda v: v.update(values))
     with pytest.raises(AdapterFormatError, match=message):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "self_attn.q_proj", r"layers\.0\.self_attn\.q_proj"])
+def test_alpha_patterns_that_are_names_are_followed(folder, name):
+    rewrite(folder / CONFIG, lambda v: v.update(alpha_pattern={name: 7}))
+    config, _ = read_lora(folder / "adapters/default")
+    assert {*config.alpha_pattern.values(), config.lora_alpha} == {6, 7}
 
 
 def test_many_alpha_patterns_take_no_time(folder):

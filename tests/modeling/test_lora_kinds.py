@@ -105,17 +105,25 @@ def test_lora_on_experts_is_refused_by_name():
         tiny_policy(tiny_base("mixtral"))
 
 
-def test_bf16_base_with_float32_adapter_equals_two_passes():
-    base = tiny_base(dtype=torch.bfloat16)
-    policy = tiny_policy(base)
+@pytest.mark.parametrize("kind", ["LoRA on two layers", "DoRA", "DoRA on the head"])
+def test_bf16_base_with_float32_adapter_equals_two_passes(kind):
+    policy, plain = pair_of_models(kind, torch.bfloat16)
     assert {p.dtype for p in policy.adapter_parameters().values()} == {torch.float32}
     assert {p.dtype for p in policy.base.parameters() if not p.requires_grad} == {torch.bfloat16}
-    z_theta, z_base = two_passes(plain_peft(base, policy), **BATCH)
+    z_theta, z_base = two_passes(plain, **BATCH)
     expected = defined_logps(z_theta, z_base, APART)
     with torch.no_grad():
         actual = policy(**BATCH).logits.double().log_softmax(-1)
     # bfloat16 keeps 8 bits: logits up to 20 are off by up to 2**-4 each, and the mix weighs two of them.
     torch.testing.assert_close(actual[REAL], expected[REAL], rtol=0.0, atol=0.25)
+
+
+def test_dora_on_a_bf16_base_is_peft_s_bit_by_bit_at_strength_1():
+    base, config = tiny_base(dtype=torch.bfloat16), lora(**KINDS["DoRA on the head"])
+    policy = tiny_policy(base, QAdapterConfig(), config)
+    plain = plain_peft(base, policy, config)
+    with torch.no_grad():
+        assert torch.equal(policy(**BATCH).logits[REAL], plain(**BATCH).logits[REAL])
 
 
 def test_layer_without_a_plan_equals_peft():

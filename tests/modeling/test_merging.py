@@ -1,5 +1,7 @@
 """The adapter folded into the base's weights: the same policy without LoRA products, and the base back afterwards."""
 
+import json
+
 import pytest
 import torch
 from models import APART, lora, padded, tiny_base, tiny_policy, token_ids
@@ -24,6 +26,27 @@ def test_merged_policy_is_the_policy_and_the_base_comes_back_bit_by_bit(architec
         assert torch.equal(policy(**INPUTS, strength=0.0).logits, base)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     assert (expected - base).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's, of just that
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "targets", "fan"),
+    [("gpt2", ["c_attn", "lm_head"], False), ("gpt2", ["c_attn", "lm_head"], True), ("llama", ["q_proj"], True)],
+)
+def test_each_layer_is_merged_by_how_its_own_weight_is_stored(architecture, targets, fan, dora, tmp_path):
+    """Whatever fan_in_fan_out says, which is one for all layers."""
+    base = tiny_base(architecture, dtype=torch.float64)
+    config = lora(target_modules=targets, use_dora=dora, fan_in_fan_out=fan)
+    policy = tiny_policy(base, QAdapterConfig(), config)
+    with torch.no_grad():
+        expected = policy(**INPUTS).logits
+        with policy.merged():
+            torch.testing.assert_close(policy(**INPUTS).logits, expected, rtol=1e-9, atol=1e-9)
+    policy.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapters/default/adapter_config.json").read_text())
+    assert saved["fan_in_fan_out"] == (architecture == "gpt2")
+    assert config.fan_in_fan_out == fan
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's, of just that

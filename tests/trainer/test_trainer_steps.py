@@ -4,7 +4,7 @@ import traceback
 
 import pytest
 import torch
-from models import tiny_base, tiny_policy, tiny_trainer, token_pairs
+from models import lora, tiny_base, tiny_policy, tiny_trainer, token_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_examples import CONFIG
 from transformers import TrainerCallback
@@ -105,10 +105,11 @@ def test_the_optimiser_is_fused_adamw(policy, tmp_path):
     assert optimiser.defaults["fused"] is True
 
 
-def test_bfloat16_base_trains_a_float32_adapter(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_bfloat16_base_trains_a_float32_adapter(dora, tmp_path):
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
-        policy = tiny_policy(tiny_base(dtype=dtype), CONFIG)
+        policy = tiny_policy(tiny_base(dtype=dtype), CONFIG, lora(use_dora=dora, lora_dropout=0.1 * dora))
         trainer = tiny_trainer(policy, tmp_path / str(dtype), max_steps=1)
         trainer.train()
         losses[dtype] = trainer.state.log_history[0]["loss"]

@@ -25,22 +25,23 @@ def run(arguments: list[str]) -> int:
 
 
 def describe(folder: Path) -> dict:
-    """Facts of an adapter folder, read from its files."""
-    from qadapter.modeling.lora_files import WEIGHTS_NAME, read_adapter
-    from qadapter.modeling.manifest import read_manifest
+    """Facts of an adapter folder, read from its files, whose weights must be those that were saved."""
+    from qadapter.modeling.loading import read_folder
+    from qadapter.modeling.lora_files import WEIGHTS_NAME
 
-    manifest = read_manifest(folder)
-    adapters = {}
-    for name, settings in manifest.configs.items():
-        lora, tensors = read_adapter(folder, name)
-        adapters[name] = {
-            **settings,
+    stored = read_folder(folder)
+    manifest = next(iter(stored.values())).manifest
+    adapters = {
+        name: {
+            **manifest.configs[name],
             "weight": manifest.weights[name],
-            "rank": lora.r,
-            "modules": len(lora.target_modules or ()),
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "rank": adapter.peft_config.r,
+            "modules": len(adapter.peft_config.target_modules or ()),
+            "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
             "bytes": (folder / "adapters" / name / WEIGHTS_NAME).stat().st_size,
         }
+        for name, adapter in stored.items()
+    }
     return {
         "format_version": manifest.format_version,
         "base": manifest.base["name"],

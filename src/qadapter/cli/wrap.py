@@ -2,12 +2,13 @@
 
 import os
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 
 from qadapter.cli import command_parser
 from qadapter.cli.options import DTYPES
 from qadapter.errors import ConfigError
-from qadapter.new_folders import require_new_folder
+from qadapter.new_folders import removed_on_error, require_new_folder
 
 
 def run(arguments: list[str]) -> int:
@@ -35,12 +36,15 @@ def run(arguments: list[str]) -> int:
     from qadapter.devices import pick_dtype
     from qadapter.modeling.wrapping import wrap
 
-    with quiet_libraries():
+    there = options.new_base is not None and options.new_base.exists()
+    with quiet_libraries(), ExitStack() as on_error:
         dtype = pick_dtype(options.dtype)
         model, tokenizer = wrap(options.lora, options.base_model, new_base=options.new_base, dtype=dtype)
+        new = options.new_base is not None and model.base_source.path == os.path.abspath(options.new_base)
+        if new:
+            on_error.enter_context(removed_on_error(options.new_base, keep=there))
         model.save_pretrained(options.output_dir, tokenizer=tokenizer)
     if options.new_base is not None:
-        new = model.base_source.path == os.path.abspath(options.new_base)
         written = "a base model with the LoRA's own embeddings" if new else "not needed: nothing"
         print(f"{written} written to {options.new_base}")
     folder = shlex.quote(str(options.output_dir))

@@ -49,21 +49,25 @@ def distil(
 ) -> DistilledLora:
     """A plain LoRA that minimises KL(policy ‖ student) on answers sampled from the policy.
 
-    A fifth of the prompts is held out to measure the gap. `progress` is called with (done, total) steps.
+    A fifth of the prompts, of which repeats are dropped, is held out to measure the gap. `progress` is called with
+    (done, total) steps.
 
     Raises:
-        ConfigError: fewer than five prompts.
+        ConfigError: fewer than five different prompts.
     """
-    if len(prompts) < 5:
-        raise ConfigError(f"{len(prompts)} prompts were given: distilling needs at least 5, better hundreds.")
-    shuffled = list(prompts)
+    shuffled = list(dict.fromkeys(prompts))
+    if len(shuffled) < 5:
+        raise ConfigError(
+            f"{len(shuffled)} different prompts were given: distilling needs at least 5, better hundreds."
+        )
+    batch_size = min(batch_size, len(shuffled) // 2)  # one batch at least to train on, and one held out
     random.Random(seed).shuffle(shuffled)
     held_out = max(1, int(HELD_OUT_SHARE * len(shuffled)))
     torch.manual_seed(seed)
     batches = [_sampled(model, tokenizer, part, strength, max_new_tokens) for part in _parts(shuffled, batch_size)]
     # Whole batches are held out: the first ones that cover the share.
     test = batches[: -(-held_out // batch_size)]
-    train = batches[len(test) :] or batches
+    train = batches[len(test) :]
     student = _student(model, strength)
     with student.disable_adapter():
         bare = _gap(model, student, test, strength)

@@ -78,12 +78,16 @@ def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any) -> fl
 def _untie_a_changed_head(model: QAdapterForCausalLM, adapter: str, config_path: Path) -> None:
     """Say in config.json that the head is not the embeddings any more where it alone has an adapter.
 
-    transformers 5 sees it by the weights; transformers 4, vLLM and some of llama.cpp's converters go by the config.
+    transformers 5 sees it by the weights; transformers 4, vLLM and some of llama.cpp's converters go by the config, of
+    a multimodal model by the text's part of it.
     """
     head = model.base.get_output_embeddings()
     if isinstance(head, StreamLinear) and adapter in head.lora_A:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        write_json(config_path, config | {"tie_word_embeddings": False})
+        text = model.base.config.get_text_config(decoder=True)
+        for part in (config, *(config[name] for name in config if getattr(model.base.config, name, None) is text)):
+            part["tie_word_embeddings"] = False
+        write_json(config_path, config)
 
 
 def merged_state(model: QAdapterForCausalLM, adapter: str) -> dict[str, torch.Tensor]:

@@ -11,7 +11,9 @@ wrong policy. Only safetensors are read, paths cannot leave the folder, and size
 """
 
 import hashlib
+import itertools
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -29,11 +31,13 @@ from qadapter.modeling.bases import (
     weight_fingerprint,
 )
 from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, write_adapter_config
-from qadapter.modeling.manifest import MANIFEST_NAME, Manifest
+from qadapter.modeling.manifest import MANIFEST_NAME, Manifest, own_adapters
 from qadapter.modeling.merging import require_unfolded
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import make_probe
 from qadapter.new_folders import set_mode_of_weights
+
+logger = logging.getLogger(__name__)
 
 
 def save(
@@ -51,13 +55,14 @@ def save(
         probe: what `make_probe` gives; needed of a sharded model, which all processes have to run.
 
     Raises:
-        ConfigError: the folder is a file, or the adapter is folded into the base.
+        ConfigError: the folder is a file, its `adapters` is a link, or the adapter is folded into the base.
         TrainingError: log-probabilities of the policy that are not finite.
     """
     folder = Path(folder)
     require_unfolded(model.base)
     if folder.is_file():
         raise ConfigError(f"{folder} is a file: an adapter is a folder, choose another output folder.")
+    own_adapters(folder)  # refuses before the work
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         model.remember_tokenizer(tokenizer)
@@ -74,12 +79,14 @@ def save(
 
 
 def _publish(scratch: Path, folder: Path) -> None:
-    """Move everything from `scratch` into `folder`, the manifest last; only earlier adapters are replaced."""
+    """Move everything from `scratch` into `folder`, the manifest last; only its own earlier adapters are replaced."""
+    earlier = own_adapters(folder)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for old in (folder / "adapters").glob(f"*/{CONFIG_NAME}"):
-        shutil.rmtree(old.parent)
+    for old in earlier:
+        shutil.rmtree(old)
     (folder / "adapters").mkdir(exist_ok=True)
     for new in (scratch / "adapters").iterdir():
+        _put_aside(folder / "adapters" / new.name)
         os.replace(new, folder / "adapters" / new.name)
     names = [name for name in os.listdir(scratch) if name != "adapters"]
     if "tokenizer_config.json" in names:  # chat templates that it does not have are an earlier tokenizer's
@@ -87,6 +94,15 @@ def _publish(scratch: Path, folder: Path) -> None:
         shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
     for name in sorted(names, key=lambda name: name == MANIFEST_NAME):
         os.replace(scratch / name, folder / name)
+
+
+def _put_aside(path: Path) -> None:
+    """Rename what is in the way: no manifest says whose it is, an interrupted save's or somebody's own LoRA."""
+    if path.exists() or path.is_symlink():
+        names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists() and not name.is_symlink())
+        path.rename(aside)
+        logger.warning("%s was there and is of no adapter known here: it is %s now.", path, aside.name)
 
 
 def write_adapter(

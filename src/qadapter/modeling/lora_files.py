@@ -26,6 +26,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_TENSORS = 100_000
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,200})\.lora_(A\.weight|B\.weight|magnitude_vector)")
+MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\\?\.[A-Za-z0-9_]+)*")  # whose dots may be escaped
 CONVERSION = (
     'python -c "import sys, torch, safetensors.torch as s; '
     "s.save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\""
@@ -176,8 +177,11 @@ def _alpha_patterns(config: dict[str, Any], where: Path) -> dict[str, Any]:
     if not isinstance(patterns, dict):
         raise AdapterFormatError(f"{where}: alpha_pattern must be an object.")
     for pattern in patterns:
-        if not re.fullmatch(r"[A-Za-z0-9_.\\]+", pattern):
-            raise AdapterFormatError(f"{where}: alpha_pattern {pattern!r} is not a plain module name.")
+        if not MODULE_NAME.fullmatch(pattern):
+            raise AdapterFormatError(
+                f"{where}: alpha_pattern {pattern!r} is not a plain module name, as layers.0.self_attn.q_proj is: "
+                "give each layer its own entry."
+            )
     return {pattern.replace("\\", ""): alpha for pattern, alpha in patterns.items()}
 
 

@@ -76,6 +76,24 @@ def read_manifest(folder: Path) -> Manifest:
         raise AdapterFormatError(f"{path} is damaged: {reason} Save the adapter again.") from error
 
 
+def own_adapters(folder: Path) -> list[Path]:
+    """The folders of the adapters that the manifest of `folder` lists; none where it cannot be read.
+
+    Whatever else lies in `adapters` is somebody's own.
+
+    Raises:
+        ConfigError: `adapters` is a link or a file: what it leads to is not the folder's.
+    """
+    adapters = folder / "adapters"
+    if adapters.is_symlink() or adapters.is_file():
+        raise ConfigError(f"{adapters} is a link or a file, and an adapter is written there: choose another folder.")
+    try:
+        names = read_manifest(folder).configs
+    except AdapterFormatError:
+        return []
+    return [path for name in names if (path := adapters / name).is_dir() and not path.is_symlink()]
+
+
 def _why_no_manifest(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return (

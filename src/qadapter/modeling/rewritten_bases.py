@@ -65,4 +65,5 @@ def _put(base: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     if tied and torch.equal(head.weight, embeddings.weight):
         head.weight = embeddings.weight
     elif tied:
-        base.config.tie_word_embeddings = False
+        for config in (base.config, base.config.get_text_config(decoder=True)):  # two of a multimodal model
+            config.tie_word_embeddings = False

@@ -61,9 +61,10 @@ class StackedPasses:
     ) -> tuple[dict[Stream, Tensor], Any]:
         """One pass of the decoder over all streams' copies of the batch: their hidden states, and the cache."""
         rows, _ = shape_of(batch)
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        config = self.config.get_text_config(decoder=True)
+        use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+            cache = DynamicCache(config=config)
         if cache is not None:
             mark_streams(cache, tuple(streams))
         fork = None

@@ -82,8 +82,14 @@ class StreamLinear(LoraLinear):
     """PEFT's LoRA linear layer whose forward follows a `StreamPlan` instead of the set of active adapters."""
 
     plan: StreamPlan | None = None
+    transposed = False  # the base layer's weight
     # Of the weights that `narrow_adapters` copied, by stream: see `_version`.
     narrowed_versions: Mapping[str, tuple[int, ...]] = {}
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        config = copy.copy(config)  # which all layers share
+        config.fan_in_fan_out = self.transposed
+        super().__init__(base_layer, adapter_name, config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, plus each adapter's update on that adapter's rows."""
@@ -160,8 +166,8 @@ class StreamLinear(LoraLinear):
     def _adapted(self, result: Tensor, x: Tensor, stream: Stream) -> Tensor:
         if stream is None or stream not in self.lora_A:
             return result
-        if stream in self.lora_variant:  # DoRA
-            variant = self.lora_variant[stream]
+        if stream in self.lora_variant:  # DoRA, which PEFT computes in the adapter's dtype
+            variant, x = self.lora_variant[stream], self._cast_input_dtype(x, self.lora_A[stream].weight.dtype)
             return variant.forward(self, active_adapter=stream, x=x, result=result).to(result.dtype)
         lora_a, lora_b = self.lora_A[stream], self.lora_B[stream]
         x, scale = self.lora_dropout[stream](x), self.scaling[stream]
@@ -183,8 +189,10 @@ def _version(*weights: Tensor) -> tuple[int, ...]:
 class StreamConv1D(StreamLinear):
     """The same for GPT-2's Conv1D, whose weight is stored transposed."""
 
+    transposed = True
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        config.fan_in_fan_out = True
+        config.fan_in_fan_out = True  # to be saved, as PEFT does
         kwargs["is_target_conv_1d_layer"] = True
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
@@ -222,7 +230,7 @@ def with_stream_layers(peft_config: LoraConfig) -> LoraConfig:
             raise ConfigError(f"LoraConfig.{name} = {getattr(peft_config, name)!r}: {rule}")
     # PEFT writes what it resolves (target names, say) into the config it is given.
     peft_config = copy.deepcopy(peft_config)
-    peft_config.task_type = "CAUSAL_LM"
+    peft_config.task_type, peft_config.fan_in_fan_out = "CAUSAL_LM", False
     peft_config._register_custom_module({nn.Linear: StreamLinear, Conv1D: StreamConv1D})
     return peft_config
 

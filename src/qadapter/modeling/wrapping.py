@@ -1,6 +1,8 @@
 """Any PEFT LoRA as an adapter folder of ours, without training: dial, composition, audit and server work for it."""
 
 import os
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from qadapter.modeling.lora_files import CONFIG_NAME, read_foreign_lora
 from qadapter.modeling.manifest import MANIFEST_NAME, read_json_object
 from qadapter.modeling.policy import DEFAULT_ADAPTER, QAdapterForCausalLM
 from qadapter.modeling.rewritten_bases import write_base
+from qadapter.new_folders import removed_on_error
+
+SHOWN_TOKENS = 5
 
 
 def wrap(
@@ -34,7 +39,8 @@ def wrap(
         base_model: instead of the base that the LoRA names.
         tokenizer: instead of the LoRA folder's or the base's.
         new_base: folder for a base model that has the weights trained or resized along with the LoRA (embeddings of
-            new tokens, say). Written, and wrapped for, only where there are such weights.
+            new tokens, say). Written, and wrapped for, only where there are such weights; not left where the LoRA is
+            refused.
 
     Raises:
         AdapterFormatError: the folder is no LoRA that a frozen base can carry.
@@ -51,12 +57,16 @@ def wrap(
         has_tokenizer = own or not os.path.isdir(source.path) or (Path(source.path) / "tokenizer_config.json").exists()
         tokenizer = load_tokenizer(folder if own else source) if has_tokenizer else None
     base = load_base(source, **model_kwargs)
-    if new_base is not None and _trained(base, base_weights, folder):
-        source = write_base(source, base_weights, tokenizer, new_base)
-        base = load_base(source, **model_kwargs)
-    _require_frozen(base, base_weights, folder)
-    model = QAdapterForCausalLM(base, {DEFAULT_ADAPTER: QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
-    load_tensors(model, DEFAULT_ADAPTER, tensors, folder)
+    with ExitStack() as on_error:
+        if new_base is not None and _trained(base, base_weights, folder):
+            there = os.path.exists(new_base)
+            source = write_base(source, base_weights, tokenizer, new_base)
+            on_error.enter_context(removed_on_error(Path(new_base), keep=there))
+            base = load_base(source, **model_kwargs)
+        _require_frozen(base, base_weights, folder)
+        _warn_of_unknown_tokens(base, tokenizer, folder)
+        model = QAdapterForCausalLM(base, {DEFAULT_ADAPTER: QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
+        load_tensors(model, DEFAULT_ADAPTER, tensors, folder)
     model.base_source = source
     return model.eval(), tokenizer
 
@@ -79,6 +89,21 @@ def _require_frozen(base: PreTrainedModel, saved: dict[str, Tensor], folder: Pat
         raise AdapterFormatError(
             f"{folder}: {name} was trained or resized along with the LoRA, and a frozen base does not follow. "
             "Have a base written that has this weight (qadapter wrap --new-base DIR), or give one with --base-model."
+        )
+
+
+def _warn_of_unknown_tokens(base: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Warn of tokens that the base has no embeddings for: they were added in training, and theirs are lost."""
+    rows = base.get_input_embeddings().weight.shape[0]
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    unknown = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
+    if unknown:
+        names = ", ".join(repr(token) for _, token in unknown[:SHOWN_TOKENS])
+        warnings.warn(
+            f"{folder}: the tokenizer has {len(unknown)} tokens that the base has no embeddings for ({names}"
+            f"{', ...' if len(unknown) > SHOWN_TOKENS else ''}), and texts with them will fail: give a base that has "
+            "them (--base-model), or remove the tokenizer's files, for the base's own.",
+            stacklevel=3,
         )
 
 

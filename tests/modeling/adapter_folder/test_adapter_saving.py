@@ -1,7 +1,9 @@
 """What is in the adapter folder, who else reads it, and that a save which fails leaves no half adapter."""
 
 import errno
+import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from saved_adapters import ADAPTER_FILES, BATCH, REAL, TOKENIZER_FILES, WEIGHTS, build, files_in, load, logits_of
 from transformers import AutoModelForCausalLM
 
+from qadapter import QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling import checkpoint
 from qadapter.modeling.loading import tokenizer_of
+from qadapter.modeling.manifest import MANIFEST_NAME
 
 # -- layout --------------------------------------------------------------------------------------------------------
 
@@ -132,6 +136,74 @@ def test_saving_keeps_other_files_of_the_folder(policy, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     policy.save_pretrained(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def lora_files(folder):
+    """Write somebody's LoRA, with notes and a checkpoint; its files by their paths."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "notes.txt", "checkpoint-5/optimizer.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"mine: {name}")
+    return contents(folder)
+
+
+def contents(folder):
+    return {name: (folder / name).read_text() for name in files_in(folder)}
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_saving_keeps_somebodys_loras_under_adapters(policy, tmp_path, saved_before):
+    if saved_before:
+        policy.save_pretrained(tmp_path)
+    mine = lora_files(tmp_path / "adapters" / "my-lora")
+    policy.save_pretrained(tmp_path)
+    assert contents(tmp_path / "adapters" / "my-lora") == mine
+    load(tmp_path)
+
+
+def test_somebodys_lora_in_the_way_of_an_adapter_is_renamed_and_named(policy, tmp_path, caplog):
+    for number in (1, 2):
+        mine = lora_files(tmp_path / "adapters" / "default")
+        policy.save_pretrained(tmp_path)
+        assert contents(tmp_path / "adapters" / f"default.old{number}") == mine
+        assert f"default was there and is of no adapter known here: it is default.old{number} now" in caplog.text
+        load(tmp_path)
+        (tmp_path / MANIFEST_NAME).unlink()
+        shutil.rmtree(tmp_path / "adapters" / "default")
+
+
+def test_saving_removes_an_earlier_adapter_of_another_name(folder):
+    other = QAdapterForCausalLM.from_pretrained(load(folder).base_source.path, adapters={"polite": folder})
+    other.save_pretrained(folder)
+    assert [path.name for path in (folder / "adapters").iterdir()] == ["polite"]
+
+
+@pytest.mark.parametrize("name", ["..", "../../theirs", "default/..", "/"])
+def test_names_in_the_manifest_that_lead_elsewhere_are_not_removed(policy, folder, tmp_path, name):
+    theirs = lora_files(tmp_path / "theirs")
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["adapters"][name] = manifest["adapters"]["default"] | {"path": f"adapters/{name}"}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    policy.save_pretrained(folder)
+    assert contents(tmp_path / "theirs") == theirs
+    load(folder)
+
+
+def test_adapters_that_is_a_link_is_refused_and_left_as_it_is(policy, tmp_path):
+    theirs = lora_files(tmp_path / "theirs" / "default")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapters").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="out/adapters is a link or a file, .*: choose another folder"):
+        policy.save_pretrained(tmp_path / "out")
+    assert contents(tmp_path / "theirs" / "default") == theirs
+
+
+def test_an_adapter_that_was_made_a_link_is_renamed_and_what_it_leads_to_stays(policy, folder, tmp_path):
+    shutil.rmtree(folder / "adapters" / "default")
+    theirs = lora_files(tmp_path / "theirs")
+    (folder / "adapters" / "default").symlink_to(tmp_path / "theirs")
+    policy.save_pretrained(folder)
+    assert contents(tmp_path / "theirs") == theirs
+    load(folder)
 
 
 def test_gathered_state_dict_is_saved_like_the_model_itself(policy, tmp_path):
