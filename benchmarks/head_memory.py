@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def main() -> None:
         full, fused = row["full_bytes"] / 2**20, row["fused_bytes"] / 2**20
         print(f"{tokens:>7} {full:>8.0f} {row['full_seconds']:>5.1f} {fused:>8.0f} {row['fused_seconds']:>5.1f}")
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "vocabulary": options.vocabulary,

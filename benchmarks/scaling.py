@@ -9,6 +9,7 @@ A small random Llama on the CPU; one quantity varies at a time. Memory is the co
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -88,7 +89,7 @@ def main() -> None:
         chart = line_chart(lines, f"Memory of a training step by {LABELS[axis]}", LABELS[axis], "MiB at the peak")
         (RESULTS / f"scaling_{axis}.svg").write_text(chart)
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl)},
         "middle": MIDDLE,

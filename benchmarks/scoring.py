@@ -15,6 +15,7 @@ second.
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -119,7 +120,7 @@ def main() -> None:
         shown = "  ".join(f"{ratio:.2f}x {other.removeprefix('to ')}," for other, ratio in ratios.items())
         print(f"{name:<26} {figures[name]['processor_seconds']:>7.2f} s  {shown.rstrip(',')}")
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "texts": len(texts),

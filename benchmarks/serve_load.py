@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,7 @@ def environment() -> dict:
         "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}, {os.cpu_count()} cores",
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

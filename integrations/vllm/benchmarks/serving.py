@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -206,7 +207,7 @@ def main() -> None:
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     run: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "dtype": options.dtype,
         "compiled": options.compile,  # but for vLLM's own LoRA on the CPU, which it never compiles
