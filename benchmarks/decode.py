@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -278,7 +279,7 @@ def main() -> None:
         f"decode_{options.shape}_{options.device}",
         options.device,
         name,
-        {"torch": torch.__version__, "transformers": transformers.__version__},
+        {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         shape=options.shape,
         results=results,
     )

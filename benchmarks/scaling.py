@@ -1,4 +1,4 @@
-"""How memory and time of a training step grow with sequence length, vocabulary, batch and layers: ours and TRL's DPO.
+"""How memory and time of a training step grow with length, prompt, vocabulary, batch and layers: ours and TRL's DPO.
 
     python benchmarks/scaling.py
 
@@ -27,20 +27,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qadapter.plots import line_chart
 
 RESULTS = Path(__file__).parent / "results"
-MIDDLE = {"length": 128, "vocabulary": 16_384, "pairs": 2, "layers": 4}
+MIDDLE = {"length": 128, "prompt": 32, "vocabulary": 16_384, "pairs": 2, "layers": 4}
+PROMPTED = MIDDLE | {"length": 512}  # where the prompt's share varies
 AXES = {
     "length": [64, 128, 256, 512, 1024],
+    "prompt": [32, 128, 256, 384, 448],
     "vocabulary": [4_096, 16_384, 65_536, 131_072],
     "pairs": [1, 2, 4, 8],
     "layers": [2, 4, 8, 16],
 }
-LABELS = {"length": "tokens a row", "vocabulary": "vocabulary", "pairs": "pairs a step", "layers": "layers"}
-PROMPT = 32
+LABELS = {
+    "length": "tokens a row",
+    "prompt": f"prompt tokens of {PROMPTED['length']} a row",
+    "vocabulary": "vocabulary",
+    "pairs": "pairs a step",
+    "layers": "layers",
+}
 
 
 def point(axis: str, value: int) -> dict[str, Any]:
     """MiB and seconds of a step of each contender."""
-    sizes = MIDDLE | {axis: value}
+    sizes = (PROMPTED if axis == "prompt" else MIDDLE) | {axis: value}
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -60,7 +67,9 @@ def point(axis: str, value: int) -> dict[str, Any]:
         "ours": our_step(base, options, None, packing=True, trunk=True),
         "ours, upper half": our_step(base, options, upper, packing=True, trunk=True),
     }
-    pairs = random_pairs(sizes["pairs"], sizes["length"], PROMPT)
+    if axis == "prompt":  # what runs a prompt twice, otherwise alike: all rows have one length, so none is padded
+        steps["ours, a row each"] = our_step(base, options, None, packing=False, trunk=True)
+    pairs = random_pairs(sizes["pairs"], sizes["length"], sizes["prompt"])
     result: dict[str, Any] = {axis: value}
     for name, step in steps.items():
         step(pairs)
@@ -85,9 +94,13 @@ def main() -> None:
         for row in figures[axis]:
             print(row)
         names = [name for name in figures[axis][0] if name != axis]
-        lines = {name: [(row[axis], row[name]["peak_mib"]) for row in figures[axis]] for name in names}
-        chart = line_chart(lines, f"Memory of a training step by {LABELS[axis]}", LABELS[axis], "MiB at the peak")
-        (RESULTS / f"scaling_{axis}.svg").write_text(chart)
+        for quantity, suffix, what, unit in (
+            ("peak_mib", "", "Memory", "MiB at the peak"),
+            ("seconds", "_seconds", "Time", "seconds"),
+        ):
+            lines = {name: [(row[axis], row[name][quantity]) for row in figures[axis]] for name in names}
+            chart = line_chart(lines, f"{what} of a training step by {LABELS[axis]}", LABELS[axis], unit)
+            (RESULTS / f"scaling_{axis}{suffix}.svg").write_text(chart)
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
