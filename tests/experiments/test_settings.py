@@ -189,6 +189,16 @@ def test_the_style_judge_tells_styles_apart_at_equal_length():
     assert equal_length_wins(judge, [None] * 2, [fun, long_dry], [dry, dry]) == [1.0, 0.5]
 
 
+@pytest.mark.parametrize("score", [lambda text: len(text.split()), lambda text: text.count("\n")])
+def test_equal_length_counts_words_between_any_white_space_and_keeps_it(score):
+    class Scoring:
+        def scores(self, prompts, answers):
+            return [float(score(answer.text)) for answer in answers]
+
+    long, short = (Answer(text, True) for text in ("- one\n- two\n\n- three\t\tand four", "- one\n- two\n"))
+    assert equal_length_wins(Scoring(), [None] * 3, [long, short, long], [short, long, Answer("", True)]) == [0.5] * 3
+
+
 def test_repetition_counts_sequences_of_four_words():
     assert repetition("a b c d") == 0.0
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
