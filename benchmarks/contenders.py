@@ -105,7 +105,7 @@ def our_step(
 def trl_step(
     base: PreTrainedModel, options: argparse.Namespace, layers: Any, compiled: bool = False, kept: bool = False
 ) -> Any:
-    """TRL's DPOTrainer: its collator, its loss.
+    """TRL's DPOTrainer: its collator, its loss, the reference by disabling the adapter.
 
     Args:
         compiled: gives it what `compile_layers` gives ours.
@@ -114,7 +114,8 @@ def trl_step(
     words = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
-            model=get_peft_model(copy_of(base), lora(options, layers)),
+            model=copy_of(base),
+            peft_config=lora(options, layers),
             args=DPOConfig(
                 output_dir=folder,
                 use_cpu=options.device == "cpu",
@@ -129,6 +130,8 @@ def trl_step(
             processing_class=tokenizer_of_words(),
         )
     model = trainer.model.train()
+    if list(model.peft_config) != ["default"]:
+        raise RuntimeError("TRL runs the reference through an adapter of its own: this would time a heavier rival")
     checkpointed(model, options)
     if compiled:
         for layer in model.get_base_model().get_decoder().layers:

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--cells", nargs="+", default=[], metavar="PATTERN", help="cells of such names, in this order"
         )
-        command.add_argument("--shard", default="0/1", help="I/N: only every Nth cell, from the Ith on")
+        command.add_argument("--shard", default="0/1", help="I/N: only every Nth cell, from the Ith on (0 to N-1)")
         _folders(command)
     commands.choices["run"].add_argument("--keep-adapters", action="store_true", help="keep each adapter in --work")
     commands.choices["run"].add_argument("--threads", type=int, default=None, help="CPU threads (default 1)")
@@ -82,6 +82,18 @@ def named_cells(cells: list[Cell], patterns: list[str]) -> list[Cell]:
     return list({cell.key: cell for found in matching for cell in found}.values())
 
 
+def sharded(cells: list[Cell], shard: str) -> list[Cell]:
+    """The cells of a shard "I/N".
+
+    Raises:
+        ConfigError: it is no such shard.
+    """
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--shard {shard!r}: give I/N with I from 0 to N - 1, as 0/2 and 1/2 for two machines.")
+    return cells[int(index) :: int(count)]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     arguments = parser().parse_args(argv)
@@ -95,8 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
             judge_samples(arguments.judge, arguments.results / arguments.suite, arguments.work)
         else:
-            index, count = map(int, arguments.shard.split("/"))
-            cells = named_cells(list(chosen_suite(arguments).cells()), arguments.cells)[index::count]
+            cells = sharded(named_cells(list(chosen_suite(arguments).cells()), arguments.cells), arguments.shard)
             if arguments.command == "list":
                 print("\n".join(cell.name for cell in cells))
             else:

@@ -30,18 +30,24 @@ class Cell:
 
     @classmethod
     def of(cls, setting: Setting, method: str, options: dict[str, Any], seed: int) -> "Cell":
-        """A cell; options that start with "training." change the setting's training."""
+        """A cell; options that start with "training." change the setting's training, not that of a prepared base."""
         changes = {name.removeprefix("training."): options[name] for name in options if name.startswith("training.")}
         own = {name: value for name, value in options.items() if not name.startswith("training.")}
-        if changes:
-            setting = replace(setting, training=replace(setting.training, **changes))
+        training = replace(setting.training, **changes)
+        if setting.prepared and training != setting.training:
+            setting = replace(setting, prepared_by=setting.prepared_by or setting.training)
+        setting = replace(setting, training=training)
         return cls(setting, method, tuple(sorted(own.items())), seed)
 
     def described(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as JSON."""
         setting = jsonable(asdict(self.setting))
-        if not self.setting.training.packed:
-            del setting["training"]["packed"]  # younger than many results, whose keys shall not change
+        # Both are younger than many results, whose keys shall not change.
+        for training in (setting["training"], setting["prepared_by"]):
+            if training and not training["packed"]:
+                del training["packed"]
+        if not setting["prepared_by"]:
+            del setting["prepared_by"]
         return {
             "version": RESULT_VERSION,
             "setting": setting,

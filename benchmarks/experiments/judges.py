@@ -26,7 +26,10 @@ class Judge(Protocol):
 class StyleJudge:
     """Logistic regression on TF-IDF of words and pairs of words: chosen against rejected answers of the judge's pairs.
 
-    Answers are cut to `words` words, about what a sample holds, when it is fitted and when it is asked.
+    Answers are cut when it is fitted and when it is asked, to about what a sample holds.
+
+    Args:
+        words: pieces between blanks, where line breaks are pieces, and so are empty ones: often fewer words.
     """
 
     def __init__(self, pairs: Sequence[Pair], words: int) -> None:
@@ -44,7 +47,7 @@ class StyleJudge:
         self.model.fit([text for text, _ in texts], [label for _, label in texts])
 
     def cut(self, text: str) -> str:
-        """The first words of a text, lines kept."""
+        """The first pieces of a text, lines kept. Results hang on it: other pieces would be another judge."""
         return " ".join(text.replace("\n", " \n ").split(" ")[: self.words])
 
     def scores(self, prompts: Sequence[Any], answers: Sequence[Answer]) -> list[float]:
@@ -125,8 +128,10 @@ def equal_length_wins(
 
 
 def _cut_alike(one: Answer, other: Answer) -> tuple[Answer, Answer]:
-    words = min(len(one.text.split()), len(other.text.split()))
-    return tuple(Answer(" ".join(answer.text.split(" ")[:words]), True) for answer in (one, other))  # type: ignore[return-value]
+    # Where each word ends: the white space between words is style, and stays.
+    ends, others = ([0, *(word.end() for word in re.finditer(r"\S+", answer.text))] for answer in (one, other))
+    words = min(len(ends), len(others)) - 1
+    return Answer(one.text[: ends[words]], True), Answer(other.text[: others[words]], True)
 
 
 def repetition(text: str) -> float:

@@ -62,9 +62,10 @@ straight in √drift, which credits what was not measured. Where strengths were 
 the whole curve (benchmarks/LOG.md).
 
 Gains: the change of the judge's score on sampled answers; its win rate against the base's answers at equal length,
-less ½; the change of log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the
-answers' ends. Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the
-score that benchmarks lost, up to 0.04.
+less ½ (figures up to 2026-11-28 were cut at blanks alone: words joined by line breaks counted as one); the change of
+log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the answers' ends.
+Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the score that
+benchmarks lost, up to 0.04.
 
 A method's knob is chosen on one half of the prompts and measured on the other, both ways round. "Dial" is the strength
 dial z_b + λ (z̃ − z_b), given to every method (on a DPO LoRA it is DeRa); "scaled" averages weights with the base's

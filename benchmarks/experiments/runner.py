@@ -211,7 +211,9 @@ class Runner:
     def cache_of(self, setting: Setting) -> Path:
         """A folder for what depends on the setting but for its training: the base's answers and the like."""
         described = Cell(setting, "base", (), 0).described()["setting"]
-        described.pop("training")
+        training = described.pop("training")
+        if setting.prepared:
+            described.setdefault("prepared_by", training)
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
         return ensured(self.store.work / "cache" / f"{setting.name}-{digest}")
 
@@ -223,7 +225,10 @@ class Runner:
             base = setting.base
         if not setting.prepared:
             return base
-        first = replace(setting, name=f"prepared-{setting.name}", pairs=setting.prepared, prepared="", retained=())
+        first = replace(
+            setting, name=f"prepared-{setting.name}", pairs=setting.prepared, prepared="", prepared_by=None,
+            retained=(), training=setting.prepared_by or setting.training,
+        )  # fmt: skip
         cell = Cell.of(first, "dpo", {"beta": PREPARED_BETA}, 0)
         folder = self.store.work / "bases" / cell.name
         if not (folder / "config.json").exists():

@@ -63,6 +63,7 @@ class Setting:
         pairs: the preference data (pools.py): "dsp/entertainment", "hh-rlhf/harmless", "builtin", one of OWN_PAIRS, ...
         base: id or folder of the base model, "builtin" or "tiny".
         prepared: preference data to which the base is tuned first, by DPO, and merged; "" for none.
+        prepared_by: the training of that, where it is not `training`: variants in training have one base.
         retained: preference data whose held-out pairs the policy should not forget.
         judge: "style" (a classifier fitted on prompts of its own), "reward" (a reward model trained on them), or a
             rule such as "rule:max-words=5", or "right:5", which wants the right answer in at most five words.
@@ -74,6 +75,7 @@ class Setting:
     base: str = "builtin"
     dtype: str = "auto"
     prepared: str = ""
+    prepared_by: Training | None = None
     retained: tuple[str, ...] = ()
     judge: str = "style"
     max_length: int = 512

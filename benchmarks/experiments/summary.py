@@ -69,7 +69,8 @@ def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
         first = own[0]["cell"]["setting"]
         for result in own[1:]:
             other = result["cell"]["setting"]
-            differing = [key for key in first if key != "training" and first[key] != other.get(key)]
+            kept = first.keys() - {"training", "prepared_by"}  # the latter goes with changed training
+            differing = [key for key in first if key in kept and first[key] != other.get(key)]
             if differing:
                 raise DataError(
                     f"{own[0]['file']} and {result['file']} are both of the setting {name} but differ in "

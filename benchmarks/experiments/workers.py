@@ -121,8 +121,7 @@ def run_in_workers(
         with ended_with_this_process(started):
             for process in started:
                 process.start()
-            while any(process.is_alive() for process in started) and (deadline is None or time.monotonic() < deadline):
-                time.sleep(POLL_SECONDS)
+            wait(started, deadline)
             late = [process for process in started if process.is_alive()]
         done, failed = (len(list(board.folder.glob(f"{word}-*"))) for word in ("done", "failed"))
         died = sum(process.exitcode != 0 for process in started if process not in late)
@@ -132,6 +131,16 @@ def run_in_workers(
         + (f"; {len(late)} were stopped at the deadline" if late else "")
     )
     return failed + died
+
+
+def wait(processes: Sequence[Any], deadline: float | None) -> None:
+    """Return when all processes have ended, or at the deadline."""
+    # A list asks every process, not only up to the first one alive: what is not asked after its death stays a zombie,
+    # which `Board.release_dead` takes for alive.
+    while any([process.is_alive() for process in processes]):  # noqa: C419
+        if deadline is not None and time.monotonic() >= deadline:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager

@@ -197,6 +197,20 @@ def test_cells_are_chosen_by_name_in_the_order_of_the_patterns(capsys):
     assert "--cells 'no-such*' matches no cell of the suite" in none.err
 
 
+def test_shards_share_the_cells(capsys):
+    def listed(shard):
+        assert main(["list", "--suite", "cpu", "--shard", shard]) == 0
+        return capsys.readouterr().out.split()
+
+    assert sorted(listed("0/2") + listed("1/2")) == sorted(listed("0/1"))
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "0/0", "-1/2", "a/b", "0/2/3", ""])
+def test_a_shard_that_there_is_not_is_refused(shard, capsys):
+    assert main(["list", "--suite", "cpu", f"--shard={shard}"]) == 1
+    assert f"error: --shard {shard!r}: give I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
 def test_results_of_another_version_are_left_out(finished, cells, tmp_path):
     result = json.loads(finished.path(cells[0]).read_text())
     result["cell"]["version"] = -1

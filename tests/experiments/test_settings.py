@@ -9,13 +9,14 @@ import pytest
 from benchmarks.experiments import own_pairs
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.ablations import KL_PENALTY
-from benchmarks.experiments.cells import Cell, Store
+from benchmarks.experiments.cells import Cell, Store, read_results
 from benchmarks.experiments.judges import RightAnswerJudge, StyleJudge, equal_length_wins, held_out_accuracy, repetition
 from benchmarks.experiments.named_settings import capitals, hh, terse
 from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runner import Runner
 from benchmarks.experiments.suites import fast_dtype, make_suite
+from benchmarks.experiments.summary import by_setting
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter.config import PRESETS
 from qadapter.errors import ConfigError, DataError
@@ -69,6 +70,20 @@ def test_a_helpful_base_is_made_harmless_and_its_helpfulness_measured(data, tmp_
     plain, _ = run(hh(**SMALL, measuring=measuring, prepared=""), data, tmp_path)
     assert plain["base"]["fingerprint"] != result["base"]["fingerprint"]
     assert (prepared / "config.json").exists()
+
+
+def test_variants_in_training_have_the_base_that_is_prepared_by_the_training_unchanged(data, tmp_path):
+    plain = Cell.of(hh(**SMALL, measuring=SMOKE.measuring), "dpo", {"beta": 0.1}, 0)
+    varied = Cell.of(plain.setting, "dpo", {"beta": 0.1, "training.lora_r": 4, "training.packed": True}, 0)
+    runner = Runner(Store(tmp_path / "results", tmp_path / "work"), data, say=lambda line: None)
+    assert runner.base_of(varied.setting) == runner.base_of(plain.setting)
+    assert runner.cache_of(varied.setting) == runner.cache_of(plain.setting)
+    for cell in (plain, varied):
+        runner.store.write(cell, {})
+    assert len(by_setting(list(read_results(runner.store.results)))["hh-harmless"]) == 2
+    changed = replace(plain.setting, training=varied.setting.training)  # its base, too, is tuned with that
+    assert changed != varied.setting
+    assert runner.cache_of(changed) != runner.cache_of(plain.setting)
 
 
 def test_terse_pairs_are_made_from_the_bases_own_answers(data, tmp_path):
@@ -172,6 +187,16 @@ def test_the_style_judge_tells_styles_apart_at_equal_length():
     assert held_out_accuracy(judge, [pair(n) for n in range(100, 120)]) == 1.0
     fun, dry, long_dry = (Answer(text, True) for text in ("Wow! Great fun!", "The figure is.", "The figure is. Wow!"))
     assert equal_length_wins(judge, [None] * 2, [fun, long_dry], [dry, dry]) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("score", [lambda text: len(text.split()), lambda text: text.count("\n")])
+def test_equal_length_counts_words_between_any_white_space_and_keeps_it(score):
+    class Scoring:
+        def scores(self, prompts, answers):
+            return [float(score(answer.text)) for answer in answers]
+
+    long, short = (Answer(text, True) for text in ("- one\n- two\n\n- three\t\tand four", "- one\n- two\n"))
+    assert equal_length_wins(Scoring(), [None] * 3, [long, short, long], [short, long, Answer("", True)]) == [0.5] * 3
 
 
 def test_repetition_counts_sequences_of_four_words():

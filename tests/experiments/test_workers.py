@@ -1,6 +1,7 @@
 """Several processes on one suite: every cell once, the same numbers as one process, nothing after the deadline."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.suites import make_suite
-from benchmarks.experiments.workers import Board, next_cell
+from benchmarks.experiments.workers import Board, ended_with_this_process, next_cell, wait
 
 NAMES = ("qadapter", "dpo", "sft")
 SETTING = make_suite("smoke").settings[0]
@@ -102,6 +103,23 @@ def test_what_a_dead_process_was_preparing_is_prepared_by_another(tmp_path):
     child.wait()
     (tmp_path / ("taken-prepared-" + Cell(cell.setting, "setting", (), 0).key)).write_text(str(child.pid))
     assert next_cell(board, [cell], Knowing()) == cell
+
+
+def test_what_a_killed_worker_was_preparing_is_free_while_others_go_on(tmp_path):
+    board, context = Board(tmp_path, 2, None), multiprocessing.get_context("spawn")
+    first, second = (context.Process(target=time.sleep, args=(600,), daemon=True) for _ in range(2))
+    with ended_with_this_process([first, second]):
+        first.start()
+        second.start()
+        (tmp_path / "taken-prepared-a").write_text(str(second.pid))
+        board.release_dead("prepared-a")
+        assert board.taken("prepared-a")
+        os.kill(second.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, second.pid, os.WEXITED | os.WNOWAIT)  # until it is dead; it stays a zombie
+        wait([first, second], time.monotonic() + 0.1)
+        board.release_dead("prepared-a")
+        assert first.is_alive()
+        assert not board.taken("prepared-a")
 
 
 def test_cells_of_a_setting_in_memory_come_first_but_only_among_the_next_ones(tmp_path):
