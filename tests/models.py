@@ -45,6 +45,9 @@ ARCHITECTURES = {
     "granite": {"model_type": "granite", "logits_scaling": 2.0, "attention_multiplier": 0.3},
     "cohere": {"model_type": "cohere", "logit_scale": 0.5},
 }
+# Every fast path is compared with its slow twin on these: plain, with norms of queries and keys, with a sliding window,
+# with layers of two kinds.
+FAST_PATHS = ["llama", "qwen3", "mistral", "gemma3"]
 # Bases whose experts and router no LoRA here may target.
 MIXTURES = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from models import lora, tiny_base, tiny_policy, tiny_trainer, token_pairs
+from models import FAST_PATHS, lora, tiny_base, tiny_policy, tiny_trainer, token_pairs
 from safetensors.torch import save_file
 from transformers import Trainer
 
@@ -21,12 +21,12 @@ from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.errors import ConfigError
 from qadapter.modeling.packed import enable_packing
 
-ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3", "gpt_neox"]
+ARCHITECTURES = [*FAST_PATHS, "gpt_neox"]
 UPPER = lora(target_modules=["v_proj", "down_proj"], layers_to_transform=[2, 3])
 
 
-def upper_policy(architecture="llama", **options):
-    base = tiny_base(architecture, dtype=torch.float64, num_hidden_layers=4)
+def upper_policy(architecture="llama", dtype=torch.float64, **options):
+    base = tiny_base(architecture, dtype=dtype, num_hidden_layers=4)
     return tiny_policy(base, peft_config=UPPER if architecture != "gpt_neox" else None, **options)
 
 
@@ -63,6 +63,21 @@ def test_statistics_and_gradients_equal_those_of_a_pass_of_the_base(architecture
         torch.testing.assert_close(values, others, rtol=1e-6, atol=1e-8, msg=name)
     for name, gradient in gradients.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("architecture", FAST_PATHS)
+def test_states_of_a_base_in_bfloat16_give_the_very_same(architecture, packing, tmp_path):
+    """Kept as computed: from a batch of the same pairs, which rounds alike, nothing differs by a bit."""
+    policy, pairs = upper_policy(architecture, torch.bfloat16), Dataset.from_list(token_pairs(4))
+    collator = collator_of(policy, packing)
+    states = keep_base_states(policy, pairs, collator, str(tmp_path / "states"), batch_pairs=4)
+    expected, gradients = loss_and_gradients(policy, collator(list(pairs)))
+    batch = BaseStatesCollator(collator)([states[i] for i in range(4)])
+    assert batch["trunk_states"].dtype == torch.bfloat16
+    actual, again = loss_and_gradients(policy, batch)
+    assert all(torch.equal(*both) for both in zip(actual, expected, strict=True))
+    assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -76,6 +76,26 @@ def test_a_foreign_folder_is_peft_s_model_at_strength_1_and_the_base_at_0(foreig
     assert wrapped("Question 3?</s>").input_ids == original("Question 3?</s>").input_ids
 
 
+def test_a_wrapped_folder_is_mixed_with_a_trained_one(base, adapter, tmp_path):
+    write_lora(tmp_path / "foreign", base, AXOLOTL_0_9)
+    succeeded(qadapter("wrap", tmp_path / "foreign", "--output-dir", tmp_path / "wrapped"))
+    weights = {"foreign": 0.7, "own": 0.4}
+    both = QAdapterForCausalLM.from_pretrained(
+        base, adapters={"foreign": tmp_path / "wrapped", "own": adapter}, adapter_weights=weights
+    )
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "foreign").eval()
+    with torch.no_grad():
+        with plain.disable_adapter():
+            z_base = plain(input_ids=IDS).logits
+        alone = {
+            "foreign": plain(input_ids=IDS).logits,
+            "own": QAdapterForCausalLM.from_pretrained(adapter)(IDS).logits,
+        }
+        expected = z_base + sum(weights[name] * (z - z_base) for name, z in alone.items())
+        # float32 matmuls of stacked and of separate batches add in different orders; logits here are of size 10.
+        torch.testing.assert_close(both(IDS).logits, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_the_base_that_an_axolotl_folder_names_is_found_without_being_given(base, tmp_path):
     """Though the folder's own config.json looks like a model's."""
     write_lora(tmp_path / "foreign", base, AXOLOTL_0_9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny_base, tiny_policy, tiny_trainer, token_pairs
+from models import FAST_PATHS, tiny_base, tiny_policy, tiny_trainer, token_pairs
 
 from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.data.micro_batches import MicroBatchCollator, tokens_of
@@ -56,6 +56,27 @@ def test_steps_and_metrics_equal_those_of_whole_batches(tmp_path, packing, accum
         )
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", FAST_PATHS)
+@pytest.mark.parametrize("packing", [True, False])
+def test_loss_and_every_gradient_equal_those_of_the_whole_batch(tmp_path, architecture, packing):
+    policy, pairs, found = tiny_policy(tiny_base(architecture, dtype=torch.float64)), token_pairs(5), []
+    for budget in (None, 40):
+        trainer = tiny_trainer(policy, tmp_path, packing=packing, micro_batch_tokens=budget)
+        batch = trainer.data_collator(pairs)
+        parts = batch.get("micro_batches", [batch])
+        assert (len(parts) > 1) == (budget is not None)
+        policy.zero_grad()
+        losses = [trainer.compute_loss(policy, part) for part in parts]
+        torch.stack(losses).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
+        found.append((sum(losses).detach(), gradients))
+    # Norms compute in float32 whatever the model's dtype, and sum over other rows.
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=1e-9)
+    for name, expected in found[0][1].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found[1][1][name], expected, rtol=1e-4, atol=1e-6 * scale, msg=name)
 
 
 def test_a_batch_runs_in_several_parts(tmp_path):

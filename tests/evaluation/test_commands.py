@@ -11,6 +11,7 @@ from evaluated import write_adapter, write_base
 from qadapter import cli
 from qadapter.evaluation import benchmarks, sweep_report
 from qadapter.evaluation.card import BEGIN
+from qadapter.modeling.wrapping import wrap
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -73,6 +74,18 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert page.count("Calibration error") == 1
     assert "Differences of each two" in page
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_a_wrapped_lora_is_audited_to_the_end_as_the_adapter_it_was_is(run, own, base, tokenizer, tmp_path):
+    policy, _ = wrap(own / "adapters" / "default", base, tokenizer)
+    policy.save_pretrained(tmp_path / "wrapped", tokenizer=tokenizer)
+    audits = []
+    for folder in (tmp_path / "wrapped", own):
+        assert run("audit", folder, "--strength", 0.7, "--max-kl", 100, "--no-cache")[0] == 0
+        audits.append(json.loads((folder / "audit.json").read_text()))
+        assert BEGIN in (folder / "README.md").read_text()
+    assert audits[0]["verdict"] == "passes"
+    assert audits[0]["results"] == audits[1]["results"]
 
 
 def test_folders_with_at_signs_are_lines_of_their_own(run, adapter, untouched, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from models import APART, tiny_base, tiny_policy, tiny_trainer, token_pairs
+from models import APART, FAST_PATHS, tiny_base, tiny_policy, tiny_trainer, token_pairs
 from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops import wrap
 from torch.fx import Interpreter
@@ -27,10 +27,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def layers_traced_but_run_eagerly(monkeypatch):
-    """Without the minutes that a CPU's compiler takes; what may go wrong here is the tracing, shapes and streams."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw))
+def backend(request, monkeypatch):
+    """Traced but run eagerly, without a CPU compiler's minutes: tracing, shapes and streams may go wrong here."""
+    chosen, compile_module = getattr(request, "param", "aot_eager"), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=chosen, **kw))
     torch.compiler.reset()
 
 
@@ -42,10 +42,19 @@ def losses_and_gradients(policy, batch, mask):
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_loss_and_gradients_of_eager_ones():
-    policy = tiny_policy(tiny_base("llama")).train()
+@pytest.mark.parametrize(
+    ("architecture", "backend", "layers", "sizes"),
+    [
+        ("llama", "aot_eager", 2, (4, 3)),
+        # What differs is the forward pass; tracing the backward one, too, would take minutes.
+        *((name, "eager", 1, (4,)) for name in FAST_PATHS if name != "llama"),
+    ],
+    indirect=["backend"],
+)
+def test_compiled_layers_give_the_loss_and_gradients_of_eager_ones(architecture, layers, sizes):
+    policy = tiny_policy(tiny_base(architecture, num_hidden_layers=layers)).train()
     assert enable_packing(policy.base)
-    batches = [PackedCollator()(token_pairs(count)) for count in (4, 3)]
+    batches = [PackedCollator()(token_pairs(count)) for count in sizes]
     masks = [batch["completion_mask"] for batch in batches]
     expected = [losses_and_gradients(policy, *both) for both in zip(batches, masks, strict=True)]
     compiled.compile_layers(policy)

@@ -24,6 +24,7 @@ from transformers import (
     StaticCache,
     StopStringCriteria,
     TextIteratorStreamer,
+    WatermarkingConfig,
     set_seed,
 )
 from transformers.generation import logits_process as processors
@@ -395,26 +396,53 @@ def test_samples_follow_the_policy_and_not_the_plain_lora(policy, plain):
     assert statistic > freedom + 50 * (2 * freedom) ** 0.5
 
 
-END = torch.tensor([1])
+MANY = list(range(40, 80))
+# Every second token ends a text, so that one would end early: but for what forbids it.
+EVEN = list(range(0, VOCABULARY, 2))
+ENDS = torch.tensor(EVEN)
+START = torch.tensor([PROMPTS[0]])
+SCORES = {(7,): 6.0, (8,): 6.0}
+WATERMARK = WatermarkingConfig(bias=6.0, seeding_scheme="lefthash", context_width=1)
+
+
+def odd_after_odd(row, ids):
+    """Which tokens a text may go on with, for `prefix_allowed_tokens_fn`."""
+    return range(int(ids[-1]) % 2, VOCABULARY, 2)
+
+
+# Option of `generate`, its value, and what transformers makes of it.
 PROCESSORS = {
-    "temperature": processors.TemperatureLogitsWarper(1.7),
-    "top_k": processors.TopKLogitsWarper(4),
-    "top_p": processors.TopPLogitsWarper(0.6),
-    "min_p": processors.MinPLogitsWarper(0.2),
-    "typical_p": processors.TypicalLogitsWarper(0.6),
-    "epsilon_cutoff": processors.EpsilonLogitsWarper(0.05),
-    "eta_cutoff": processors.EtaLogitsWarper(0.05),
-    "repetition_penalty": processors.RepetitionPenaltyLogitsProcessor(1.8),
-    "no_repeat_ngram_size": processors.NoRepeatNGramLogitsProcessor(1),
-    "bad_words_ids": processors.NoBadWordsLogitsProcessor([[token] for token in range(40, 80)], END),
-    "suppress_tokens": processors.SuppressTokensLogitsProcessor(list(range(40, 80))),
-    "sequence_bias": processors.SequenceBiasLogitsProcessor({(7,): 6.0, (8,): 6.0}),
-}
-VALUES = {
-    "temperature": 1.7, "top_k": 4, "top_p": 0.6, "min_p": 0.2, "typical_p": 0.6, "epsilon_cutoff": 0.05,
-    "eta_cutoff": 0.05, "repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(40, 80)),
-    "bad_words_ids": [[token] for token in range(40, 80)], "sequence_bias": {(7,): 6.0, (8,): 6.0},
+    "temperature": (1.7, processors.TemperatureLogitsWarper(1.7)),
+    "top_k": (4, processors.TopKLogitsWarper(4)),
+    "top_p": (0.6, processors.TopPLogitsWarper(0.6)),
+    "min_p": (0.2, processors.MinPLogitsWarper(0.2)),
+    "top_h": (0.4, processors.TopHLogitsWarper(0.4)),
+    "typical_p": (0.6, processors.TypicalLogitsWarper(0.6)),
+    "epsilon_cutoff": (0.05, processors.EpsilonLogitsWarper(0.05)),
+    "eta_cutoff": (0.05, processors.EtaLogitsWarper(0.05)),
+    "repetition_penalty": (1.8, processors.RepetitionPenaltyLogitsProcessor(1.8)),
+    "encoder_repetition_penalty": (1.8, processors.EncoderRepetitionPenaltyLogitsProcessor(1.8, START)),
+    "no_repeat_ngram_size": (1, processors.NoRepeatNGramLogitsProcessor(1)),
+    "encoder_no_repeat_ngram_size": (1, processors.EncoderNoRepeatNGramLogitsProcessor(1, START)),
+    "bad_words_ids": ([[t] for t in MANY], processors.NoBadWordsLogitsProcessor([[t] for t in MANY], ENDS[:1])),
+    "suppress_tokens": (MANY, processors.SuppressTokensLogitsProcessor(MANY)),
+    "begin_suppress_tokens": (MANY, processors.SuppressTokensAtBeginLogitsProcessor(MANY, len(PROMPTS[0]))),
+    "sequence_bias": (SCORES, processors.SequenceBiasLogitsProcessor(SCORES)),
+    "prefix_allowed_tokens_fn": (odd_after_odd, processors.PrefixConstrainedLogitsProcessor(odd_after_odd, 1)),
+    "forced_bos_token_id": (9, processors.ForcedBOSTokenLogitsProcessor(9)),
+    "forced_eos_token_id": (9, processors.ForcedEOSTokenLogitsProcessor(len(PROMPTS[0]) + STEPS, 9)),
+    "min_length": (11, processors.MinLengthLogitsProcessor(11, ENDS)),
+    "min_new_tokens": (5, processors.MinNewTokensLengthLogitsProcessor(len(PROMPTS[0]), 5, ENDS)),
+    "exponential_decay_length_penalty": (
+        (2, 1.4), processors.ExponentialDecayLengthPenalty((2, 1.4), ENDS, len(PROMPTS[0])),
+    ),
+    "watermarking_config": (WATERMARK, WATERMARK.construct_processor(VOCABULARY, "cpu")),
+    "remove_invalid_values": (True, processors.InfNanRemoveLogitsProcessor()),
+    "renormalize_logits": (True, processors.LogitNormalization()),
 }  # fmt: skip
+# What else a text needs for the option to matter.
+ENDING = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")
+PROMPT_OF = {"forced_bos_token_id": PROMPTS[1]}  # forced where the text so far is a single token
 
 
 def next_logits(plain, row, strength):
@@ -423,20 +451,46 @@ def next_logits(plain, row, strength):
     return ((1 - strength) * z_base + strength * (z_theta + (APART.alpha_0 / APART.alpha_tilde - 1) * z_base)).float()
 
 
+def sampled(plain, prompt, strength, processor, ends):
+    """(text, scores) of a sample, two whole passes of PEFT's model a step."""
+    row, all_scores = list(prompt), []
+    for _ in range(STEPS):
+        all_scores.append(processor(torch.tensor([row]), next_logits(plain, row, strength)))
+        row.append(int(torch.multinomial(all_scores[-1].softmax(-1), 1)))
+        if row[-1] in ends:
+            break
+    return row[len(prompt) :], all_scores
+
+
+def assert_processed(policy, plain, name):
+    """Texts and scores of `generate` with a processor are those of the definition at two strengths, which differ."""
+    value, processor = PROCESSORS[name]
+    prompt, ends, texts = PROMPT_OF.get(name, PROMPTS[0]), EVEN if name in ENDING else [], {}
+    for strength in (0.6, 1.0):
+        set_seed(3)
+        text, scores = sampled(plain, prompt, strength, processor, ends)
+        set_seed(3)
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": STEPS, "eos_token_id": ends or None, name: value}
+        output = policy.generate(
+            torch.tensor([prompt]), strength=strength, output_scores=True, return_dict_in_generate=True, **options
+        )
+        texts[strength] = output.sequences[0, len(prompt) :].tolist()
+        assert texts[strength] == text
+        torch.testing.assert_close(torch.cat(output.scores), torch.cat(scores), rtol=1e-4, atol=1e-4)
+    assert texts[0.6] != texts[1.0]
+
+
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_logits_processors_see_the_policys_logits(policy, plain, name):
-    texts = {}
-    for strength in (0.6, 1.0):
-        row = list(PROMPTS[0])
-        set_seed(3)
-        for _ in range(STEPS):
-            scores = PROCESSORS[name](torch.tensor([row]), next_logits(plain, row, strength))
-            row.append(int(torch.multinomial(scores.softmax(-1), 1)))
-        options = {"do_sample": True, "top_k": 0, "strength": strength, name: VALUES[name]}
-        set_seed(3)
-        texts[strength] = generated(policy, PROMPTS[:1], **options)
-        assert texts[strength] == [row[len(PROMPTS[0]) :]]
-    assert texts[0.6] != texts[1.0]
+    assert_processed(policy, plain, name)
+
+
+def test_values_that_are_no_numbers_are_removed_from_the_policys_logits():
+    base = tiny_base()
+    with torch.no_grad():
+        base.lm_head.weight[5] = float("nan")
+    policy = tiny_policy(base)
+    assert_processed(policy, plain_peft(base, policy), "remove_invalid_values")
 
 
 @pytest.mark.parametrize("dial", [{"strength": 0.6}, {"strength": torch.tensor([0.6, -0.3, 1.0])}, {"max_kl": 0.05}])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import APART, lora, padded, tiny_base, tiny_policy, tiny_trainer, token_ids, token_pairs
+from models import APART, FAST_PATHS, lora, padded, tiny_base, tiny_policy, tiny_trainer, token_ids, token_pairs
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from qadapter.data import PackedCollator, PreferenceCollator
@@ -166,14 +166,18 @@ def test_a_model_switched_to_packing_answers_as_before(architecture):
     assert torch.equal(policy.generate(**inputs, **options), text)
 
 
+@pytest.mark.parametrize("architecture", FAST_PATHS)
 @pytest.mark.parametrize("every", [1, 2])
-def test_activation_checkpointing_changes_nothing(every):
-    policy = tiny_policy(tiny_base("mistral", num_hidden_layers=4)).train()
-    packed_loss(policy, long_pairs()).mean().backward()
+def test_activation_checkpointing_changes_nothing(architecture, every):
+    policy = tiny_policy(tiny_base(architecture, num_hidden_layers=4)).train()
+    losses = packed_loss(policy, long_pairs())
+    losses.mean().backward()
     expected = {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
     policy.zero_grad()
     policy.activation_checkpointing_enable(every_n_layers=every)
-    packed_loss(policy, long_pairs()).mean().backward()
+    again = packed_loss(policy, long_pairs())
+    again.mean().backward()
+    assert torch.equal(again, losses)
     for name, parameter in policy.adapter_parameters().items():
         assert torch.equal(parameter.grad, expected[name]), name
 

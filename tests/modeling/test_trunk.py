@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from models import APART, lora, padded, tiny_base, tiny_policy, token_ids
+from models import APART, FAST_PATHS, lora, padded, tiny_base, tiny_policy, token_ids
 from transformers import DynamicCache
 
 from qadapter import QAdapterForCausalLM
@@ -65,9 +65,10 @@ def test_loss_and_every_gradient_equal_those_of_whole_passes(architecture):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("architecture", FAST_PATHS)
 @pytest.mark.parametrize("every", [1, 2])
-def test_activation_checkpointing_changes_nothing(every):
-    policy, inputs = upper_policy(), batch(8, 11, 9, 7)
+def test_activation_checkpointing_changes_nothing(architecture, every):
+    policy, inputs = upper_policy(architecture), batch(8, 11, 9, 7)
     policy.train()
     losses, gradients = loss_and_gradients(policy, inputs)
     policy.activation_checkpointing_enable(every_n_layers=every)

@@ -40,9 +40,9 @@ def endless_base():
 class RunningServer:
     """A server that accepts connections until `stop`."""
 
-    def __init__(self, model=None, tokenizer=None, **settings):
+    def __init__(self, model=None, tokenizer=None, models=None, **settings):
         settings = ServerSettings(**{"port": 0, "shutdown_timeout": 1.0, **settings})
-        self.service = Service(model or two_adapters(), tokenizer or tiny_tokenizer(), MODELS, settings)
+        self.service = Service(model or two_adapters(), tokenizer or tiny_tokenizer(), models or MODELS, settings)
         self.listener = listening_socket(self.service.settings.host, 0)
         self.url = url_of(self.listener)
         ready = threading.Event()

@@ -9,11 +9,13 @@ import sys
 import openai
 import pytest
 from models import APART, lora, tiny_tokenizer, train_randomly
-from served import PATIENCE, endless_base, greedy_text, prompt_ids_of
+from served import PATIENCE, RunningServer, chat, dial, endless_base, greedy_text, prompt_ids_of
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.cli.serve import load_models, run, served_names
 from qadapter.errors import ConfigError
+from qadapter.export import export_lora
+from qadapter.modeling.wrapping import wrap
 
 COMMAND = "import sys; from qadapter.cli.serve import run; sys.exit(run(sys.argv[1:]))"
 
@@ -40,6 +42,26 @@ def test_several_folders_become_one_model_with_named_adapters(folders):
 def test_one_folder_is_served_with_its_stored_weights(folders):
     _, _, models = load_models({"concise": folders[1]}, None, True)
     assert models == {"concise": {"default": 1.0}}
+
+
+def test_a_wrapped_lora_is_served_beside_a_trained_adapter(folders, tmp_path):
+    export_lora(QAdapterForCausalLM.from_pretrained(folders[1]), tmp_path / "lora", tiny_tokenizer())
+    policy, tokenizer = wrap(tmp_path / "lora")
+    policy.save_pretrained(tmp_path / "wrapped", tokenizer=tokenizer)
+    model, tokenizer, models = load_models({"wrapped": str(tmp_path / "wrapped"), "formal": folders[0]}, None, True)
+    server = RunningServer(model, tokenizer, models)
+    try:
+        with server.client() as client:
+            half, mixed = (
+                chat(client, "hello", "wrapped", temperature=0, max_tokens=12, extra_body=dial(**options))
+                for options in ({"strength": 0.5}, {"weights": {"wrapped": 0.6, "formal": 0.5}})
+            )
+    finally:
+        server.stop()
+    prompt = prompt_ids_of("hello")
+    assert half.choices[0].message.content == greedy_text(policy, prompt, 12, strength=0.5)
+    expected = greedy_text(model, prompt, 12, adapter_weights=dict(zip(model.adapters, (0.6, 0.5), strict=True)))
+    assert mixed.choices[0].message.content == expected
 
 
 def test_two_folders_of_one_name_are_refused():
