@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
         "--format",
         choices=FORMATS,
         default="merged",
-        help="merged and lora are exact at strength 1; distilled approximates any strength on your prompts; vllm is "
+        help="merged and lora are the policy at strength 1, but for rounding; distilled approximates any strength on your prompts; vllm is "
         "exact at any strength and needs the plugin qadapter-vllm",
     )
     parser.add_argument("--prompts-file", type=Path, help="prompts to distil on (text, one a line, or JSONL)")
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
         model, tokenizer = load_policy(options)
         if options.format == "lora":
             export_lora(model, options.output_dir, tokenizer)
-            print(f"plain PEFT LoRA written to {options.output_dir}; at strength 1 it is the policy, exactly")
+            print(f"plain PEFT LoRA written to {options.output_dir}: the policy at strength 1")
         elif options.format == "vllm":
             export_vllm(model, options.output_dir, tokenizer, options.strength)
             print(f"folder for vLLM written to {options.output_dir}: vllm serve {shlex.quote(str(options.output_dir))}")
