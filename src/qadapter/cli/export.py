@@ -29,8 +29,8 @@ def run(arguments: list[str]) -> int:
         "--format",
         choices=FORMATS,
         default="merged",
-        help="merged and lora are the policy at strength 1, but for rounding; distilled approximates any strength on your prompts; vllm is "
-        "exact at any strength and needs the plugin qadapter-vllm",
+        help="merged and lora are the policy at strength 1, but for rounding; distilled approximates any strength on "
+        "your prompts; vllm is exact at any strength and needs the plugin qadapter-vllm",
     )
     parser.add_argument("--prompts-file", type=Path, help="prompts to distil on (text, one a line, or JSONL)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the prompts' answers when distilling")
