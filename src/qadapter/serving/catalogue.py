@@ -83,8 +83,8 @@ class Catalogue:
             for field, value in (("max_kl", options.max_kl), ("decay", options.decay)):
                 if value is not None and (field, value) != ("decay", 1.0):  # which asks for nothing
                     raise bad_request(
-                        f"{field} = {value:g} does nothing for model {BASE_NAME!r}, which has no dial: leave it out, or "
-                        "name an adapter as the model.",
+                        f"{field} = {value:g} does nothing for model {BASE_NAME!r}, which has no dial: leave it out "
+                        "or name an adapter as the model.",
                         f"qadapter.{field}",
                     )
             return Dial({None: 1.0})
