@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from evaluated import write_adapter, write_base
 
 from qadapter import cli
-from qadapter.evaluation import benchmarks, sweep_report
+from qadapter.evaluation import benchmarks, evaluate, sweep_report
 from qadapter.evaluation.card import BEGIN
+from qadapter.evaluation.judges import Verdict
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -49,6 +51,18 @@ def test_eval_prints_a_table_and_writes_all_figures(run, adapter, tmp_path):
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert figures["columns"] == [{"path": str(adapter), "name": "policy", "strength": 0.5}]
     assert list(figures["results"]["pairs"]["columns"]) == ["base", "policy"]
+
+
+def test_why_verdicts_are_missing_is_printed(run, adapter, untouched, monkeypatch, tmp_path):
+    silent = SimpleNamespace(judge=lambda comparisons, progress: [Verdict(None, "it is down")] * len(comparisons))
+    monkeypatch.setattr(evaluate, "make_judge", lambda name: silent)
+    judged = ("--judge", "endpoint:http://localhost:21999/v1#m", "--prompts", 3)
+    told = "endpoint:m on {}: 3 of 3 verdicts missing, most often (3) for: it is down"
+    assert told.format("policy") in run("eval", adapter, *judged)[1]
+    printed = run("compare", adapter, untouched, *judged, "--output-dir", tmp_path)[1]
+    for name in (adapter.name, untouched.name):
+        assert told.format(name) in printed
+        assert told.format(name) in (tmp_path / "compare.html").read_text()
 
 
 def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, tmp_path):

@@ -7,12 +7,22 @@ from typing import Any
 
 from rich.console import Console
 
-from qadapter.evaluation.card import finding_line
+from qadapter.evaluation.card import finding_line, missing_lines
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
-from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, short, whole_tasks, written
+from qadapter.evaluation.tables import (
+    Row,
+    headline,
+    is_rate,
+    narrow,
+    print_lines,
+    print_table,
+    short,
+    whole_tasks,
+    written,
+)
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "compare.json", "compare.html"
@@ -78,6 +88,7 @@ def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
     for judged in comparison["results"]["judged"]:
         verdicts = f"{written(judged['rate'], 'rate')}, {judged['missing']} of {judged_count(judged)} missing"
         console.print(f"{judged['column']}: win rate by {judged['judge']} {verdicts}", highlight=False, markup=False)
+    print_lines(console, missing_lines(comparison["results"]["judged"]))
 
 
 def judged_count(judged: Mapping[str, Any]) -> int:
@@ -95,6 +106,7 @@ def page(comparison: Mapping[str, Any]) -> str:
     """The comparison as one self-contained page."""
     names, results = names_of(comparison), comparison["results"]
     parts = [table(("", BASE, *names), headline(results, names)), chart(comparison)]
+    parts += [f"<p>{escape(line)}</p>" for line in missing_lines(results["judged"])]
     header, rows = difference_rows(comparison)
     if rows:
         parts.append("<h2>Differences of each two</h2>" + table(header, rows) + f"<p>{DIFFERENCES_NOTE}</p>")

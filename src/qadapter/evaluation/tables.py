@@ -1,6 +1,6 @@
 """Measured figures as rows of text for terminal, Markdown and HTML."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -191,6 +191,12 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Seque
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Lines of plain text in the terminal, broken between words only."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Row]) -> list[str]:
