@@ -12,7 +12,7 @@ from rich.markup import escape as plain
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
-from qadapter.evaluation.tables import OF_THE_BASE, Row, print_table, short, whole_tasks, written
+from qadapter.evaluation.tables import OF_THE_BASE, Row, print_columns, short, whole_tasks, written
 from qadapter.plots import Chart, chart, svg
 
 JSON_NAME, SVG_NAME, PNG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.png", "sweep.html"
@@ -78,7 +78,7 @@ def write_sweep(sweep: Mapping[str, Any], folder: Path) -> list[Path]:
 def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
     """The points and the recommendation in the terminal."""
     header, rows = narrow_rows(sweep)
-    print_table(console, f"Gain and drift along the dial{fixed(sweep)} (± 95%)", header, rows)
+    print_columns(console, f"Gain and drift along the dial{fixed(sweep)} (95% intervals)", header, rows)
     console.print(plain(recommendation(sweep)), highlight=False)
 
 
