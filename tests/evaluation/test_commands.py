@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from evaluated import write_adapter, write_base
 
-from qadapter import cli
+from qadapter import QAdapterConfig, cli
 from qadapter.evaluation import benchmarks, evaluate, sweep_report
 from qadapter.evaluation.card import BEGIN
 from qadapter.evaluation.judges import Verdict
@@ -87,6 +87,18 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert page.count("Calibration error") == 1
     assert "Differences of each two" in page
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_the_base_has_no_returns_where_adapters_have_different_temperatures(run, adapter, untouched, base, tmp_path):
+    def of_the_base(*folders):
+        assert run("compare", *folders, "--output-dir", tmp_path)[0] == 0
+        columns = json.loads((tmp_path / "compare.json").read_text())["results"]["pairs"]["columns"]
+        assert all(columns[folder.name]["reward_accuracy"]["n"] == 9 for folder in folders)
+        return columns["base"]["reward_accuracy"]
+
+    other = write_adapter(tmp_path / "other", base, config=QAdapterConfig(alpha_tilde=0.7))
+    assert of_the_base(adapter, other) == {"value": None, "low": None, "high": None, "n": 0}
+    assert of_the_base(adapter, untouched)["n"] == 9
 
 
 def test_folders_with_at_signs_are_lines_of_their_own(run, adapter, untouched, tmp_path):
