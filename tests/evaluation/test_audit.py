@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from evaluated import open_policy, pair_rows, write_adapter, write_jsonl
 from models import lora, tiny_tokenizer, train_randomly
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.evaluation import benchmarks, evaluate
 from qadapter.evaluation.audit import run_audit, without_environment
-from qadapter.evaluation.audit_report import page, write_audit
+from qadapter.evaluation.audit_report import page, print_audit, write_audit
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits
@@ -255,7 +256,7 @@ def test_answers_of_the_base_are_shared_by_all_adapters_of_it(audited, base, mon
     assert set(columns) == {"policy"}
 
 
-def test_a_judge_that_could_not_be_reached_is_asked_again(audited, monkeypatch):
+def test_a_judge_that_could_not_be_reached_is_asked_again_and_the_reason_told(audited, monkeypatch, capsys):
     from qadapter.evaluation.judges import Verdict
 
     asked = []
@@ -263,15 +264,20 @@ def test_a_judge_that_could_not_be_reached_is_asked_again(audited, monkeypatch):
     class Down:
         def judge(self, comparisons, progress):
             asked.append(len(comparisons))
-            return [Verdict(None, "down") for _ in comparisons]
+            return [Verdict(None, f"{number} times down at http://key@here/v1") for number in range(len(comparisons))]
 
     monkeypatch.setattr(evaluate, "make_judge", lambda name: Down())
     for _ in range(2):
-        (judged,) = audited()["results"]["judged"]
+        audit = audited()
+        (judged,) = audit["results"]["judged"]
         assert judged["missing"] == 4
         assert judged["wins"] == 0
         assert judged["rate"]["value"] is None
     assert asked == [4, 4]
+    said = "rule:max-words=3 on policy: 4 of 4 verdicts missing, most often (4) for: 0 times down at (address)"
+    assert f"<p>{said}</p>" in page(audit)
+    print_audit(audit, Console(width=200))
+    assert f"\n{said}\n" in capsys.readouterr().out
 
 
 def test_a_base_that_says_nothing_is_refused_in_one_line(audited, monkeypatch):

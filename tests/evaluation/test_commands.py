@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from evaluated import write_adapter, write_base
 
-from qadapter import cli
-from qadapter.evaluation import benchmarks, sweep_report
+from qadapter import QAdapterConfig, cli
+from qadapter.evaluation import benchmarks, evaluate, sweep_report
 from qadapter.evaluation.card import BEGIN
+from qadapter.evaluation.judges import Verdict
 from qadapter.modeling.wrapping import wrap
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -52,6 +54,18 @@ def test_eval_prints_a_table_and_writes_all_figures(run, adapter, tmp_path):
     assert list(figures["results"]["pairs"]["columns"]) == ["base", "policy"]
 
 
+def test_why_verdicts_are_missing_is_printed(run, adapter, untouched, monkeypatch, tmp_path):
+    silent = SimpleNamespace(judge=lambda comparisons, progress: [Verdict(None, "it is down")] * len(comparisons))
+    monkeypatch.setattr(evaluate, "make_judge", lambda name: silent)
+    judged = ("--judge", "endpoint:http://localhost:21999/v1#m", "--prompts", 3)
+    told = "endpoint:m on {}: 3 of 3 verdicts missing, most often (3) for: it is down"
+    assert told.format("policy") in run("eval", adapter, *judged)[1]
+    printed = run("compare", adapter, untouched, *judged, "--output-dir", tmp_path)[1]
+    for name in (adapter.name, untouched.name):
+        assert told.format(name) in printed
+        assert told.format(name) in (tmp_path / "compare.html").read_text()
+
+
 def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, tmp_path):
     lora = shutil.copytree(adapter / "adapters" / "default", tmp_path / "lora")
     code, printed, _ = run("compare", adapter, untouched, lora, "--strengths", "0.5,1", "--base-model", base,
@@ -86,6 +100,18 @@ def test_a_wrapped_lora_is_audited_to_the_end_as_the_adapter_it_was_is(run, own,
         assert BEGIN in (folder / "README.md").read_text()
     assert audits[0]["verdict"] == "passes"
     assert audits[0]["results"] == audits[1]["results"]
+
+
+def test_the_base_has_no_returns_where_adapters_have_different_temperatures(run, adapter, untouched, base, tmp_path):
+    def of_the_base(*folders):
+        assert run("compare", *folders, "--output-dir", tmp_path)[0] == 0
+        columns = json.loads((tmp_path / "compare.json").read_text())["results"]["pairs"]["columns"]
+        assert all(columns[folder.name]["reward_accuracy"]["n"] == 9 for folder in folders)
+        return columns["base"]["reward_accuracy"]
+
+    other = write_adapter(tmp_path / "other", base, config=QAdapterConfig(alpha_tilde=0.7))
+    assert of_the_base(adapter, other) == {"value": None, "low": None, "high": None, "n": 0}
+    assert of_the_base(adapter, untouched)["n"] == 9
 
 
 def test_folders_with_at_signs_are_lines_of_their_own(run, adapter, untouched, tmp_path):

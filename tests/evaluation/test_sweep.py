@@ -90,10 +90,19 @@ def test_hidden_states_are_computed_once_whatever_the_number_of_strengths(subjec
 def test_the_base_is_the_first_point(swept):
     base, *others = swept()["points"]
     assert (base["name"], base["strength"], base["kl_chosen"]["value"]) == ("base", 0.0, 0.0)
-    assert base["accuracy"]["value"] == 0.5
+    assert base["accuracy"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 9}
     assert [point["strength"] for point in others] == STRENGTHS
     kls = [point["kl_neutral"]["value"] for point in (base, *others)]
     assert kls == sorted(kls)
+
+
+def test_what_the_base_has_by_definition_has_no_interval(swept):
+    sweep = swept()
+    assert narrow_rows(sweep)[1][0] == ("base", "0", "50%", "0", "0", "0")
+    base = rows_of(sweep)[1][0]
+    assert base[:3] == ("base", "0", "50%")
+    assert "[" in base[3]  # whether the chosen answer is likelier is measured
+    assert base[4:] == ("0", "0", "0")
 
 
 def test_the_largest_measured_strength_within_the_budget_is_recommended(swept):

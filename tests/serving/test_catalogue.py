@@ -34,7 +34,13 @@ def test_strength_goes_from_the_base_through_the_policy_and_beyond():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("base", {}), ("base", {"strength": 0.0}), ("formal", {"strength": 0.0}), ("mix", {"weights": {}})],
+    [
+        ("base", {}),
+        ("base", {"strength": 0.0}),
+        ("base", {"decay": 1.0}),
+        ("formal", {"strength": 0.0}),
+        ("mix", {"weights": {}}),
+    ],
 )
 def test_no_weight_is_the_base_alone(name, options):
     assert coefficients(name, **options) == {None: 1.0}
@@ -50,6 +56,14 @@ def test_a_cap_brings_the_base_along():
     dial = CATALOGUE.dial("concise", QAdapterOptions(max_kl=0.1))
     assert dict(dial.coefficients) == {"second": 1.0, None: 0.0}
     assert dial.max_kl == 0.1
+
+
+@pytest.mark.parametrize("options", [{"max_kl": 0.1}, {"max_kl": 0.0}, {"decay": 0.9}, {"strength": 0.0, "max_kl": 1}])
+def test_the_base_has_no_dial(options):
+    field = next(name for name in options if name != "strength")
+    with pytest.raises(ApiError, match=f"{field} = .* does nothing for model 'base'") as refusal:
+        coefficients("base", **options)
+    assert (refusal.value.status, refusal.value.to_dict()["error"]["param"]) == (400, f"qadapter.{field}")
 
 
 def test_weights_that_multiply_beyond_all_measure_are_refused():

@@ -25,10 +25,11 @@ def run(arguments: list[str]) -> int:
         require_writable(options.output.parent)
 
     from qadapter.cli.measuring import column_of, measuring, store_of, subject_of, workload_of
+    from qadapter.evaluation.card import missing_lines
     from qadapter.evaluation.columns import BASE
     from qadapter.evaluation.comparison import run_comparison
     from qadapter.evaluation.part_store import write_ordered_json
-    from qadapter.evaluation.tables import headline, print_table
+    from qadapter.evaluation.tables import headline, print_lines, print_table
 
     column = column_of(options)
     workload, store = workload_of(options), store_of(options)
@@ -38,8 +39,9 @@ def run(arguments: list[str]) -> int:
         )
     if options.output is not None:  # before it prints: whoever reads may have left
         write_ordered_json(options.output, results)
-    rows = headline(results["results"], [column.name])
-    print_table(Console(), "What it gained and what it cost (95% intervals)", ("", BASE, column.name), rows)
+    rows, console = headline(results["results"], [column.name]), Console()
+    print_table(console, "What it gained and what it cost (95% intervals)", ("", BASE, column.name), rows)
+    print_lines(console, missing_lines(results["results"]["judged"]))
     if options.output is not None:
         print(f"all figures: {options.output}")
     return 0

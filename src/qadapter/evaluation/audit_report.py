@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape as plain
 
 from qadapter.evaluation.audit import curve
-from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, verdict_line
+from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, missing_lines, verdict_line
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
-from qadapter.evaluation.tables import headline, print_table, written, written_number
+from qadapter.evaluation.tables import headline, print_lines, print_table, written, written_number
 from qadapter.evaluation.texts import excerpt
 from qadapter.plots import line_chart
 
@@ -39,6 +39,7 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
     column = audit["column"]
     rows = headline(audit["results"], [column])
     print_table(console, "What it gained and what it cost (95% intervals)", ("", BASE, column), rows)
+    print_lines(console, missing_lines(audit["results"]["judged"]))
     if audit["findings"]:
         console.print("[bold]What got worse[/bold]")
         for line in finding_lines(audit["findings"]):
@@ -66,6 +67,7 @@ def _sections(audit: Mapping[str, Any]) -> Iterator[str]:
     if audit["gate"]:
         yield "<h2>Gate</h2>" + table(("limit", "measured", "verdict"), [gate_cells(e) for e in audit["gate"]])
     yield "<h2>Gain and cost</h2>" + table(("", BASE, column), headline(results, [column]))
+    yield "".join(f"<p>{escape(line)}</p>" for line in missing_lines(results["judged"]))
     yield "<h2>Trade-off along the dial</h2>" + _plots(audit)
     yield "<h2>What got worse</h2>" + _findings(audit)
     yield "<h2>Worst cases</h2>" + "".join(_worst(results, column))

@@ -9,6 +9,7 @@ import yaml
 
 from qadapter.errors import DataError
 from qadapter.evaluation.columns import BASE
+from qadapter.evaluation.judging import missing_reason
 from qadapter.evaluation.part_store import write_whole
 from qadapter.evaluation.tables import headline, markdown_table, written
 from qadapter.evaluation.texts import read_utf8
@@ -63,6 +64,18 @@ def judge_title(spec: str) -> str:
     elif kind in ("reward", "pair") and not HUB_ID.fullmatch(rest):
         rest = Path(rest).name
     return f"{kind}:{rest}"
+
+
+def missing_lines(judgements: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each judge and column of which verdicts are missing: how many, and why most often."""
+    lines = []
+    for judged in judgements:
+        reason = missing_reason(judged)
+        if reason is not None:
+            who = f"{judge_title(judged['judge'])} on {judged['column']}"
+            missing = f"{judged['missing']} of {len(judged['verdicts'])} verdicts"
+            lines.append(f"{who}: {missing} missing, most often ({reason[1]}) for: {reason[0]}")
+    return lines
 
 
 def check_card(folder: Path) -> None:

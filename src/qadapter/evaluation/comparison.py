@@ -11,6 +11,7 @@ from qadapter.evaluation.differences import differences, without_items
 from qadapter.evaluation.environment import environment
 from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.part_store import PartStore, jsonable
+from qadapter.evaluation.preferences import UNKNOWN, Temperatures
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject, require_same_base
 from qadapter.evaluation.workload import Workload
@@ -44,6 +45,7 @@ def run_comparison(
     merged: dict[str, Any] = {}
     identities: dict[str, Any] = {}
     first: dict[str, Any] | None = None
+    temperatures: set[Temperatures | None] = set()
     for path, own in zip(paths, columns, strict=True):
         subject = open_subject(path)
         evaluation = Evaluation(subject, own, workload, store, track)
@@ -51,10 +53,13 @@ def run_comparison(
             first = evaluation.identity["base"]
         require_same_base(paths[0], first, path, evaluation.identity["base"])
         identities[path] = evaluation.identity["adapters"]
+        temperatures.add(evaluation.temperatures()[BASE])
         results = measure_everything(evaluation)
         merged = results if not merged else merge(merged, results)
         device = subject.model.device
         del subject, evaluation
+    if len(temperatures) > 1:  # by whose returns would the base rank the answers?
+        merged["pairs"]["columns"][BASE]["reward_accuracy"] = UNKNOWN
     return jsonable(
         {
             "schema_version": SCHEMA_VERSION,

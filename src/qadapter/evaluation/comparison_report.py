@@ -7,12 +7,23 @@ from typing import Any
 
 from rich.console import Console
 
-from qadapter.evaluation.card import finding_line
+from qadapter.evaluation.card import finding_line, missing_lines
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
-from qadapter.evaluation.tables import Row, headline, is_rate, narrow, print_table, short, whole_tasks, written
+from qadapter.evaluation.tables import (
+    Row,
+    headline,
+    is_rate,
+    narrow,
+    numbered,
+    print_columns,
+    print_lines,
+    short,
+    whole_tasks,
+    written,
+)
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "compare.json", "compare.html"
@@ -43,12 +54,16 @@ DIFFERENCES_NOTE = (
 SHOWN_DIFFERENCES = 15
 
 
-def difference_rows(comparison: Mapping[str, Any], narrow: bool = False) -> tuple[Row, list[Row]]:
+def difference_rows(
+    comparison: Mapping[str, Any], narrow: bool = False, names: Mapping[str, str] | None = None
+) -> tuple[Row, list[Row]]:
     """Header and rows of the differences of each two columns: shares in percentage points, the rest in nats a token.
 
     Args:
-        narrow: for a terminal: the main figures, with the longer half of their intervals.
+        narrow: for a terminal: the main figures, with fewer digits.
+        names: what the columns are called; None for their own names.
     """
+    names = names or {name: name for name in names_of(comparison)}
     entries, write = comparison["differences"], short if narrow else written
     shown = [row for row in DIFFERENCES if not narrow or row[0] in NARROW_DIFFERENCES]
     judges, tasks = (list(entries[0][part]) if entries else [] for part in ("judged", "tasks"))
@@ -60,24 +75,26 @@ def difference_rows(comparison: Mapping[str, Any], narrow: bool = False) -> tupl
         cells = [write(entry["figures"][key], kind) for key, _, kind in shown]
         cells += [write(entry["judged"][judge], "points") for judge in judges]
         cells += [write(entry["tasks"][task], "points" if rates[task] else "change") for task in tasks]
-        rows.append((f"{entry['column']} − {entry['minus']}", *cells))
+        rows.append((f"{names[entry['column']]} − {names[entry['minus']]}", *cells))
     return header, rows
 
 
 def print_comparison(comparison: Mapping[str, Any], console: Console) -> None:
     """A row a column: preferences, drift, benchmarks; then the judges' rates."""
-    names = names_of(comparison)
-    header, rows = narrow(comparison["results"], names)
-    print_table(console, "Gain and cost (± 95%)", header, rows)
-    header, rows = difference_rows(comparison, narrow=True)
+    names = numbered(console, names_of(comparison))
+    header, rows = narrow(comparison["results"], list(names))
+    rows = [(names.get(name, name), *cells) for name, *cells in rows]
+    print_columns(console, "Gain and cost (95% intervals)", header, rows)
+    header, rows = difference_rows(comparison, narrow=True, names=names)
     if rows:
-        title = "Differences (± paired 95%; shares in points, the rest in nats a token)"
-        print_table(console, title, header, rows[:SHOWN_DIFFERENCES])
+        title = "Differences (paired 95% intervals; shares in points, the rest in nats a token)"
+        print_columns(console, title, header, rows[:SHOWN_DIFFERENCES])
         if len(rows) > SHOWN_DIFFERENCES:
             console.print(f"{len(rows) - SHOWN_DIFFERENCES} more in compare.html and compare.json (--output-dir).")
     for judged in comparison["results"]["judged"]:
         verdicts = f"{written(judged['rate'], 'rate')}, {judged['missing']} of {judged_count(judged)} missing"
         console.print(f"{judged['column']}: win rate by {judged['judge']} {verdicts}", highlight=False, markup=False)
+    print_lines(console, missing_lines(comparison["results"]["judged"]))
 
 
 def judged_count(judged: Mapping[str, Any]) -> int:
@@ -95,6 +112,7 @@ def page(comparison: Mapping[str, Any]) -> str:
     """The comparison as one self-contained page."""
     names, results = names_of(comparison), comparison["results"]
     parts = [table(("", BASE, *names), headline(results, names)), chart(comparison)]
+    parts += [f"<p>{escape(line)}</p>" for line in missing_lines(results["judged"])]
     header, rows = difference_rows(comparison)
     if rows:
         parts.append("<h2>Differences of each two</h2>" + table(header, rows) + f"<p>{DIFFERENCES_NOTE}</p>")

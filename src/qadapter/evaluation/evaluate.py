@@ -110,7 +110,7 @@ class Evaluation:
     def _measured_pairs(self) -> dict[str, Any]:
         held_out = self.held_out
         pairs = paired(self._measured("Held-out pairs", held_out.texts))
-        temperatures, seed = self._temperatures(), self.workload.seed
+        temperatures, seed = self.temperatures(), self.workload.seed
         chosen, texts = [pair.chosen for pair in pairs], [pair.chosen for pair in held_out.pairs]
         categories = [text.category for text in texts]
         return {
@@ -139,7 +139,7 @@ class Evaluation:
             },
         }
 
-    def _temperatures(self) -> dict[str, Temperatures | None]:
+    def temperatures(self) -> dict[str, Temperatures | None]:
         """Those of each column, and of the base those that all columns have in common."""
         columns = {column.name: self.subject.temperatures(column) for column in self.columns}
         common = set(columns.values())

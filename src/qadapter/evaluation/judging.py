@@ -1,13 +1,19 @@
 """Win rates of answers against the base's."""
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qadapter.evaluation.judges import Judge, judge_all, win_rate
+from qadapter.evaluation.judges.endpoint import NOT_ASKED
 from qadapter.evaluation.progress import Advance
 from qadapter.evaluation.texts import Prompt
 from qadapter.generation import Answer
 
+# What differs between reasons of one kind: numbers, and what an endpoint replied. Addresses are nobody's business.
+PARTICULARS = re.compile(r"\d+|'.*'|\".*\"")
+ADDRESS = re.compile(r"\b\w+://\S+")
 WINNERS = {"a": "policy", "b": "base", "tie": "tie", None: None}
 
 
@@ -29,3 +35,17 @@ def judged(
             for prompt, answer, other, verdict in zip(prompts, answers, base, verdicts, strict=True)
         ],
     }
+
+
+def missing_reason(judged: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Why verdicts are missing, most often, and how often; None where none is missing.
+
+    Reasons of one kind count together, the first of them stands for all. That a judge was given up is no reason.
+    """
+    reasons = [verdict["reason"] for verdict in judged["verdicts"] if verdict["winner"] is None]
+    told = [reason for reason in reasons if not reason.startswith(NOT_ASKED)] or reasons
+    kinds = [PARTICULARS.sub("", reason) for reason in told]
+    if not kinds:
+        return None
+    kind, count = Counter(kinds).most_common(1)[0]
+    return ADDRESS.sub("(address)", told[kinds.index(kind)]), count

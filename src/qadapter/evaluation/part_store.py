@@ -18,7 +18,7 @@ from qadapter.modeling.bases import cache_folder
 logger = logging.getLogger(__name__)
 
 # Raise it when the meaning of a stored part changes.
-PARTS_VERSION = 6
+PARTS_VERSION = 7
 VERSIONED = ("qadapter", "torch", "transformers", "peft")
 
 

@@ -106,11 +106,12 @@ def preference_figures(
 ) -> dict[str, Figures]:
     """{column: {figure: interval}}, the base first.
 
-    accuracy: share of pairs whose log-ratio against the base ranks the chosen answer first (the base itself: ½);
-    accuracy_at_equal_length: the same, as a logistic regression on the length difference says it of pairs of one
-    length; prefers_chosen, prefers_chosen_summed: share whose chosen answer has the higher log-probability per token,
-    and in sum; log_ratio_margin, token_margin, token_margin_gain: see `PairDrift`, the last is policy's minus base's;
-    reward_accuracy: share whose return, by the column's `temperatures`, ranks the chosen answer first (nan without).
+    accuracy: share of pairs whose log-ratio against the base ranks the chosen answer first (the base itself: ½ by
+    definition, an interval of no width); accuracy_at_equal_length: the same, as a logistic regression on the length
+    difference says it of pairs of one length; prefers_chosen, prefers_chosen_summed: share whose chosen answer has the
+    higher log-probability per token, and in sum; log_ratio_margin, token_margin, token_margin_gain: see `PairDrift`,
+    the last is policy's minus base's; reward_accuracy: share whose return, by the column's `temperatures`, ranks the
+    chosen answer first (nan without).
     """
     names = [BASE, *(pairs[0].chosen.columns if pairs else ())]
     lengths = [pair.length_difference for pair in pairs]
@@ -126,9 +127,10 @@ def preference_figures(
     for name in names:
         wins = [win(pair.log_ratio_margin(name)) for pair in pairs]
         rewards = reward_margins(pairs, name, temperatures[name])
+        chance = Interval(0.5, 0.5, 0.5, len(pairs)) if name == BASE else None
         result[name] = {
-            "accuracy": rate_interval(wins, groups),
-            "accuracy_at_equal_length": accuracy_at_equal_length(wins, lengths, groups),
+            "accuracy": chance or rate_interval(wins, groups),
+            "accuracy_at_equal_length": chance or accuracy_at_equal_length(wins, lengths, groups),
             "prefers_chosen": rate_interval([win(pair.token_margin(name)) for pair in pairs], groups),
             "prefers_chosen_summed": rate_interval([win(pair.margin(name)) for pair in pairs], groups),
             "reward_accuracy": UNKNOWN if rewards is None else rate_interval(list(map(win, rewards)), groups),

@@ -1,6 +1,6 @@
 """sweep.json, .html and plots as .svg and .png; the page's plot can be asked for any two figures and each point."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape as plain
 
+from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
-from qadapter.evaluation.tables import Row, print_table, short, whole_tasks, written
+from qadapter.evaluation.tables import OF_THE_BASE, Row, print_columns, short, whole_tasks, written
 from qadapter.plots import Chart, chart, svg
 
 JSON_NAME, SVG_NAME, PNG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.png", "sweep.html"
@@ -32,6 +33,14 @@ COSTS = (
     ("kl_neutral", "KL on neutral text, nats a token", "number"),
     ("loss_change_neutral", "change of the loss on neutral text, nats a token", "change"),
 )
+# The base's figure of `OF_THE_BASE` that each of these is.
+BY_DEFINITION = {
+    "margin_gain": "token_margin_gain",
+    "accuracy": "accuracy",
+    "kl_chosen": "kl",
+    "kl_neutral": "kl",
+    "loss_change_neutral": "loss_change",
+}
 TABLE_FIGURES = (*GAINS[:3], *COSTS)
 NARROW_FIGURES = (
     ("margin_gain", "margin gain", "change"),
@@ -69,7 +78,7 @@ def write_sweep(sweep: Mapping[str, Any], folder: Path) -> list[Path]:
 def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
     """The points and the recommendation in the terminal."""
     header, rows = narrow_rows(sweep)
-    print_table(console, f"Gain and drift along the dial{fixed(sweep)} (± 95%)", header, rows)
+    print_columns(console, f"Gain and drift along the dial{fixed(sweep)} (95% intervals)", header, rows)
     console.print(plain(recommendation(sweep)), highlight=False)
 
 
@@ -84,7 +93,7 @@ def rows_of(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     header = ("point", *(title for _, title, _ in TABLE_FIGURES), *(task_title(sweep, task) for task in sweep["tasks"]))
     rows = []
     for point in sweep["points"]:
-        cells = [written(point[key], kind) for key, _, kind in TABLE_FIGURES]
+        cells = [_cell(point, key, kind, written) for key, _, kind in TABLE_FIGURES]
         cells += [written(point["tasks"][task], task_kind(sweep, task)) for task in sweep["tasks"]]
         rows.append((point["name"], *cells))
     return header, rows
@@ -96,9 +105,16 @@ def narrow_rows(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     header = ("strength", *(title for _, title, _ in NARROW_FIGURES), *tasks)
     rows = []
     for point in sweep["points"]:
-        cells = [short(point[key], kind) for key, _, kind in NARROW_FIGURES]
+        cells = [_cell(point, key, kind, short) for key, _, kind in NARROW_FIGURES]
         rows.append((point["name"], *cells, *(short(point["tasks"][task], task_kind(sweep, task)) for task in tasks)))
     return header, rows
+
+
+def _cell(point: Mapping[str, Any], key: str, kind: str, write: Callable[[Mapping[str, Any], str], str]) -> str:
+    """A figure of a point as text; what the base has by definition without an interval."""
+    if point["name"] == BASE and key in BY_DEFINITION:
+        return OF_THE_BASE[BY_DEFINITION[key]]
+    return write(point[key], kind)
 
 
 def task_kind(sweep: Mapping[str, Any], task: str) -> str:

@@ -1,6 +1,6 @@
 """Measured figures as rows of text for terminal, Markdown and HTML."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +48,11 @@ OF_THE_BASE = {
     "agreement": "100%",
 }
 
+# The share of the terminal's width, as 1/n, that names of rows may take.
+NAME_SHARE = 10
+# Halves of an interval that differ by less than this share of the longer one are written as one ±.
+HALVES_DIFFER = 0.1
+
 Row = tuple[str, ...]
 
 
@@ -81,17 +86,20 @@ def written(interval: Mapping[str, Any] | None, kind: str) -> str:
 
 
 def short(interval: Mapping[str, Any] | None, kind: str) -> str:
-    """An interval for narrow tables, with its longer half: "77.0 ± 6.9" (percent) or "0.053 ± 0.004"."""
+    """An interval for narrow tables: "0.053 ± 0.004", or "97.0 [70.1, 98.9]" (percent) where its halves differ."""
     if interval is None or interval["value"] is None:
         return "–"
-    share = kind in ("rate", "points")
+    scale, digits = (100, 1) if kind in ("rate", "points") else (1, 3)
+    form = f"{'+' if kind in ('change', 'points') else ''}.{digits}f"
     value, low, high = (
-        None if interval.get(key) is None else interval[key] * (100 if share else 1) for key in ("value", "low", "high")
+        None if interval.get(key) is None else interval[key] * scale for key in ("value", "low", "high")
     )
-    digits = 1 if share else 3
-    sign = "+" if kind in ("change", "points") else ""
-    half = "" if low is None or high is None else f" ± {max(high - value, value - low):.{digits}f}"
-    return f"{value:{sign}.{digits}f}{half}"
+    if low is None or high is None:
+        return f"{value:{form}}"
+    halves = sorted((value - low, high - value))
+    if halves[1] - halves[0] <= HALVES_DIFFER * halves[1]:
+        return f"{value:{form}} ± {halves[1]:.{digits}f}"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
@@ -191,6 +199,43 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Seque
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Lines of plain text in the terminal, broken between words only."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def print_columns(console: Console, title: str, header: Sequence[str], rows: Sequence[Row]) -> None:
+    """A table in the terminal; columns for which there is no room go into further tables, below, of the same rows.
+
+    Headings are broken between words, cells not at all.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(max(map(len, heading.split()), default=0), *map(len, cells)) for heading, *cells in columns]
+    first, *others = range(len(columns))
+    while others:
+        fitting, room = 0, console.width - 1 - (widths[first] + 3)  # 3: a border, and a space on both sides
+        while fitting < len(others) and (room := room - widths[others[fitting]] - 3) >= 0:
+            fitting += 1
+        block, others = [first, *others[: max(1, fitting)]], others[max(1, fitting) :]
+        table = Table(title=escape(title), title_justify="left")
+        for index in block:
+            table.add_column(escape(header[index]), overflow="fold", width=widths[index])
+        for row in rows:
+            table.add_row(*(escape(row[index]) for index in block))
+        console.print(table)
+        title = ""
+
+
+def numbered(console: Console, names: Sequence[str]) -> dict[str, str]:
+    """What rows of these names are called: numbers, told in a line each, where a name takes too much room."""
+    if max(map(len, names), default=0) <= console.width // NAME_SHARE:
+        return {name: name for name in names}
+    for number, name in enumerate(names, 1):
+        console.print(f"column {number}: {name}", highlight=False, markup=False, soft_wrap=True)
+    return {name: str(number) for number, name in enumerate(names, 1)}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Row]) -> list[str]:

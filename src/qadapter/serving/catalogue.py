@@ -80,6 +80,13 @@ class Catalogue:
                 raise bad_request(
                     f"model {BASE_NAME!r} has no adapter to give weight to: name an adapter as the model.", "qadapter"
                 )
+            for field, value in (("max_kl", options.max_kl), ("decay", options.decay)):
+                if value is not None and (field, value) != ("decay", 1.0):  # which asks for nothing
+                    raise bad_request(
+                        f"{field} = {value:g} does nothing for model {BASE_NAME!r}, which has no dial: leave it out "
+                        "or name an adapter as the model.",
+                        f"qadapter.{field}",
+                    )
             return Dial({None: 1.0})
         strength = 1.0 if options.strength is None else options.strength
         served = {name: 1.0} if options.weights is None else options.weights

@@ -28,6 +28,7 @@ LARGEST_REPLY = 1 << 20  # bytes
 REPLY_TOKENS = 1024  # one word is asked for; some models think aloud before it
 # After so many comparisons without verdict in a row the endpoint counts as down, and is not asked again.
 GIVE_UP_AFTER = 8
+NOT_ASKED = "not asked: "
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 PLACES = {"FIRST": 0, "SECOND": 1, "TIE": None}
@@ -118,7 +119,7 @@ class EndpointJudge:
             nonlocal missing_in_a_row
             async with free:
                 if missing_in_a_row >= GIVE_UP_AFTER:
-                    verdict = Verdict(None, f"not asked: {GIVE_UP_AFTER} comparisons in a row had no verdict")
+                    verdict = Verdict(None, f"{NOT_ASKED}{GIVE_UP_AFTER} comparisons in a row had no verdict")
                 else:
                     verdict = await self._verdict(client, comparison)
                     missing_in_a_row = missing_in_a_row + 1 if verdict.winner is None else 0
