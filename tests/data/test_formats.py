@@ -1,5 +1,7 @@
+import json
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,6 +147,38 @@ def test_sides_may_repeat_an_explicit_prompt():
 def test_a_messages_column_may_hold_the_chosen_answer_once_more():
     row = {"messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}
     assert normalise_row(row) == CHAT
+
+
+WRITTEN = {"json": json.dumps, "indented": lambda value: json.dumps(value, indent=2), "repr": str}
+WRITTEN["numpy"] = lambda value: str(np.array(value))  # what pandas writes of a Parquet file's lists
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("layout", ["chat", "ultrafeedback", "chat-implicit", "sharegpt"])
+def test_messages_that_were_written_as_text_are_no_answers(layout, written):
+    row, _ = EXAMPLES[layout]
+    row = {name: written(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+    row |= {"prompt": "Add"} if layout == "sharegpt" else {}
+    with pytest.raises(RowError, match="chosen is text that spells out messages .*; give them as a list") as caught:
+        recognise(row, [row]).normalise(row)
+    assert caught.value.reason == "messages as text"
+    row = CHAT | {"prompt": "Add", "chosen": " four.", "rejected": written([GOOD])}
+    with pytest.raises(RowError, match="rejected is text that spells out messages"):
+        recognise(row, [row]).normalise(row)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"role": "admin", "content": 4}]', '[{"name": "a", "messages": [{"role": "user", "content": "b"}]}]', "[{}]"]
+    + ['{"value": 3}', "[{role: user, content: b}]", '{"from": "user", "to": "me"}'],
+)
+def test_other_json_is_an_answer_like_any(text):
+    assert normalise_row(PLAIN | {"chosen": text}) == PLAIN | {"chosen": text}
+
+
+def test_a_message_may_spell_out_messages():
+    row = {**CHAT, "chosen": [GOOD | {"content": json.dumps([USER])}]}
+    assert normalise_row(row) == row
 
 
 def test_extra_keys_and_columns_are_left_out():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qadapter.data.messages import as_messages, as_text, assistant, split_explicit, split_implicit, user
+from qadapter.data.messages import as_bare_text, as_messages, as_text, assistant, split_explicit, split_implicit, user
 from qadapter.data.rows import Message, Pair, Row, RowError
 from qadapter.data.transcripts import is_transcript, messages_of, prompt_messages_of
 
@@ -95,13 +95,13 @@ def read_output_list(row: Row) -> Pair:
 
 
 def read_text(row: Row) -> Pair:
-    chosen, rejected = (as_text(row.get(name), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (as_bare_text(row.get(name), name) for name in ("chosen", "rejected"))
     return {"prompt": prompt_text(row), "chosen": chosen, "rejected": rejected}
 
 
 def prompt_text(row: Row) -> str:
     """The prompt; Alpaca's optional input follows its instruction on a new line."""
-    prompt = as_text(first_present(row, PROMPT_COLUMNS), "prompt")
+    prompt = as_bare_text(first_present(row, PROMPT_COLUMNS), "prompt")
     if row.get("instruction") is None or prompt != row["instruction"]:
         return prompt
     if row.get("history"):
@@ -113,7 +113,7 @@ def prompt_text(row: Row) -> str:
 def read_text_without_prompt(row: Row) -> Pair:
     if first_present(row, PROMPT_COLUMNS):
         raise RowError("wrong type", "a prompt, but the first rows have none and were taken as answers only")
-    chosen, rejected = (as_text(row.get(name), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (as_bare_text(row.get(name), name) for name in ("chosen", "rejected"))
     return {"prompt": "", "chosen": chosen, "rejected": rejected}
 
 
@@ -128,7 +128,7 @@ def read_conversations(row: Row) -> Pair:
 
 
 def answer_messages(value: Any, name: str) -> list[Message]:
-    return assistant(as_text(value, name)) if isinstance(value, str) else as_messages(value, name)
+    return assistant(as_bare_text(value, name)) if isinstance(value, str) else as_messages(value, name)
 
 
 def read_answers_with_prompt_text(row: Row) -> Pair:
