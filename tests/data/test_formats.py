@@ -169,8 +169,12 @@ def test_messages_that_were_written_as_text_are_no_answers(layout, written):
 
 @pytest.mark.parametrize(
     "text",
-    ['[{"role": "admin", "content": 4}]', '[{"name": "a", "messages": [{"role": "user", "content": "b"}]}]', "[{}]"]
-    + ['{"value": 3}', "[{role: user, content: b}]", '{"from": "user", "to": "me"}'],
+    [
+        '[{"role": "admin", "content": 4}]',
+        '[{"name": "a", "messages": [{"role": "user", "content": "b"}]}]',
+        '{"from": "user", "to": "me"}',
+        "[{role: user, content: b}]",
+    ],
 )
 def test_other_json_is_an_answer_like_any(text):
     assert normalise_row(PLAIN | {"chosen": text}) == PLAIN | {"chosen": text}

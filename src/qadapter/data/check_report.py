@@ -53,11 +53,12 @@ class CheckReport:
     lengths: dict[str, LengthStatistics] = field(default_factory=dict)
     tokenisation: TokenisationReport | None = None
     tokenisation_error: str | None = None
+    context_warning: str | None = None
     examples: list[Example] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether every row is a pair and, with a tokenizer, pairs are left to train on."""
+        """Whether every row is a pair and, with a tokenizer, pairs are left to train on, which the base can run."""
         return self.pairs > 0 and not self.errors and self.tokenisation_error is None
 
     @property

@@ -55,8 +55,8 @@ def as_bare_text(value: Any, name: str) -> str:
     if WRITTEN_MESSAGES.match(text) and WRITTEN_ROLE.search(text) and WRITTEN_CONTENT.search(text):
         raise RowError(
             "messages as text",
-            f"{name} is text that spells out messages ({' '.join(text[:40].split())} ...); give them as a list of objects, in "
-            "JSON Lines or Parquet (json.loads reads JSON, ast.literal_eval Python's repr)",
+            f"{name} is text that spells out messages ({' '.join(text[:40].split())} ...); give them as a list of "
+            "objects, in JSON Lines or Parquet (json.loads reads JSON, ast.literal_eval Python's repr)",
         )
     return text
 
