@@ -191,6 +191,11 @@ def test_extra_keys_and_columns_are_left_out():
     assert normalise_row(row) == CHAT
 
 
+def test_text_parts_of_a_message_are_joined():
+    parts = [{"type": "text", "text": "What is two"}, {"type": "text", "text": " plus two?", "image_url": None}]
+    assert normalise_row(CHAT | {"prompt": [USER | {"content": parts}]}) == CHAT
+
+
 def test_dsp_takes_the_higher_score_as_chosen():
     row, expected = EXAMPLES["dsp"]
     assert normalise_row(row | {"text": row["text"][::-1], "score": [0.9, 0.2]}) == expected
@@ -291,6 +296,8 @@ FAULTY = {
         (CHAT, {"chosen": [GOOD | {"reasoning_content": "2 + 2"}]}, "reasoning_content, .*; put it into the content"),
         (CHAT, {"chosen": [GOOD | {"thinking": "2 + 2"}]}, "thinking, .*; put it into the content"),
         (CHAT, {"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, "content is list"),
+        (CHAT, {"chosen": [GOOD | {"content": [{"type": "image", "text": "a"}]}]}, "content is list"),
+        (CHAT, {"chosen": [GOOD | {"content": []}]}, "content is list"),
         (CHAT, {"chosen": 5}, "a list of messages is needed"),
         (EXAMPLES["hh-rlhf"][0], {"chosen": "Four."}, "does not start with"),
         (EXAMPLES["hh-rlhf-prompt"][0], {"prompt": HISTORY}, "does not end with 'Assistant:'"),

@@ -82,7 +82,15 @@ def as_message(value: Any, name: str) -> Message:
     role = as_text(value.get(keys[0]), f"{name}.{keys[0]}")
     if role not in ROLES:
         raise RowError("wrong type", f"{name} has the role {role!r}; known roles are {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": as_text(value.get(keys[1]), f"{name}.{keys[1]}")}
+    return {"role": ROLES[role], "content": as_text(joined_parts(value.get(keys[1])), f"{name}.{keys[1]}")}
+
+
+def joined_parts(content: Any) -> Any:
+    """A content of text parts, [{"type": "text", "text": ...}], as one text, as `qadapter serve` joins them."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def user(content: str) -> list[Message]:
