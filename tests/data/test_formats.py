@@ -336,12 +336,38 @@ def test_a_dataset_whose_known_columns_are_of_another_type_is_told_so(row, messa
         recognise(row, [row]).normalise(row)
 
 
-def test_unknown_columns_are_listed_with_the_known_layouts_and_the_way_out():
+def test_unknown_columns_are_listed_with_the_way_out():
     row = {"topic": "sums", "winner": "Four.", "loser": "Five."}
-    with pytest.raises(DataError, match="topic, winner, loser") as caught:
+    message = (
+        "pairs.csv: .* topic, winner, loser. Name them with --columns prompt=... chosen=... rejected=...; docs/data.md"
+    )
+    with pytest.raises(DataError, match=message):
         recognise(row, [row], source="pairs.csv")
-    assert "--columns" in str(caught.value)
-    assert all(name in str(caught.value) for name in ("pairs.csv", *LAYOUTS))
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("Prompt", "Chosen", "Rejected"), "prompt=Prompt chosen=Chosen rejected=Rejected"),
+        (("Question", "response_chosen", "response_rejected"), "prompt=Question chosen=response_chosen rejected=resp"),
+        (("user_prompt", "choosen", "rejectd"), "prompt=user_prompt chosen=choosen rejected=rejectd"),
+        (("topic", "CHOSEN", "REJECTED"), "prompt=... chosen=CHOSEN rejected=REJECTED"),
+    ],
+)
+def test_columns_of_nearly_known_names_are_proposed(names, columns):
+    row = dict(zip(names, PLAIN.values(), strict=True)) | {"chosen_score": 9, "rejected_score": 1}
+    with pytest.raises(DataError, match=f"Do you mean --columns {columns}") as caught:
+        recognise(row, [row])
+    assert len(str(caught.value)) < 300
+    if "..." not in columns:
+        mapping = dict(zip(("prompt", "chosen", "rejected"), names, strict=True))
+        assert normalise_row(row, mapping) == PLAIN
+
+
+def test_proposed_columns_keep_those_that_were_named():
+    row = {"Prompt": "Add", "good": "Four.", "Rejected": "Five."}
+    with pytest.raises(DataError, match="--columns prompt=Prompt chosen=good rejected=Rejected"):
+        recognise(row, [row], {"chosen": "good"})
 
 
 def test_answers_beside_an_unknown_text_column_are_not_taken_for_a_dataset_without_prompts():

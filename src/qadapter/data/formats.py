@@ -5,6 +5,7 @@ row that deviates is an error, not another layout. Chat layouts give lists of {"
 text stays text, because base models without a chat template are trained on it.
 """
 
+import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def recognise(
             if name == "plain-implicit":
                 warn_of_unread_text(example_row(first_rows), columns, source)
             return Format(name, layout.chat or has_system, columns)
-    raise unknown_layout(names, source)
+    raise unknown_layout(example_row(first_rows), names, columns, source)
 
 
 def normalise_row(row: Row, columns: Mapping[str, str] | None = None) -> Pair:
@@ -149,9 +150,24 @@ def warn_of_unread_text(example: Row, columns: Mapping[str, str] | None, source:
         )
 
 
-def unknown_layout(names: list[str], source: str) -> DataError:
-    known = "; ".join(f"{name} ({layout.columns})" for name, layout in LAYOUTS.items())
+def unknown_layout(example: Row, names: list[str], columns: Mapping[str, str] | None, source: str) -> DataError:
+    """The refusal, with the --columns that would read columns whose names are nearly ours."""
+    texts = [name for name in names if isinstance(example.get(name), str | list | dict)]
+    wanted = {part: near_name(part, texts) for part in ("prompt", "chosen", "rejected")} | dict(columns or {})
+    near = wanted["chosen"] and wanted["rejected"]
+    line = " ".join(f"{part}={name or '...'}" for part, name in wanted.items())
     return DataError(
         f"{source}: no known preference layout; found the columns {', '.join(names) or '(none)'}. "
-        f"Name them with --columns prompt=... chosen=... rejected=..., or use one of these layouts: {known}"
+        + (f"Do you mean --columns {line}? " if near else f"Name them with --columns {line}; ")
+        + "docs/data.md lists the layouts"
     )
+
+
+def near_name(part: str, names: list[str]) -> str | None:
+    """The column that is named nearly as `part`: in other case, within a longer name, or misspelt; None if none is."""
+    known = PROMPT_COLUMNS if part == "prompt" else (part,)
+    folded = {name.lower(): name for name in reversed(names)}
+    same = [folded[name] for name in known if name in folded]
+    within = sorted((name for name in names if any(word in name.lower() for word in known)), key=len)
+    misspelt = [folded[match] for match in difflib.get_close_matches(part, folded, n=1, cutoff=0.75)]
+    return next(iter(same + within + misspelt), None)
