@@ -67,6 +67,31 @@ def test_examples_name_their_rows_where_a_row_gives_several_pairs(write_lines, c
     assert shown == [(1, True), (2, True), (2, True)]
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "read", "unread"),
+    [
+        (GOOD[0] | {"context": "x", "id": 3, "empty": None}, None, "chosen, prompt, rejected", "context, id"),
+        ({"query": "a", "question": "b", "chosen": "c", "rejected": "d"}, None, "chosen, query, rejected", "question"),
+        ({"system": "s", "system_prompt": "t"} | GOOD[0], None, "chosen, prompt, rejected, system", "system_prompt"),
+        (
+            {"query": "a", "responses": {"good": "b", "bad": "c"}, "other": {"x": "y"}},
+            {"prompt": "query", "chosen": "responses.good", "rejected": "responses.bad"},
+            "query, responses.bad, responses.good",
+            "other",
+        ),
+        (GOOD[0], None, "chosen, prompt, rejected", "-"),
+    ],
+)
+def test_the_columns_that_are_read_and_those_that_are_not_are_named(write_lines, row, columns, read, unread):
+    report = check_preferences(write_lines([row]), columns=columns)
+    assert f"\nread: {read}; not read: {unread}\n" in printed(report)
+    assert (
+        report.to_dict()["columns_unread"]
+        == report.columns_unread
+        == [name for name in unread.split(", ") if name != "-"]
+    )
+
+
 def test_clean_data_is_ok(write_lines):
     report = check_preferences(write_lines(GOOD))
     assert report.ok

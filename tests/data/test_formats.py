@@ -196,6 +196,37 @@ def test_text_parts_of_a_message_are_joined():
     assert normalise_row(CHAT | {"prompt": [USER | {"content": parts}]}) == CHAT
 
 
+@pytest.mark.parametrize("name", ["prompt", "query", "question"])
+def test_an_input_that_continues_no_instruction_is_refused(name):
+    row = {"chosen": " four.", "rejected": " five.", name: "Two plus two is", "input": "Which numbers?"}
+    with pytest.raises(
+        RowError, match="input is filled, but it continues an instruction only: .* --columns prompt=NAME"
+    ):
+        normalise_row(row)
+    assert normalise_row(row | {"input": ""}) == PLAIN
+    with pytest.warns(UserWarning, match=f"column input is not read beside --columns prompt={name}; if it"):
+        assert normalise_row(row, {"prompt": name}) == PLAIN
+
+
+def test_the_input_of_an_instruction_that_is_named_is_read():
+    row = {"instruction": "Two plus", "input": "two is", "good": " four.", "rejected": " five."}
+    columns = {"prompt": "instruction", "chosen": "good"}
+    assert normalise_row(row, columns) == PLAIN | {"prompt": "Two plus\ntwo is"}
+    assert normalise_row({**row, "input": None}, columns) == PLAIN | {"prompt": "Two plus"}
+    assert recognise(row, [row], columns).columns_read(row) == {"instruction", "input", "good", "rejected"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_columns_of_every_layout_are_those_that_its_pair_depends_on(layout):
+    row, _ = EXAMPLES[layout]
+    row_format = recognise(row, [row])
+    read = row_format.columns_read(row)
+    assert row_format.normalise({name: row[name] for name in read}) == row_format.normalise(row)
+    for name in read - {"input"}:  # which is optional
+        with pytest.raises(RowError):
+            row_format.normalise({other: value for other, value in row.items() if other != name})
+
+
 def test_dsp_takes_the_higher_score_as_chosen():
     row, expected = EXAMPLES["dsp"]
     assert normalise_row(row | {"text": row["text"][::-1], "score": [0.9, 0.2]}) == expected

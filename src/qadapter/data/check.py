@@ -10,6 +10,7 @@ from typing import Any, Literal
 from qadapter.data.base_limits import beyond_context
 from qadapter.data.check_rendering import render as render
 from qadapter.data.check_report import CheckReport, Example, LengthStatistics, RowProblem
+from qadapter.data.layouts import filled
 from qadapter.data.rows import Pair, RowError
 from qadapter.data.sources import (
     OpenSource,
@@ -58,16 +59,23 @@ def check_preferences(
 
 
 def collect_pairs(report: CheckReport, opened: OpenSource, max_rows: int | None) -> list[tuple[int, Pair]]:
-    """The valid pairs with their row numbers; fills in how many rows there are and what the others lack."""
+    """The valid pairs with their row numbers; fills in the columns, how many rows there are and what others lack."""
     numbered: list[tuple[int, Pair]] = []
+    read, found = set(), {}  # found: a dict, which keeps the order
     for row in islice(opened.rows, max_rows):
         report.rows += 1
+        if not isinstance(row.content, RowError):
+            read |= opened.row_format.columns_read(row.content)
+            found |= {name: None for name, value in row.content.items() if filled(value)}
         pair = pair_or_error(row, opened.row_format)
         if isinstance(pair, RowError):
             report.errors.append(RowProblem(row.number, pair.reason, str(pair)))
         else:
             numbered.append((row.number, pair))
     report.pairs = len(numbered)
+    parents = {path.split(".", 1)[0] for path in read}
+    report.columns_read = sorted(read)
+    report.columns_unread = [name for name in found if name not in read | parents]
     return numbered
 
 

@@ -20,6 +20,7 @@ def render(report: CheckReport, console: "Console") -> None:
     kind = "chat" if report.chat else "plain text"
     print_line(console, f"{report.source}: layout {report.layout} ({kind})", "bold")
     print_line(console, f"{report.rows:,} rows, {report.pairs:,} pairs, {report.prompts:,} different prompts")
+    print_line(console, f"read: {', '.join(report.columns_read)}; not read: {', '.join(report.columns_unread) or '-'}")
     render_findings(report, console)
     if report.lengths:
         console.print(length_table(report))

@@ -44,6 +44,8 @@ class CheckReport:
     chat: bool
     rows: int = 0
     pairs: int = 0
+    columns_read: list[str] = field(default_factory=list)
+    columns_unread: list[str] = field(default_factory=list)  # those that hold something
     errors: list[RowProblem] = field(default_factory=list)
     duplicates: list[tuple[int, int]] = field(default_factory=list)
     contradictions: list[tuple[int, int]] = field(default_factory=list)

@@ -55,6 +55,11 @@ class Format:
             pair["prompt"] = messages.with_system(pair["prompt"], messages.as_text(system, "system"))
         return messages.checked_chat(pair)
 
+    def columns_read(self, row: Row) -> set[str]:
+        """The columns of a row, or dotted paths into them, from which its pair is made."""
+        read = LAYOUTS[self.layout].columns_read(select(row, self.columns))
+        return {(self.columns or {}).get(name, name) for name in read}
+
 
 def recognise(
     column_names: Iterable[str],
@@ -73,6 +78,7 @@ def recognise(
     check_mapping(columns, names, source)
     selected = [select(row, columns) for row in first_rows]
     example = example_row(selected)
+    warn_of_input(selected, example_row(first_rows), columns, source)
     has_system = any(system_text(row) for row in selected)
     for name, layout in LAYOUTS.items():
         if layout.matches(example):
@@ -93,7 +99,10 @@ def select(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
         return dict(row)
     known = [name for part, names in MAPPABLE.items() if part not in columns for name in names]
     same = {name: row[name] for name in known if name in row and name not in columns.values()}
-    return same | {name: value_at(row, path) for name, path in columns.items()}
+    named = {name: value_at(row, path) for name, path in columns.items()}
+    if columns.get("prompt") == "instruction" and "input" in row and "input" not in columns.values():
+        named |= {"instruction": named.pop("prompt"), "input": row["input"]}  # Alpaca's input belongs to it
+    return same | named
 
 
 def value_at(row: Any, path: str) -> Any:
@@ -136,6 +145,17 @@ def check_mapping(columns: Mapping[str, str] | None, names: list[str], source: s
             raise DataError(f"--columns: {name!r} cannot be mapped; the names are {known}")
         if path not in names and path.split(".", 1)[0] not in names:
             raise DataError(f"{source}: --columns maps {name} to {path!r}, the columns are {', '.join(names)}")
+
+
+def warn_of_input(selected: Sequence[Row], example: Row, columns: Mapping[str, str] | None, source: str) -> None:
+    """Warn where Alpaca's input is left aside by a prompt that --columns names."""
+    named = columns or {}
+    if example.get("input") and "prompt" in named and "input" not in named.values() and "input" not in selected[0]:
+        warnings.warn(
+            f"{source}: the column input is not read beside --columns prompt={named['prompt']}; if it continues the "
+            "prompt, name that column instruction in the data",
+            stacklevel=2,
+        )
 
 
 def warn_of_unread_text(example: Row, columns: Mapping[str, str] | None, source: str) -> None:
