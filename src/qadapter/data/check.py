@@ -61,7 +61,8 @@ def check_preferences(
 def collect_pairs(report: CheckReport, opened: OpenSource, max_rows: int | None) -> list[tuple[int, Pair]]:
     """The valid pairs with their row numbers; fills in the columns, how many rows there are and what others lack."""
     numbered: list[tuple[int, Pair]] = []
-    read, found = set(), {}  # found: a dict, which keeps the order
+    read: set[str] = set()
+    found: dict[str, None] = {}  # keeps the order
     for row in islice(opened.rows, max_rows):
         report.rows += 1
         if not isinstance(row.content, RowError):

@@ -27,12 +27,11 @@ def filled(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """`columns` describes it, `matches` tells it by an example row, `read` gives a row's pair.
+    """`matches` tells it by an example row, `read` gives a row's pair.
 
     The first filled column of `prompts` is the prompt, `answers` hold the rest.
     """
 
-    columns: str
     chat: bool
     matches: Callable[[Row], bool]
     read: Callable[[Row], Pair]
@@ -44,7 +43,7 @@ class Layout:
         prompt = next((name for name in self.prompts if filled(row.get(name))), None)
         system = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
         extra = "input" if prompt == "instruction" else None
-        return {name for name in (prompt, extra, system, *self.answers) if name in row}
+        return {name for name in (prompt, extra, system, *self.answers) if name is not None and name in row}
 
 
 def first_present(row: Row, names: tuple[str, ...]) -> Any:
@@ -177,74 +176,65 @@ def read_answers(row: Row) -> Pair:
 
 # Tried in this order; the first that matches is taken.
 LAYOUTS = {
-    "dsp": Layout(
-        "text: two transcripts, score: two numbers",
+    "dsp": Layout(  # text: two transcripts, score: two numbers
         True,
         lambda row: isinstance(row.get("text"), list) and isinstance(row.get("score"), list),
         read_scored_texts,
         answers=("text", "score"),
     ),
-    "alpaca-output": Layout(
-        "instruction, optional input, output: [chosen, rejected]",
+    "alpaca-output": Layout(  # instruction, optional input, output: [chosen, rejected]
         False,
         lambda row: isinstance(row.get("instruction"), str) and isinstance(row.get("output"), list),
         read_output_list,
         PROMPT_COLUMNS,
         ("output",),
     ),
-    "hh-rlhf": Layout(
-        "chosen, rejected: transcripts starting with '\\n\\nHuman:'", True, has_transcripts, read_transcripts
+    "hh-rlhf": Layout(  # chosen, rejected: transcripts starting with '\n\nHuman:'
+        True, has_transcripts, read_transcripts
     ),
-    "hh-rlhf-prompt": Layout(
-        "prompt: transcript ending with '\\n\\nAssistant:', chosen, rejected: text",
+    "hh-rlhf-prompt": Layout(  # prompt: transcript ending with '\n\nAssistant:', chosen, rejected: text
         True,
         has_prompt_transcript,
         read_prompt_transcript,
         ("prompt",),
     ),
-    "chat": Layout(
-        "prompt: messages, chosen, rejected: messages",
+    "chat": Layout(  # prompt: messages, chosen, rejected: messages
         True,
         lambda row: isinstance(row.get("prompt"), list) and has_answers(row, (list, dict, str)),
         read_conversations,
         CHAT_COLUMNS,
     ),
-    "ultrafeedback": Layout(
-        "prompt: text, chosen, rejected: messages",
+    "ultrafeedback": Layout(  # prompt: text, chosen, rejected: messages
         True,
         lambda row: has_prompt_text(row) and has_answers(row, (list, dict)),
         read_answers_with_prompt_text,
         PROMPT_COLUMNS,
     ),
-    "messages": Layout(
-        "messages: messages, chosen, rejected: messages, one message or text",
+    "messages": Layout(  # messages: messages, chosen, rejected: messages, one message or text
         True,
         lambda row: isinstance(row.get("messages"), list) and has_answers(row, (list, dict, str)),
         read_conversations,
         CHAT_COLUMNS,
     ),
-    "sharegpt": Layout(
-        "conversations: list of {from, value}, chosen, rejected: {from, value}",
+    "sharegpt": Layout(  # conversations: list of {from, value}, chosen, rejected: {from, value}
         True,
         lambda row: isinstance(row.get("conversations"), list) and has_answers(row, (list, dict, str)),
         read_conversations,
         CHAT_COLUMNS,
     ),
-    "chat-implicit": Layout(
-        "chosen, rejected: conversations that differ in the last message",
+    "chat-implicit": Layout(  # chosen, rejected: conversations that differ in the last message
         True,
         lambda row: has_answers(row, (list, dict)),
         read_answers,
     ),
-    "plain": Layout(
-        f"{' or '.join(PROMPT_COLUMNS)} (with optional input), chosen, rejected: text",
+    "plain": Layout(  # prompt, query, question or instruction with input, chosen, rejected: text
         False,
         # Of any type: that a prompt is a number, say, is an error of its row.
         lambda row: all(value is not None for value in (first_present(row, PROMPT_COLUMNS), *answers(row))),
         read_text,
         PROMPT_COLUMNS,
     ),
-    "plain-implicit": Layout(
-        "chosen, rejected: text, and no other text column", False, has_only_answers, read_text_without_prompt
+    "plain-implicit": Layout(  # chosen, rejected: text, and no other text column
+        False, has_only_answers, read_text_without_prompt
     ),
 }

@@ -89,8 +89,9 @@ def joined_parts(content: Any) -> Any:
     """A content of text parts, [{"type": "text", "text": ...}], as one text, as `qadapter serve` joins them."""
     if not isinstance(content, list) or not content:
         return content
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in texts if isinstance(text, str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 def user(content: str) -> list[Message]:
