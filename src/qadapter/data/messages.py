@@ -89,8 +89,8 @@ def joined_parts(content: Any) -> Any:
     """A content of text parts, [{"type": "text", "text": ...}], as one text, as `qadapter serve` joins them."""
     if not isinstance(content, list) or not content:
         return content
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [text for text in texts if isinstance(text, str)]
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts: list[str] = [part["text"] for part in parts if isinstance(part.get("text"), str)]
     return "".join(texts) if len(texts) == len(content) else content
 
 
