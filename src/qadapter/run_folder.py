@@ -62,9 +62,10 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
             logger.warning("%s has no optimizer state (save_only_model): the optimizer begins anew.", resume)
         return str(resume)
     if found and not overwrite:
+        resumable = ", or pass --resume-from-checkpoint last to go on with it" if whole_checkpoints(folder) else ""
         raise ConfigError(
-            f"output folder {folder} holds another run ({found[0].name}): choose another one, "
-            "or pass --resume-from-checkpoint last to go on with it, or --overwrite to replace it."
+            f"output folder {folder} holds another run ({found[0].name}): choose another one{resumable}, or pass "
+            "--overwrite to replace it."
         )
     return None
 
@@ -72,15 +73,21 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
 def run_parts(folder: Path) -> list[Path]:
     """What a run has left in its folder: files, checkpoints, adapters, and the folder that these lie in.
 
+    The empty log of a run that failed is nothing.
+
     Raises:
         ConfigError: that folder is a link or a file.
     """
-    files = [folder / name for name in RUN_FILES]
+    files = [folder / name for name in RUN_FILES if name != LOG_NAME or has_bytes(folder / name)]
     checkpoints = sorted(path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name))
     card = folder / CARD_NAME
     certified = [card] if card.is_file() and CERTIFICATE.encode() in card.read_bytes() else []
     adapters = (*own_adapters(folder), folder / "adapters")
     return [path for path in (*files, *certified, *checkpoints, *adapters) if path.exists()]
+
+
+def has_bytes(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def remove_run(folder: Path) -> None:
@@ -97,13 +104,18 @@ def remove_run(folder: Path) -> None:
             path.unlink()
 
 
-def last_checkpoint(folder: Path) -> str:
-    """The newest whole checkpoint of a run: one whose adapter and trainer state were both written."""
-    whole = [
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of which adapter and trainer state were both written."""
+    return [
         path
         for path in folder.glob("checkpoint-*")
         if CHECKPOINT.fullmatch(path.name) and (path / MANIFEST_NAME).exists() and (path / STATE_NAME).exists()
     ]
+
+
+def last_checkpoint(folder: Path) -> str:
+    """The newest whole checkpoint of a run."""
+    whole = whole_checkpoints(folder)
     if not whole:
         raise ConfigError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out.")
     return str(max(whole, key=lambda path: int(path.name.split("-")[1])))

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
+from qadapter.data.base_limits import require_fit
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
@@ -88,7 +89,7 @@ class QAdapterTrainer(Trainer):
             splits = ", ".join(map(repr, kwargs["train_dataset"]))
             raise DataError(f"train_dataset has the splits {splits}: give one of them, as dataset['train'].")
         for name in ("train_dataset", "eval_dataset"):
-            kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args)
+            kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args, model.config)
         if tokenizer is not None:
             model.remember_tokenizer(tokenizer)
         with nothing_left_of_refusals(Path(str(args.output_dir))):
@@ -139,13 +140,15 @@ class QAdapterTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's; pairs that are given only now may be text, too."""
         if not isinstance(eval_dataset, str):  # one of several given at the start
-            eval_dataset = self._tokenised("eval_dataset", eval_dataset, self.processing_class, self.args)
+            eval_dataset = self._tokenised(
+                "eval_dataset", eval_dataset, self.processing_class, self.args, self.model.config
+            )
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Likewise."""
         return super().get_test_dataloader(
-            self._tokenised("test_dataset", test_dataset, self.processing_class, self.args)
+            self._tokenised("test_dataset", test_dataset, self.processing_class, self.args, self.model.config)
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
@@ -164,17 +167,21 @@ class QAdapterTrainer(Trainer):
         losses.append(super().training_step(model, last, num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def _tokenised(self, name: str, dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> Any:
+    def _tokenised(self, name: str, dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments, config: Any) -> Any:
         if isinstance(dataset, dict):
-            return {key: self._tokenised(f"{name}/{key}", part, tokenizer, args) for key, part in dataset.items()}
+            return {
+                key: self._tokenised(f"{name}/{key}", part, tokenizer, args, config) for key, part in dataset.items()
+            }
         if dataset is None or (
             isinstance(dataset, Dataset | IterableDataset)
             and "prompt_ids" in (dataset.column_names or next(iter(dataset), ()))  # a stream may not know its columns
         ):
+            require_fit(dataset, config)
             return dataset
         if tokenizer is None:
             raise ConfigError(f"{name} holds text but processing_class is missing: pass the base model's tokenizer.")
         dataset, self.tokenisation_reports[name] = tokenised_pairs(dataset, tokenizer, args)
+        require_fit(dataset, config)
         return dataset
 
     def compute_loss(

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 
 from qadapter.data import load_preference_dataset, train_eval_split
+from qadapter.data.base_limits import require_fit
 from qadapter.data.columns import parse_columns
 from qadapter.data.mixtures import split_weight
 from qadapter.data.rows import RowError
@@ -15,7 +16,7 @@ from qadapter.data.sources import SHORT_NAMES
 from qadapter.data.splits import pairs_of_trained_prompts
 from qadapter.errors import DataError
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.bases import load_tokenizer, resolve_base
+from qadapter.modeling.bases import load_config, load_tokenizer, resolve_base
 from qadapter.modeling.quantised import check_trainable_files
 from qadapter.run_folder import NewRun, checkpoint_to_resume, full_disk_named, nothing_left_of_refusals
 from qadapter.run_settings import DataArguments, Run, base_name, check_settings, model_options
@@ -108,8 +109,9 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
         raise DataError(f"{error}. {ways}.") from error
     tokenizer = load_tokenizer(source)
     # Tokenised before the model is loaded: bad data should be known within seconds.
-    train_set = tokenised("training pairs", train_set, tokenizer, run.training)
-    eval_set = tokenised("held-out pairs", eval_set, tokenizer, run.training)
+    config = load_config(source)
+    train_set = tokenised("training pairs", train_set, tokenizer, run.training, config)
+    eval_set = tokenised("held-out pairs", eval_set, tokenizer, run.training, config)
     set_seed(run.training.seed)  # the trainer seeds too, but the adapter's first weights are drawn here
     options |= {"first_adapted_layer": run.adapter.first_adapted_layer, "revision": run.model.revision}
     model = QAdapterForCausalLM.from_base(name, run.method, lora, **options)
@@ -134,11 +136,13 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     return trainer
 
 
-def tokenised(name: str, dataset: Any, tokenizer: Any, training: QAdapterTrainingArguments) -> Any:
-    """The tokenised dataset (None if there is none); warns of what was dropped or cut."""
+def tokenised(name: str, dataset: Any, tokenizer: Any, training: QAdapterTrainingArguments, config: Any) -> Any:
+    """The tokenised dataset (None if there is none); warns of what was dropped or cut, refuses what cannot be run."""
     if dataset is None:
         return None
     dataset, report = tokenised_pairs(dataset, tokenizer, training)
     if report.dropped or report.truncated_prompts:
         logger.warning("%s: %s", name, report.summary())
+    if config is not None:
+        require_fit(dataset, config)
     return dataset

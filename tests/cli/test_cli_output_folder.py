@@ -46,8 +46,21 @@ def test_another_runs_folder_is_refused_and_left_as_it_is(train, adapter, folder
 def test_a_folder_of_somebodys_adapters_is_refused_and_left_as_it_is(train, folder):
     (folder / "adapters").mkdir(parents=True)
     (folder / "adapters" / "mine.txt").write_text("precious")
-    assert_refused(train(), r"run holds another run \(adapters\)")
+    assert_refused(
+        train(), r"run holds another run \(adapters\): choose another one, or pass --overwrite to replace it"
+    )
     assert contents(folder)
+
+
+def test_what_a_run_that_failed_in_its_first_step_leaves_does_not_block_the_next(train, folder):
+    folder.mkdir()
+    log = folder / "training_log.jsonl"
+    log.write_text("")
+    succeeded(train("--max-steps", "1"))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    log.write_text('{"step": 1, "loss": 1.0}\n')
+    assert_refused(train(), r"run \(training_log.jsonl\): choose another one, or pass --overwrite to replace it")
 
 
 def test_overwrite_replaces_the_run_and_keeps_other_files(train, adapter, folder):

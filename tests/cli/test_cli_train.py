@@ -3,11 +3,12 @@
 import json
 import re
 import shlex
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import datasets
 import pytest
-from commands import PROMPT, SHORT, adapter_settings, qadapter, succeeded
+from commands import PROMPT, SHORT, adapter_settings, assert_refused, qadapter, succeeded
 
 from qadapter.data import token_cache
 from qadapter.training_log import read_log
@@ -181,3 +182,27 @@ def test_an_answer_beyond_the_limit_is_left_out_and_said(train, write_pairs):
     outcome = train("--max-length", 40, dataset=write_pairs(rows))
     succeeded(outcome)
     assert outcome.err == "warning: training pairs: 2 rows, 1 kept, 1 dropped (answer too long: 1)\n"
+
+
+def changed_config(base, folder, **changes):
+    """A copy of a base's folder with other values in its config.json; its weights are never read."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"vocab_size": 20}, "the pairs hold token [0-9]+, but the base's embeddings have 20 rows"),
+        ({"model_type": "gpt2", "max_position_embeddings": 9}, "7 of 7 pairs are longer than the base's 9 positions"),
+    ],
+)
+def test_pairs_that_the_base_cannot_run_are_refused_by_check_and_training(train, base, pairs, tmp_path, changes, match):
+    small = changed_config(base, tmp_path / "small", **changes)
+    assert_refused(train(model=small), match, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    outcome = qadapter("data", "check", pairs, "--model", small, "--json")
+    assert outcome.code == 1
+    assert re.search(match, json.loads(outcome.out)["tokenisation_error"])

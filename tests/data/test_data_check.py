@@ -1,9 +1,11 @@
 import io
 import json
+import re
 
 import pytest
 from data_examples import chat_pair, plain_pair
 from rich.console import Console
+from transformers import AutoConfig
 
 from qadapter.data import check_preferences, render
 from qadapter.data.check import length_statistics
@@ -25,7 +27,7 @@ ROWS = [
 
 def printed(report, **options):
     stream = io.StringIO()
-    render(report, Console(file=stream, width=200, **options))
+    render(report, Console(file=stream, width=250, **options))
     return stream.getvalue()
 
 
@@ -63,6 +65,31 @@ def test_examples_name_their_rows_where_a_row_gives_several_pairs(write_lines, c
     assert report.tokenisation.dropped == {"answer too long": [1]}
     shown = [(example.row, f"q{example.row}" in example.prompt) for example in report.examples]
     assert shown == [(1, True), (2, True), (2, True)]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "read", "unread"),
+    [
+        (GOOD[0] | {"context": "x", "id": 3, "empty": None}, None, "chosen, prompt, rejected", "context, id"),
+        ({"query": "a", "question": "b", "chosen": "c", "rejected": "d"}, None, "chosen, query, rejected", "question"),
+        ({"system": "s", "system_prompt": "t"} | GOOD[0], None, "chosen, prompt, rejected, system", "system_prompt"),
+        (
+            {"query": "a", "responses": {"good": "b", "bad": "c"}, "other": {"x": "y"}},
+            {"prompt": "query", "chosen": "responses.good", "rejected": "responses.bad"},
+            "query, responses.bad, responses.good",
+            "other",
+        ),
+        (GOOD[0], None, "chosen, prompt, rejected", "-"),
+    ],
+)
+def test_the_columns_that_are_read_and_those_that_are_not_are_named(write_lines, row, columns, read, unread):
+    report = check_preferences(write_lines([row]), columns=columns)
+    assert f"\nread: {read}; not read: {unread}\n" in printed(report)
+    assert (
+        report.to_dict()["columns_unread"]
+        == report.columns_unread
+        == [name for name in unread.split(", ") if name != "-"]
+    )
 
 
 def test_clean_data_is_ok(write_lines):
@@ -115,6 +142,39 @@ def test_tokenisation_is_reported_in_the_row_numbers_of_the_source(write_lines, 
     assert report.tokenisation is not None
     assert report.tokenisation.dropped == {"identical tokens": [3]}
     assert [example.row for example in report.examples] == [4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "error", "warning"),
+    [
+        ("llama", {}, None, None),
+        ("llama", {"vocab_size": 8}, "pairs hold token 8, but .* 8 rows .vocab_size.: use the tokenizer that", None),
+        (
+            "llama",
+            {"max_position_embeddings": 3},
+            None,
+            "1 of 2 pairs are longer than .* 3 positions .* up to 5 tokens, so",
+        ),
+        (
+            "gpt2",
+            {"n_positions": 4},
+            "1 of 2 pairs are longer than .* 4 positions .*: give --max-length 4, which",
+            None,
+        ),
+        ("gpt2", {"n_positions": 5}, None, None),
+    ],
+)
+def test_pairs_are_held_against_the_base(write_lines, word_level, kind, changes, error, warning):
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},  # with </s> three tokens
+        {"prompt": "a b", "chosen": "c", "rejected": "e f"},  # five, of which "f" is the last of the vocabulary
+    ]
+    config = AutoConfig.for_model(kind, **({"vocab_size": 9} | changes))
+    report = check_preferences(write_lines(rows), word_level, base_config=config)
+    assert report.ok is (error is None)
+    for found, expected in ((report.tokenisation_error, error), (report.context_warning, warning)):
+        assert (found is None) if expected is None else re.search(expected, found)
+        assert found is None or found in printed(report)
 
 
 def test_a_missing_chat_template_is_a_finding(write_lines, word_level):

@@ -140,8 +140,31 @@ def test_an_added_token_of_blanks_is_no_end_of_turn(make_tokenizer):
 
 
 def test_an_end_of_turn_token_inside_an_answer_is_refused(chatml):
-    with pytest.raises(RowError, match="contains the end-of-turn token"):
+    with pytest.raises(RowError, match="contains the end-of-turn token, .*: if it is already rendered, give messages"):
         ChatEncoder(chatml).encode(chat_pair(chosen="Paris.<|im_end|>\nAnd more"))
+
+
+MISTRAL = (
+    "<s>{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}<|assistant|>"
+    "{% else %}{{ message['content'] }}</s>{% endif %}{% endfor %}"  # <|user|> as its [INST], before and after
+)
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, LLAMA, PHI, THINKING, MISTRAL], ids=["chatml", "llama", "phi", "thinking", "mistral"]
+)
+def test_a_prompt_that_was_rendered_before_is_refused(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    rendered = tokenizer.apply_chat_template(HISTORY[1:2], add_generation_prompt=True, tokenize=False)
+    with pytest.raises(RowError, match=r"contains <.*: if it is already rendered, give messages, or") as caught:
+        ChatEncoder(tokenizer).encode(chat_pair(rendered))
+    assert caught.value.reason == "already rendered"
+
+
+def test_special_tokens_that_the_template_does_not_write_may_be_text(make_tokenizer):
+    """A thought that opens with <think> is part of an earlier answer, though generation prompts open one, too."""
+    history = [HISTORY[1], {"role": "assistant", "content": "<think>Hm."}, HISTORY[3]]
+    assert ChatEncoder(make_tokenizer(THINKING)).encode(chat_pair() | {"prompt": history})
 
 
 def test_a_template_that_refuses_a_conversation_is_named(make_tokenizer):

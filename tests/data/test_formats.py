@@ -1,5 +1,7 @@
+import json
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,10 +149,82 @@ def test_a_messages_column_may_hold_the_chosen_answer_once_more():
     assert normalise_row(row) == CHAT
 
 
+WRITTEN = {"json": json.dumps, "indented": lambda value: json.dumps(value, indent=2), "repr": str}
+WRITTEN["numpy"] = lambda value: str(np.array(value))  # what pandas writes of a Parquet file's lists
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("layout", ["chat", "ultrafeedback", "chat-implicit", "sharegpt"])
+def test_messages_that_were_written_as_text_are_no_answers(layout, written):
+    row, _ = EXAMPLES[layout]
+    row = {name: written(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+    row |= {"prompt": "Add"} if layout == "sharegpt" else {}
+    with pytest.raises(RowError, match="chosen is text that spells out messages .*; give them as a list") as caught:
+        recognise(row, [row]).normalise(row)
+    assert caught.value.reason == "messages as text"
+    row = CHAT | {"prompt": "Add", "chosen": " four.", "rejected": written([GOOD])}
+    with pytest.raises(RowError, match="rejected is text that spells out messages"):
+        recognise(row, [row]).normalise(row)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "admin", "content": 4}]',
+        '[{"name": "a", "messages": [{"role": "user", "content": "b"}]}]',
+        '{"from": "user", "to": "me"}',
+        "[{role: user, content: b}]",
+    ],
+)
+def test_other_json_is_an_answer_like_any(text):
+    assert normalise_row(PLAIN | {"chosen": text}) == PLAIN | {"chosen": text}
+
+
+def test_a_message_may_spell_out_messages():
+    row = {**CHAT, "chosen": [GOOD | {"content": json.dumps([USER])}]}
+    assert normalise_row(row) == row
+
+
 def test_extra_keys_and_columns_are_left_out():
     answer = GOOD | {"weight": 1, "tool_calls": None, "function_call": {}, "reasoning_content": ""}
     row = CHAT | {"chosen": [answer], "tools": None, "id": 7}
     assert normalise_row(row) == CHAT
+
+
+def test_text_parts_of_a_message_are_joined():
+    parts = [{"type": "text", "text": "What is two"}, {"type": "text", "text": " plus two?", "image_url": None}]
+    assert normalise_row(CHAT | {"prompt": [USER | {"content": parts}]}) == CHAT
+
+
+@pytest.mark.parametrize("name", ["prompt", "query", "question"])
+def test_an_input_that_continues_no_instruction_is_refused(name):
+    row = {"chosen": " four.", "rejected": " five.", name: "Two plus two is", "input": "Which numbers?"}
+    with pytest.raises(
+        RowError, match="input is filled, but it continues an instruction only: .* --columns prompt=NAME"
+    ):
+        normalise_row(row)
+    assert normalise_row(row | {"input": ""}) == PLAIN
+    with pytest.warns(UserWarning, match=f"column input is not read beside --columns prompt={name}; if it"):
+        assert normalise_row(row, {"prompt": name}) == PLAIN
+
+
+def test_the_input_of_an_instruction_that_is_named_is_read():
+    row = {"instruction": "Two plus", "input": "two is", "good": " four.", "rejected": " five."}
+    columns = {"prompt": "instruction", "chosen": "good"}
+    assert normalise_row(row, columns) == PLAIN | {"prompt": "Two plus\ntwo is"}
+    assert normalise_row({**row, "input": None}, columns) == PLAIN | {"prompt": "Two plus"}
+    assert recognise(row, [row], columns).columns_read(row) == {"instruction", "input", "good", "rejected"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_columns_of_every_layout_are_those_that_its_pair_depends_on(layout):
+    row, _ = EXAMPLES[layout]
+    row_format = recognise(row, [row])
+    read = row_format.columns_read(row)
+    assert row_format.normalise({name: row[name] for name in read}) == row_format.normalise(row)
+    for name in read - {"input"}:  # which is optional
+        with pytest.raises(RowError):
+            row_format.normalise({other: value for other, value in row.items() if other != name})
 
 
 def test_dsp_takes_the_higher_score_as_chosen():
@@ -253,6 +327,8 @@ FAULTY = {
         (CHAT, {"chosen": [GOOD | {"reasoning_content": "2 + 2"}]}, "reasoning_content, .*; put it into the content"),
         (CHAT, {"chosen": [GOOD | {"thinking": "2 + 2"}]}, "thinking, .*; put it into the content"),
         (CHAT, {"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, "content is list"),
+        (CHAT, {"chosen": [GOOD | {"content": [{"type": "image", "text": "a"}]}]}, "content is list"),
+        (CHAT, {"chosen": [GOOD | {"content": []}]}, "content is list"),
         (CHAT, {"chosen": 5}, "a list of messages is needed"),
         (EXAMPLES["hh-rlhf"][0], {"chosen": "Four."}, "does not start with"),
         (EXAMPLES["hh-rlhf-prompt"][0], {"prompt": HISTORY}, "does not end with 'Assistant:'"),
@@ -291,12 +367,38 @@ def test_a_dataset_whose_known_columns_are_of_another_type_is_told_so(row, messa
         recognise(row, [row]).normalise(row)
 
 
-def test_unknown_columns_are_listed_with_the_known_layouts_and_the_way_out():
+def test_unknown_columns_are_listed_with_the_way_out():
     row = {"topic": "sums", "winner": "Four.", "loser": "Five."}
-    with pytest.raises(DataError, match="topic, winner, loser") as caught:
+    message = (
+        "pairs.csv: .* topic, winner, loser. Name them with --columns prompt=... chosen=... rejected=...; docs/data.md"
+    )
+    with pytest.raises(DataError, match=message):
         recognise(row, [row], source="pairs.csv")
-    assert "--columns" in str(caught.value)
-    assert all(name in str(caught.value) for name in ("pairs.csv", *LAYOUTS))
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("Prompt", "Chosen", "Rejected"), "prompt=Prompt chosen=Chosen rejected=Rejected"),
+        (("Question", "response_chosen", "response_rejected"), "prompt=Question chosen=response_chosen rejected=resp"),
+        (("user_prompt", "choosen", "rejectd"), "prompt=user_prompt chosen=choosen rejected=rejectd"),
+        (("topic", "CHOSEN", "REJECTED"), "prompt=... chosen=CHOSEN rejected=REJECTED"),
+    ],
+)
+def test_columns_of_nearly_known_names_are_proposed(names, columns):
+    row = dict(zip(names, PLAIN.values(), strict=True)) | {"chosen_score": 9, "rejected_score": 1}
+    with pytest.raises(DataError, match=f"Do you mean --columns {columns}") as caught:
+        recognise(row, [row])
+    assert len(str(caught.value)) < 300
+    if "..." not in columns:
+        mapping = dict(zip(("prompt", "chosen", "rejected"), names, strict=True))
+        assert normalise_row(row, mapping) == PLAIN
+
+
+def test_proposed_columns_keep_those_that_were_named():
+    row = {"Prompt": "Add", "good": "Four.", "Rejected": "Five."}
+    with pytest.raises(DataError, match="--columns prompt=Prompt chosen=good rejected=Rejected"):
+        recognise(row, [row], {"chosen": "good"})
 
 
 def test_answers_beside_an_unknown_text_column_are_not_taken_for_a_dataset_without_prompts():

@@ -193,7 +193,7 @@ def test_ids_change_only_with_the_version():
         tokenised, report = tokenise_preferences(Dataset.from_list(some), tiny_tokenizer(template), **limits)
         ids.append([tokenised.to_list(), report.truncated_prompts, report.dropped])
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-    assert (TOKENISATION_VERSION, digest[:16]) == (2, "c2d91c81e74891f9")
+    assert (TOKENISATION_VERSION, digest[:16]) == (3, "c2d91c81e74891f9")
 
 
 # -- what is not cached --------------------------------------------------------------------------------------------

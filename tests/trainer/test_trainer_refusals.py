@@ -181,3 +181,31 @@ def test_sharding_with_which_the_adapter_would_be_lost_is_refused(tmp_path, fsdp
     plugins = SimpleNamespace(**FSDP | fsdp) if fsdp else None, SimpleNamespace(**ZERO3 | deepspeed)
     with pytest.raises(ConfigError, match=match):
         fit_sharding(args, *plugins)
+
+
+# -- pairs that the base cannot run, or was not made for ---------------------------------------------------------------
+
+
+def tokens(*prompt_ids):
+    """One tokenised pair."""
+    return Dataset.from_list([{"prompt_ids": list(prompt_ids), "chosen_ids": [2, 1], "rejected_ids": [1]}])
+
+
+def trainer_of(policy, folder, pairs):
+    args = QAdapterTrainingArguments(output_dir=str(folder), use_cpu=True)
+    return QAdapterTrainer(model=policy, args=args, train_dataset=pairs)
+
+
+def test_a_token_without_an_embedding_is_refused(policy, tmp_path):
+    rows = policy.config.vocab_size
+    trainer_of(policy, tmp_path, tokens(3, rows - 1))
+    with pytest.raises(DataError, match=f"the pairs hold token {rows}, but the base's embeddings have {rows} rows"):
+        trainer_of(policy, tmp_path, tokens(3, rows))
+
+
+def test_pairs_beyond_the_context_are_warned_of_or_beyond_a_table_refused(tmp_path):
+    pairs = tokens(*[3] * 63)  # and an answer of two, where both have 64 positions
+    with pytest.warns(UserWarning, match="1 of 1 pairs are longer than the base's 64 positions .* up to 65 tokens"):
+        trainer_of(tiny_policy(), tmp_path, pairs)
+    with pytest.raises(DataError, match="64 positions .*: give --max-length 64, which cuts prompts"):
+        trainer_of(tiny_policy(tiny_base("gpt2")), tmp_path, pairs)

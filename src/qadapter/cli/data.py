@@ -25,13 +25,14 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-rows", type=int, help="look at the first rows only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments[1:] if arguments[0] == "check" else arguments)
-    tokenizer = None
+    tokenizer = base_config = None
     quiet: AbstractContextManager[None] = nullcontext()
     if options.model:
         from qadapter.cli.policies import quiet_datasets
-        from qadapter.modeling.bases import load_tokenizer, resolve_base
+        from qadapter.modeling.bases import load_config, load_tokenizer, resolve_base
 
-        tokenizer, quiet = load_tokenizer(resolve_base(options.model)), quiet_datasets()
+        base = resolve_base(options.model)
+        tokenizer, base_config, quiet = load_tokenizer(base), load_config(base), quiet_datasets()
     with quiet:
         report = check_preferences(
             options.dataset,
@@ -40,6 +41,7 @@ def run(arguments: list[str]) -> int:
             columns=parse_columns(options.columns),
             max_length=options.max_length if tokenizer else None,
             max_rows=options.max_rows,
+            base_config=base_config,
         )
     if options.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))

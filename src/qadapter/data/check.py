@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
+from qadapter.data.base_limits import beyond_context
 from qadapter.data.check_rendering import render as render
 from qadapter.data.check_report import CheckReport, Example, LengthStatistics, RowProblem
+from qadapter.data.layouts import filled
 from qadapter.data.rows import Pair, RowError
 from qadapter.data.sources import (
     OpenSource,
@@ -35,11 +37,13 @@ def check_preferences(
     chat: bool | Literal["auto"] = "auto",
     max_rows: int | None = None,
     examples: int = 3,
+    base_config: Any = None,
 ) -> CheckReport:
     """A CheckReport over all rows (or the first `max_rows`) with every bad row, not only the first.
 
-    With a `tokenizer`, lengths are tokens and the examples are decoded ids, exactly what is trained. Raises
-    DataError only where nothing can be said: no such source, unreadable file, unknown layout.
+    With a `tokenizer`, lengths are tokens and the examples are decoded ids, exactly what is trained; with the base
+    model's `base_config`, too, they are held against its vocabulary and positions. Raises DataError only where
+    nothing can be said: no such source, unreadable file, unknown layout.
     """
     check_arguments(max_rows, on_error="raise")
     opened = open_source(source, split, columns, streaming=False)
@@ -50,21 +54,29 @@ def check_preferences(
         describe_text(report, numbered, examples)
     else:
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-        describe_tokens(report, numbered, tokenizer, limits, chat, examples)
+        describe_tokens(report, numbered, tokenizer, limits, chat, examples, base_config)
     return report
 
 
 def collect_pairs(report: CheckReport, opened: OpenSource, max_rows: int | None) -> list[tuple[int, Pair]]:
-    """The valid pairs with their row numbers; fills in how many rows there are and what the others lack."""
+    """The valid pairs with their row numbers; fills in the columns, how many rows there are and what others lack."""
     numbered: list[tuple[int, Pair]] = []
+    read: set[str] = set()
+    found: dict[str, None] = {}  # keeps the order
     for row in islice(opened.rows, max_rows):
         report.rows += 1
+        if not isinstance(row.content, RowError):
+            read |= opened.row_format.columns_read(row.content)
+            found |= {name: None for name, value in row.content.items() if filled(value)}
         pair = pair_or_error(row, opened.row_format)
         if isinstance(pair, RowError):
             report.errors.append(RowProblem(row.number, pair.reason, str(pair)))
         else:
             numbered.append((row.number, pair))
     report.pairs = len(numbered)
+    parents = {path.split(".", 1)[0] for path in read}
+    report.columns_read = sorted(read)
+    report.columns_unread = [name for name in found if name not in read | parents]
     return numbered
 
 
@@ -112,6 +124,7 @@ def describe_tokens(
     limits: Mapping[str, int | None],
     chat: bool | Literal["auto"],
     examples: int,
+    base_config: Any,
 ) -> None:
     """Fill in token lengths, decoded examples and the tokenisation report, with the source's row numbers."""
     from datasets import Dataset
@@ -124,6 +137,8 @@ def describe_tokens(
     except DataError as error:
         report.tokenisation_error = str(error)
         return
+    if base_config is not None:
+        note_fit(report, tokenised, base_config)
     numbers = [number for number, _ in numbered]
     report.tokenisation = renumbered(tokenisation, numbers)
     note_lengths(report, ({side: len(row[f"{side}_ids"]) for side in SIDES} for row in tokenised), "tokens")
@@ -134,6 +149,14 @@ def describe_tokens(
         Example(number, **{side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES})
         for number, row in zip(kept, tokenised.take(min(examples, len(tokenised))), strict=False)
     ]
+
+
+def note_fit(report: CheckReport, tokenised: Any, base_config: Any) -> None:
+    """Fill in whether the base can run the pairs, and was made for such lengths."""
+    try:
+        report.context_warning = beyond_context(tokenised, base_config)
+    except DataError as error:
+        report.tokenisation_error = str(error)
 
 
 def renumbered(report: TokenisationReport, numbers: Sequence[int]) -> TokenisationReport:

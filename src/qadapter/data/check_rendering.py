@@ -20,6 +20,7 @@ def render(report: CheckReport, console: "Console") -> None:
     kind = "chat" if report.chat else "plain text"
     print_line(console, f"{report.source}: layout {report.layout} ({kind})", "bold")
     print_line(console, f"{report.rows:,} rows, {report.pairs:,} pairs, {report.prompts:,} different prompts")
+    print_line(console, f"read: {', '.join(report.columns_read)}; not read: {', '.join(report.columns_unread) or '-'}")
     render_findings(report, console)
     if report.lengths:
         console.print(length_table(report))
@@ -50,6 +51,8 @@ def render_findings(report: CheckReport, console: "Console") -> None:
         print_line(console, f"tokenised: {report.tokenisation.summary()}")
         for reason, numbers in report.tokenisation.dropped.items():
             print_line(console, f"warning: {reason}: dropped rows {listed(numbers)}", "yellow")
+    if report.context_warning is not None:
+        print_line(console, f"warning: {report.context_warning}", "yellow")
     if report.tokenisation_error is not None:
         print_line(console, f"error: {report.tokenisation_error}", "red")
 

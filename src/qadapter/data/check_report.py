@@ -44,6 +44,8 @@ class CheckReport:
     chat: bool
     rows: int = 0
     pairs: int = 0
+    columns_read: list[str] = field(default_factory=list)
+    columns_unread: list[str] = field(default_factory=list)  # those that hold something
     errors: list[RowProblem] = field(default_factory=list)
     duplicates: list[tuple[int, int]] = field(default_factory=list)
     contradictions: list[tuple[int, int]] = field(default_factory=list)
@@ -53,11 +55,12 @@ class CheckReport:
     lengths: dict[str, LengthStatistics] = field(default_factory=dict)
     tokenisation: TokenisationReport | None = None
     tokenisation_error: str | None = None
+    context_warning: str | None = None
     examples: list[Example] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether every row is a pair and, with a tokenizer, pairs are left to train on."""
+        """Whether every row is a pair and, with a tokenizer, pairs are left to train on, which the base can run."""
         return self.pairs > 0 and not self.errors and self.tokenisation_error is None
 
     @property

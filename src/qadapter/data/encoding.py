@@ -33,14 +33,25 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.ending = template_ending(tokenizer)
+        self.marks = template_marks(tokenizer)
 
     def encode(self, pair: Pair) -> EncodedPair:
         """The ids of a pair of messages; raises RowError for a row that the template cannot express."""
+        self.require_bare(pair["prompt"])
         prompt_ids = render(self.tokenizer, pair["prompt"], add_generation_prompt=True)
         sides = [render(self.tokenizer, pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
         boundary = shared_prefix(prompt_ids, *sides)
         chosen_ids, rejected_ids = (self.close(ids[boundary:]) for ids in sides)
         return EncodedPair(prompt_ids[:boundary], chosen_ids, rejected_ids, stable=boundary == len(prompt_ids))
+
+    def require_bare(self, prompt: list[Message]) -> None:
+        """Refuse a prompt that was rendered before: its turns would all become one user's message."""
+        if found := [mark for mark in self.marks if any(mark in message["content"] for message in prompt)]:
+            raise RowError(
+                "already rendered",
+                f"the prompt's text contains {found[0]}, which the chat template writes itself: if it is already "
+                "rendered, give messages, or the bare text",
+            )
 
     def close(self, answer_ids: list[int]) -> list[int]:
         """The answer up to and including its end-of-turn token, without what the template writes after it."""
@@ -135,6 +146,17 @@ def template_ending(tokenizer: Any) -> tuple[int, ...]:
     return next((tuple(ending[index:]) for index, token_id in enumerate(ending) if token_id in ends), ())
 
 
+def template_marks(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens that the template writes around a user's message; others, as <think>, may be text."""
+    special = {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content.strip() and token_id != tokenizer.unk_token_id
+    }
+    ids = render(tokenizer, [{"role": "user", "content": "Question"}])
+    return tuple(dict.fromkeys(special[token_id] for token_id in ids if token_id in special))
+
+
 def closed(answer_ids: list[int], tokenizer: Any) -> list[int]:
     """The answer with one end-of-sequence token at its end; raises DataError if the tokenizer has none."""
     eos = tokenizer.eos_token_id
@@ -149,5 +171,7 @@ def require_single_end(answer_ids: list[int]) -> None:
     """Generation stops at the first end-of-turn token, so nothing behind it can be an answer."""
     if answer_ids[-1] in answer_ids[:-1]:
         raise RowError(
-            "end of turn inside", "the answer's text contains the end-of-turn token; remove it from the text"
+            "end of turn inside",
+            "the answer's text contains the end-of-turn token, which is added here: if it is already rendered, give "
+            "messages, or the bare text",
         )

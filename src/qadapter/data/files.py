@@ -39,7 +39,10 @@ def read_rows(path: Path) -> Iterator[RawRow]:
     Raises DataError when the file as a whole cannot be read. Row numbers are line numbers in JSON Lines.
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file in it ({', '.join(SUFFIXES)})")
+        raise DataError(
+            f"{path} is a folder; name a file in it ({', '.join(SUFFIXES)}), several behind each other to train on "
+            "all, or write what save_to_disk left with datasets.load_from_disk(...).to_parquet('pairs.parquet')"
+        )
     if not has_known_suffix(path.name):
         raise DataError(f"{path}: unknown kind of file; rename or convert it to one of {', '.join(SUFFIXES)}")
     try:

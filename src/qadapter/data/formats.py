@@ -5,6 +5,7 @@ row that deviates is an error, not another layout. Chat layouts give lists of {"
 text stays text, because base models without a chat template are trained on it.
 """
 
+import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ class Format:
             pair["prompt"] = messages.with_system(pair["prompt"], messages.as_text(system, "system"))
         return messages.checked_chat(pair)
 
+    def columns_read(self, row: Row) -> set[str]:
+        """The columns of a row, or dotted paths into them, from which its pair is made."""
+        read = LAYOUTS[self.layout].columns_read(select(row, self.columns))
+        return {(self.columns or {}).get(name, name) for name in read}
+
 
 def recognise(
     column_names: Iterable[str],
@@ -72,13 +78,14 @@ def recognise(
     check_mapping(columns, names, source)
     selected = [select(row, columns) for row in first_rows]
     example = example_row(selected)
+    warn_of_input(selected, example_row(first_rows), columns, source)
     has_system = any(system_text(row) for row in selected)
     for name, layout in LAYOUTS.items():
         if layout.matches(example):
             if name == "plain-implicit":
                 warn_of_unread_text(example_row(first_rows), columns, source)
             return Format(name, layout.chat or has_system, columns)
-    raise unknown_layout(names, source)
+    raise unknown_layout(example_row(first_rows), names, columns, source)
 
 
 def normalise_row(row: Row, columns: Mapping[str, str] | None = None) -> Pair:
@@ -92,7 +99,10 @@ def select(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
         return dict(row)
     known = [name for part, names in MAPPABLE.items() if part not in columns for name in names]
     same = {name: row[name] for name in known if name in row and name not in columns.values()}
-    return same | {name: value_at(row, path) for name, path in columns.items()}
+    named = {name: value_at(row, path) for name, path in columns.items()}
+    if columns.get("prompt") == "instruction" and "input" in row and "input" not in columns.values():
+        named |= {"instruction": named.pop("prompt"), "input": row["input"]}  # Alpaca's input belongs to it
+    return same | named
 
 
 def value_at(row: Any, path: str) -> Any:
@@ -137,6 +147,17 @@ def check_mapping(columns: Mapping[str, str] | None, names: list[str], source: s
             raise DataError(f"{source}: --columns maps {name} to {path!r}, the columns are {', '.join(names)}")
 
 
+def warn_of_input(selected: Sequence[Row], example: Row, columns: Mapping[str, str] | None, source: str) -> None:
+    """Warn where Alpaca's input is left aside by a prompt that --columns names."""
+    named = columns or {}
+    if example.get("input") and "prompt" in named and "input" not in named.values() and "input" not in selected[0]:
+        warnings.warn(
+            f"{source}: the column input is not read beside --columns prompt={named['prompt']}; if it continues the "
+            "prompt, name that column instruction in the data",
+            stacklevel=2,
+        )
+
+
 def warn_of_unread_text(example: Row, columns: Mapping[str, str] | None, source: str) -> None:
     """Warn where the pairs have no prompt, but a column that --columns left aside may well hold it."""
     used = {"chosen", "rejected", *SYSTEM_COLUMNS, *(path.split(".", 1)[0] for path in (columns or {}).values())}
@@ -149,9 +170,24 @@ def warn_of_unread_text(example: Row, columns: Mapping[str, str] | None, source:
         )
 
 
-def unknown_layout(names: list[str], source: str) -> DataError:
-    known = "; ".join(f"{name} ({layout.columns})" for name, layout in LAYOUTS.items())
+def unknown_layout(example: Row, names: list[str], columns: Mapping[str, str] | None, source: str) -> DataError:
+    """The refusal, with the --columns that would read columns whose names are nearly ours."""
+    texts = [name for name in names if isinstance(example.get(name), str | list | dict)]
+    wanted = {part: near_name(part, texts) for part in ("prompt", "chosen", "rejected")} | dict(columns or {})
+    near = wanted["chosen"] and wanted["rejected"]
+    line = " ".join(f"{part}={name or '...'}" for part, name in wanted.items())
     return DataError(
         f"{source}: no known preference layout; found the columns {', '.join(names) or '(none)'}. "
-        f"Name them with --columns prompt=... chosen=... rejected=..., or use one of these layouts: {known}"
+        + (f"Do you mean --columns {line}? " if near else f"Name them with --columns {line}; ")
+        + "docs/data.md lists the layouts"
     )
+
+
+def near_name(part: str, names: list[str]) -> str | None:
+    """The column that is named nearly as `part`: in other case, within a longer name, or misspelt; None if none is."""
+    known = PROMPT_COLUMNS if part == "prompt" else (part,)
+    folded = {name.lower(): name for name in reversed(names)}
+    same = [folded[name] for name in known if name in folded]
+    within = sorted((name for name in names if any(word in name.lower() for word in known)), key=len)
+    misspelt = [folded[match] for match in difflib.get_close_matches(part, folded, n=1, cutoff=0.75)]
+    return next(iter(same + within + misspelt), None)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qadapter.data.messages import as_messages, as_text, assistant, split_explicit, split_implicit, user
+from qadapter.data.messages import as_bare_text, as_messages, as_text, assistant, split_explicit, split_implicit, user
 from qadapter.data.rows import Message, Pair, Row, RowError
 from qadapter.data.transcripts import is_transcript, messages_of, prompt_messages_of
 
@@ -17,20 +17,39 @@ PROMPT_COLUMNS = (
 )  # the first one that is there holds the prompt
 
 
+CHAT_COLUMNS = ("prompt", "messages", "conversations")  # likewise, of conversations
+
+
+def filled(value: Any) -> bool:
+    """Whether a column's value holds anything."""
+    return value is not None and value not in ("", [])
+
+
 @dataclass(frozen=True)
 class Layout:
-    """`columns` describes it to the user, `matches` tells it by an example row, `read` gives a row's pair."""
+    """`matches` tells it by an example row, `read` gives a row's pair.
 
-    columns: str
+    The first filled column of `prompts` is the prompt, `answers` hold the rest.
+    """
+
     chat: bool
     matches: Callable[[Row], bool]
     read: Callable[[Row], Pair]
+    prompts: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ("chosen", "rejected")
+
+    def columns_read(self, row: Row) -> set[str]:
+        """The columns of a row from which its pair is made."""
+        prompt = next((name for name in self.prompts if filled(row.get(name))), None)
+        system = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
+        extra = "input" if prompt == "instruction" else None
+        return {name for name in (prompt, extra, system, *self.answers) if name is not None and name in row}
 
 
 def first_present(row: Row, names: tuple[str, ...]) -> Any:
     """The first of the named columns that holds something; else an empty one's value, or None where there is none."""
     values = [row[name] for name in names if row.get(name) is not None]
-    return next((value for value in values if value not in ("", [])), values[0] if values else None)
+    return next((value for value in values if filled(value)), values[0] if values else None)
 
 
 def system_text(row: Row) -> Any:
@@ -95,14 +114,20 @@ def read_output_list(row: Row) -> Pair:
 
 
 def read_text(row: Row) -> Pair:
-    chosen, rejected = (as_text(row.get(name), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (as_bare_text(row.get(name), name) for name in ("chosen", "rejected"))
     return {"prompt": prompt_text(row), "chosen": chosen, "rejected": rejected}
 
 
 def prompt_text(row: Row) -> str:
     """The prompt; Alpaca's optional input follows its instruction on a new line."""
-    prompt = as_text(first_present(row, PROMPT_COLUMNS), "prompt")
+    prompt = as_bare_text(first_present(row, PROMPT_COLUMNS), "prompt")
     if row.get("instruction") is None or prompt != row["instruction"]:
+        if row.get("input"):
+            raise RowError(
+                "wrong type",
+                "input is filled, but it continues an instruction only: name the prompt's column instruction in the "
+                "data, or leave input out with --columns prompt=NAME",
+            )
         return prompt
     if row.get("history"):
         raise RowError("wrong type", "history is not supported; give the conversation as a messages column")
@@ -113,14 +138,14 @@ def prompt_text(row: Row) -> str:
 def read_text_without_prompt(row: Row) -> Pair:
     if first_present(row, PROMPT_COLUMNS):
         raise RowError("wrong type", "a prompt, but the first rows have none and were taken as answers only")
-    chosen, rejected = (as_text(row.get(name), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (as_bare_text(row.get(name), name) for name in ("chosen", "rejected"))
     return {"prompt": "", "chosen": chosen, "rejected": rejected}
 
 
 def read_conversations(row: Row) -> Pair:
     """Prompt messages under prompt, messages or conversations; answers as messages, one message or text."""
     chosen, rejected = (answer_messages(row.get(name), name) for name in ("chosen", "rejected"))
-    prompt = as_messages(first_present(row, ("prompt", "messages", "conversations")), "prompt")
+    prompt = as_messages(first_present(row, CHAT_COLUMNS), "prompt")
     # UltraFeedback's messages column holds the chosen answer once more.
     if prompt and chosen and prompt[-1] == chosen[-1] and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
@@ -128,7 +153,7 @@ def read_conversations(row: Row) -> Pair:
 
 
 def answer_messages(value: Any, name: str) -> list[Message]:
-    return assistant(as_text(value, name)) if isinstance(value, str) else as_messages(value, name)
+    return assistant(as_bare_text(value, name)) if isinstance(value, str) else as_messages(value, name)
 
 
 def read_answers_with_prompt_text(row: Row) -> Pair:
@@ -151,65 +176,65 @@ def read_answers(row: Row) -> Pair:
 
 # Tried in this order; the first that matches is taken.
 LAYOUTS = {
-    "dsp": Layout(
-        "text: two transcripts, score: two numbers",
+    "dsp": Layout(  # text: two transcripts, score: two numbers
         True,
         lambda row: isinstance(row.get("text"), list) and isinstance(row.get("score"), list),
         read_scored_texts,
+        answers=("text", "score"),
     ),
-    "alpaca-output": Layout(
-        "instruction, optional input, output: [chosen, rejected]",
+    "alpaca-output": Layout(  # instruction, optional input, output: [chosen, rejected]
         False,
         lambda row: isinstance(row.get("instruction"), str) and isinstance(row.get("output"), list),
         read_output_list,
+        PROMPT_COLUMNS,
+        ("output",),
     ),
-    "hh-rlhf": Layout(
-        "chosen, rejected: transcripts starting with '\\n\\nHuman:'", True, has_transcripts, read_transcripts
+    "hh-rlhf": Layout(  # chosen, rejected: transcripts starting with '\n\nHuman:'
+        True, has_transcripts, read_transcripts
     ),
-    "hh-rlhf-prompt": Layout(
-        "prompt: transcript ending with '\\n\\nAssistant:', chosen, rejected: text",
+    "hh-rlhf-prompt": Layout(  # prompt: transcript ending with '\n\nAssistant:', chosen, rejected: text
         True,
         has_prompt_transcript,
         read_prompt_transcript,
+        ("prompt",),
     ),
-    "chat": Layout(
-        "prompt: messages, chosen, rejected: messages",
+    "chat": Layout(  # prompt: messages, chosen, rejected: messages
         True,
         lambda row: isinstance(row.get("prompt"), list) and has_answers(row, (list, dict, str)),
         read_conversations,
+        CHAT_COLUMNS,
     ),
-    "ultrafeedback": Layout(
-        "prompt: text, chosen, rejected: messages",
+    "ultrafeedback": Layout(  # prompt: text, chosen, rejected: messages
         True,
         lambda row: has_prompt_text(row) and has_answers(row, (list, dict)),
         read_answers_with_prompt_text,
+        PROMPT_COLUMNS,
     ),
-    "messages": Layout(
-        "messages: messages, chosen, rejected: messages, one message or text",
+    "messages": Layout(  # messages: messages, chosen, rejected: messages, one message or text
         True,
         lambda row: isinstance(row.get("messages"), list) and has_answers(row, (list, dict, str)),
         read_conversations,
+        CHAT_COLUMNS,
     ),
-    "sharegpt": Layout(
-        "conversations: list of {from, value}, chosen, rejected: {from, value}",
+    "sharegpt": Layout(  # conversations: list of {from, value}, chosen, rejected: {from, value}
         True,
         lambda row: isinstance(row.get("conversations"), list) and has_answers(row, (list, dict, str)),
         read_conversations,
+        CHAT_COLUMNS,
     ),
-    "chat-implicit": Layout(
-        "chosen, rejected: conversations that differ in the last message",
+    "chat-implicit": Layout(  # chosen, rejected: conversations that differ in the last message
         True,
         lambda row: has_answers(row, (list, dict)),
         read_answers,
     ),
-    "plain": Layout(
-        f"{' or '.join(PROMPT_COLUMNS)} (with optional input), chosen, rejected: text",
+    "plain": Layout(  # prompt, query, question or instruction with input, chosen, rejected: text
         False,
         # Of any type: that a prompt is a number, say, is an error of its row.
         lambda row: all(value is not None for value in (first_present(row, PROMPT_COLUMNS), *answers(row))),
         read_text,
+        PROMPT_COLUMNS,
     ),
-    "plain-implicit": Layout(
-        "chosen, rejected: text, and no other text column", False, has_only_answers, read_text_without_prompt
+    "plain-implicit": Layout(  # chosen, rejected: text, and no other text column
+        False, has_only_answers, read_text_without_prompt
     ),
 }

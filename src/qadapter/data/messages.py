@@ -1,5 +1,6 @@
 """Chat messages: checked, and split into the prompt that both sides share and one answer a side."""
 
+import re
 from typing import Any
 
 from qadapter.data.rows import Message, Pair, RowError
@@ -25,6 +26,10 @@ UNREAD = {
         "put it into the content, marked as the chat template does, or remove it",
     ),
 }
+# How a list of messages, or one, begins that was written as text: as JSON, as Python's repr, or as numpy's.
+WRITTEN_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
+WRITTEN_ROLE = re.compile(rf"""(["'])(?:role|from)\1\s*:\s*(["'])(?:{"|".join(ROLES)})\2""")
+WRITTEN_CONTENT = re.compile(r"""(["'])(?:content|value)\1\s*:""")
 
 
 def as_text(value: Any, name: str) -> str:
@@ -42,6 +47,18 @@ def as_text(value: Any, name: str) -> str:
                 f"{name} holds half of a surrogate pair at character {error.start}, which is no Unicode text",
             ) from None
     return value
+
+
+def as_bare_text(value: Any, name: str) -> str:
+    """`as_text`, but no messages that were written as text, as CSV files hold them; raises RowError."""
+    text = as_text(value, name)
+    if WRITTEN_MESSAGES.match(text) and WRITTEN_ROLE.search(text) and WRITTEN_CONTENT.search(text):
+        raise RowError(
+            "messages as text",
+            f"{name} is text that spells out messages ({' '.join(text[:40].split())} ...); give them as a list of "
+            "objects, in JSON Lines or Parquet (json.loads reads JSON, ast.literal_eval Python's repr)",
+        )
+    return text
 
 
 def as_messages(value: Any, name: str) -> list[Message]:
@@ -65,7 +82,16 @@ def as_message(value: Any, name: str) -> Message:
     role = as_text(value.get(keys[0]), f"{name}.{keys[0]}")
     if role not in ROLES:
         raise RowError("wrong type", f"{name} has the role {role!r}; known roles are {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": as_text(value.get(keys[1]), f"{name}.{keys[1]}")}
+    return {"role": ROLES[role], "content": as_text(joined_parts(value.get(keys[1])), f"{name}.{keys[1]}")}
+
+
+def joined_parts(content: Any) -> Any:
+    """A content of text parts, [{"type": "text", "text": ...}], as one text, as `qadapter serve` joins them."""
+    if not isinstance(content, list) or not content:
+        return content
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts: list[str] = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 def user(content: str) -> list[Message]:

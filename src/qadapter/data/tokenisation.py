@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FIRST_ROWS = 100  # rows that decide on the layout
 # Kept tokens are those of one version: raise it with any change that gives some row other ids, or drops another row.
-TOKENISATION_VERSION = 2
+TOKENISATION_VERSION = 3
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qadapter.errors import ConfigError
@@ -159,6 +159,14 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.generation_config = loaded.generation_config
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def load_config(source: BaseSource) -> Any:
+    """The config of a base model; None where none can be read: whoever loads the base says what is wrong with it."""
+    try:
+        return AutoConfig.from_pretrained(source.path, revision=source.hub_revision or "main", trust_remote_code=False)
+    except Exception:
+        return None
 
 
 def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:

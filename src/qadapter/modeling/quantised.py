@@ -6,10 +6,10 @@ of its own above them, which cannot run beside the base in one batch; transforme
 
 from typing import Any, NoReturn
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qadapter.errors import ConfigError
-from qadapter.modeling.bases import BaseSource
+from qadapter.modeling.bases import BaseSource, load_config
 
 TRAINABLE = ("bitsandbytes",)
 # transformers unpacks these by itself where their kernels cannot run: only the loaded model tells.
@@ -25,13 +25,8 @@ def check_trainable_files(source: BaseSource, quantization_config: Any = None) -
     Raises:
         ConfigError: the files are quantised.
     """
-    try:
-        config = AutoConfig.from_pretrained(
-            source.path, revision=source.hub_revision or "main", trust_remote_code=False
-        )
-    except Exception:  # whoever loads the base says what is wrong with it
-        return
-    stated = _stated(config)
+    config = load_config(source)
+    stated = None if config is None else _stated(config)
     if stated is None or _setting(stated, "dequantize") or _setting(quantization_config, "dequantize"):
         return
     if _method(stated) not in (*TRAINABLE, *UNPACKED_AT_NEED):

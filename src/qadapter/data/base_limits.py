@@ -1,0 +1,67 @@
+"""Whether tokenised pairs fit the base model: its embeddings need a row for each token, its positions must reach."""
+
+import warnings
+from typing import Any, NamedTuple
+
+from qadapter.errors import DataError
+
+# Kinds of models whose positions are rows of a table: beyond its end nothing can be computed.
+POSITION_TABLES = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
+
+
+class Extent(NamedTuple):
+    """The largest id of a dataset's pairs, and the tokens of each pair: prompt and longer answer."""
+
+    largest_id: int
+    lengths: list[int]
+
+
+def require_fit(tokenised: Any, config: Any) -> None:
+    """Refuse pairs that the base of this config cannot run, and warn of those that it was not made for.
+
+    Raises:
+        DataError: as `beyond_context`.
+    """
+    if warning := beyond_context(tokenised, config):
+        warnings.warn(warning, stacklevel=1)  # here, so that the same words are shown once
+
+
+def beyond_context(tokenised: Any, config: Any) -> str | None:
+    """What to warn of where pairs are longer than the base's context; None where all fit, and of streams.
+
+    Raises:
+        DataError: a token without a row in the embeddings, or a pair longer than a table of positions.
+    """
+    from datasets import Dataset
+
+    if not isinstance(tokenised, Dataset) or not len(tokenised):
+        return None
+    config = config.get_text_config(decoder=True)
+    rows, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    largest_id, lengths = extent(tokenised)
+    if rows is not None and largest_id >= rows:
+        raise DataError(
+            f"the pairs hold token {largest_id}, but the base's embeddings have {rows} rows (vocab_size): use the "
+            "tokenizer that belongs to the base, or resize_token_embeddings and save the base first"
+        )
+    too_long = sum(length > positions for length in lengths) if positions is not None else 0
+    if not too_long:
+        return None
+    found = f"{too_long:,} of {len(lengths):,} pairs are longer than the base's {positions:,} positions"
+    found += f" (max_position_embeddings), up to {max(lengths):,} tokens"
+    if config.model_type in POSITION_TABLES:
+        raise DataError(f"{found}: give --max-length {positions}, which cuts prompts and drops longer answers")
+    return f"{found}, so expect nonsense of these: give --max-length {positions}"
+
+
+def extent(tokenised: Any) -> Extent:
+    """How far the pairs reach."""
+    import pyarrow.compute as pc
+
+    largest_id, lengths = 0, []
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    for table in tokenised.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        largest_id = max(largest_id, *(pc.max(pc.list_flatten(column)).as_py() or 0 for column in table.columns))
+        prompts, *sides = (pc.list_value_length(column) for column in table.columns)
+        lengths += pc.add(prompts, pc.max_element_wise(*sides)).to_pylist()
+    return Extent(largest_id, lengths)
