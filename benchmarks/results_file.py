@@ -13,11 +13,19 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def command() -> str:
+    """How this script was started, without the place of the checkout."""
+    spec = sys.modules["__main__"].__spec__  # of `python -m`, which puts a whole path into argv
+    script = Path(sys.argv[0]).resolve()
+    shown = str(script.relative_to(RESULTS.parents[1])) if script.is_relative_to(RESULTS.parents[1]) else script.name
+    return shlex.join(["python", *(["-m", spec.name] if spec else [shown]), *sys.argv[1:]])
+
+
 def write(output: Path | None, name: str, device: str, dtype: str, versions: Mapping[str, str], **found: Any) -> None:
     """Write the command, the device, the versions and what was found into `output`, or into results/NAME.json."""
     processor = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     report = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "device": f"{processor}, {torch.get_num_threads()} threads",
         "dtype": dtype,
         "versions": dict(versions),
