@@ -88,9 +88,13 @@ def point(axis: str, value: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    figures = {}
-    for axis, values in AXES.items():
-        figures[axis] = [point(axis, value) for value in values]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="only these; others keep theirs")
+    options = parser.parse_args()
+    output = RESULTS / "scaling.json"
+    figures = json.loads(output.read_text())["figures"] if options.axes != list(AXES) else {}
+    for axis in options.axes:
+        figures[axis] = [point(axis, value) for value in AXES[axis]]
         for row in figures[axis]:
             print(row)
         names = [name for name in figures[axis][0] if name != axis]
@@ -106,9 +110,10 @@ def main() -> None:
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl)},
         "middle": MIDDLE,
+        "prompted": PROMPTED,
         "figures": figures,
     }
-    (RESULTS / "scaling.json").write_text(json.dumps(report, indent=2) + "\n")
+    output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
