@@ -21,8 +21,8 @@ def offline(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-def save_base(folder, template=CHAT_TEMPLATE, seed=0):
-    tiny_base(max_position_embeddings=512, eos_token_id=1, seed=seed).save_pretrained(folder)
+def save_base(folder, template=CHAT_TEMPLATE, seed=0, positions=512):
+    tiny_base(max_position_embeddings=positions, eos_token_id=1, seed=seed).save_pretrained(folder)
     tiny_tokenizer(template).save_pretrained(folder)
     return folder
 
@@ -31,6 +31,12 @@ def save_base(folder, template=CHAT_TEMPLATE, seed=0):
 def base(tmp_path_factory):
     """The folder of a tiny Llama with a chat template."""
     return save_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def long_base(tmp_path_factory):
+    """The folder of the same with a context that holds the built-in pairs, a character a token."""
+    return save_base(tmp_path_factory.mktemp("bases") / "long-llama", positions=2048)
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ from qadapter.modeling.bases import resolve_base
 
 
 @pytest.fixture(scope="module")
-def tiny(base):
+def tiny(long_base):
     """The quickstart's model and numbers made tiny."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "resolve_base", lambda _: resolve_base(base))
+        patch.setattr(quickstart, "resolve_base", lambda _: resolve_base(long_base))
         patch.setattr(quickstart, "FIRST_ADAPTED_LAYER", 1)
         patch.setattr(quickstart, "MAX_NEW_TOKENS", 5)
         yield

@@ -124,9 +124,10 @@ def test_entries_with_values_may_be_a_mapping(tmp_path):
     assert data.columns == ["prompt=q", "chosen=yes_answer"]
 
 
-def test_null_takes_a_limit_away(train_yaml, write_pairs):
+def test_null_takes_a_limit_away(train_yaml, write_pairs, long_base):
     long = write_pairs([{"prompt": "x" * 1100, "chosen": "a", "rejected": "b"}])
-    cut, whole = (train_yaml(f"max_length: {limit}\n", "--dataset", long, "--overwrite") for limit in ("1024", "null"))
+    options = ("--model", long_base, "--dataset", long, "--overwrite")
+    cut, whole = (train_yaml(f"max_length: {limit}\n", *options) for limit in ("1024", "null"))
     assert "1 prompts truncated" in cut.err
     assert whole == (0, whole.out, "")
 
