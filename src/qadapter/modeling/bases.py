@@ -162,10 +162,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def load_config(source: BaseSource) -> Any:
-    """The config of a base model; None where none can be read: whoever loads the base says what is wrong with it."""
+    """The config of a base model; None where none can be read."""
     try:
         return AutoConfig.from_pretrained(source.path, revision=source.hub_revision or "main", trust_remote_code=False)
-    except Exception:
+    except Exception:  # of any kind, by the file: whoever loads the base says what is wrong with it
         return None
 
 
