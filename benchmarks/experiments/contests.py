@@ -69,8 +69,8 @@ def contests(
     Args:
         read_by: the drift of the areas, where the same variants and seeds are to be read in another way.
     """
-    result = []
-    methods = {method: tuned_over([v for v in found if v.method == method], gain, drift)
+    result, draws = [], Draws()
+    methods = {method: tuned_over([v for v in found if v.method == method], gain, drift, draws)
                for method in dict.fromkeys(variant.method for variant in found)}  # fmt: skip
     for method in methods if own in methods else ():
         pair = methods[own] + (methods[method] if method != own else [])
@@ -79,7 +79,7 @@ def contests(
             continue
         pair = [v for v in found if v in pair or (v.method == OWN and OWN in (own, method) and v.seeds >= seeds)]
         pair = [on_seeds(variant, seeds) for variant in pair]
-        rows = method_areas(pair, gain, read_by or drift, Draws())
+        rows = method_areas(pair, gain, read_by or drift, draws)
         first = next(row for row in rows if row.method == own and row.form == "dial")
         others = [row for row in rows if row is not first and row.method == method]
         result += [Contest(first, row, len(seeds), knob_values(pair, own, method)) for row in others]
@@ -96,7 +96,7 @@ def knob_values(pair: Sequence[Variant], own: str, other: str) -> str:
     return " / ".join(counts) + UNLIKE * (trainings[0] != trainings[1])
 
 
-def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure) -> list[Variant]:
+def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> list[Variant]:
     """The variants of a method that it may choose its knob from.
 
     Of Q-Adapter's, one that lacks seeds which another has is left out: it shall cost no seed. A rival's is left out
@@ -109,8 +109,8 @@ def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure) -> list[
     def beaten(variant: Variant, other: Variant) -> bool:
         if not other.seeds > variant.seeds:
             return False
-        value = variant_difference(variant, other, gain, drift) if variant.method != OWN else None
-        return value is None or value[0] <= 0
+        rows = _resampled_difference(variant, other, gain, drift, draws) if variant.method != OWN else None
+        return rows is None or rows[0] <= 0
 
     return [variant for variant in found if not any(beaten(variant, other) for other in covered)]
 
@@ -147,22 +147,21 @@ def against_rival(found: Sequence[Variant], gain: Measure, drift: Measure) -> di
 
 def variant_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Interval | None:
     """Difference of two variants' areas along the dial, on the seeds that both have; None if they share none."""
-    rows = _resampled_difference(one, other, gain, drift)
+    rows = _resampled_difference(one, other, gain, drift, Draws())
     return None if rows is None else interval(rows)
 
 
 def pooled_difference(pairs: Sequence[tuple[Variant, Variant]], gain: Measure, drift: Measure) -> Interval | None:
     """Its mean over settings, each with its pair of variants; None if a pair shares no seed."""
-    rows = [_resampled_difference(*pair, gain, drift) for pair in pairs]
+    rows = [_resampled_difference(*pair, gain, drift, Draws()) for pair in pairs]
     known = [row for row in rows if row is not None]
     return interval(mean_of_settings(known)) if len(known) == len(rows) else None
 
 
-def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Array | None:
+def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Measure, draws: Draws) -> Array | None:
     seeds = one.seeds & other.seeds
     if not seeds:
         return None
-    draws = Draws()
     left, right = (variant_areas(on_seeds(variant, seeds), "dial", gain, drift, draws)[0] for variant in (one, other))
     return left - right
 

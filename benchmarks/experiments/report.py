@@ -27,6 +27,7 @@ from benchmarks.experiments.tables import (
     best_variants,
     equal_lines,
     mean_curve,
+    scaled_table,
     task_table,
     variant_table,
 )
@@ -195,6 +196,7 @@ def setting_lines(
         for yardstick in further:
             yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
         yield "</details>\n"
+    yield from scaled_table(found, draws)
     yield from variant_table(found, draws)
     yield from task_table(found)
 

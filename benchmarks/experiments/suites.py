@@ -100,14 +100,6 @@ def cpu() -> Suite:
     return Suite(tuple(cpu_settings().values()), knobs, (0,), "Every setting with few short pairs, for a CPU.")
 
 
-def scales_small() -> Suite:
-    """Averaged weights (WiSE-FT) beside the strength dial on one domain, small."""
-    measuring = replace(CPU_MEASURING, scales=(0.25, 0.5, 1.5, 2.0, 3.0), sampled_scales=(0.5, 2.0))
-    setting = replace(cpu_settings()["dsp-entertainment"], measuring=measuring)
-    knobs = {name: CPU_KNOBS[name] for name in ("qadapter", "dpo", "sft")}
-    return Suite((setting,), knobs, (0, 1), "Averaged weights (WiSE-FT) beside the strength dial, for a CPU.")
-
-
 def ablations_small() -> Suite:
     """Each ablation on one domain, small, by the margin alone: the judge of so few short pairs is near chance."""
     measuring = replace(
@@ -240,6 +232,36 @@ def discount_small() -> Suite:
     }
     purpose = "Discounted returns, with which the first tokens of an answer count most, beside the default and DPO."
     return Suite((*settings, harmless), knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
+
+
+def scales_small() -> Suite:
+    """Averaged weights (WiSE-FT) beside the strength dial at the same values, on the pairs of `discount_small`.
+
+    Each scale needs a pass over the texts, where all strengths come from one: so there are fewer texts and values.
+    """
+    values = (0.25, 0.5, 0.75, 1.0, 2.0)
+    scales = tuple(value for value in values if value != 1.0)  # where both are the same
+    known = {setting.name: setting for setting in discount_small().settings}
+    settings = tuple(
+        replace(
+            known[name], eval_pairs=60,
+            measuring=replace(
+                known[name].measuring, strengths=values, sampled_strengths=values, scales=scales,
+                sampled_scales=scales, sampled_prompts=48,
+            ),
+        )
+        for name in ("polite", "dsp-entertainment", "dsp-literature")
+    )  # fmt: skip
+    once = {"training.epochs": 1.0}
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [{"beta": 10.0}, {"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25}],
+        "dpo": [{"beta": 0.1, **once}, {"beta": 0.3, **once}],
+        "sft": [once],
+    }
+    purpose = (
+        "Averaged weights (WiSE-FT) beside the strength dial, on Q-Adapter's adapters, DPO's and SFT's; for a CPU."
+    )
+    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
 
 
 def full() -> Suite:

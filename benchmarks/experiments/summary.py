@@ -131,13 +131,22 @@ def variant_areas(
     """The area of a variant's curve, all and lower half, in each resample, mean over seeds."""
     key = (variant, form, gain, drift, half)
     if key not in draws.known:
-        rows = []
-        for result in variant.results:
-            curves = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws, half)
-            rows.append(areas(*curves, limit_of(result, drift), drift.root))
+        rows = [_result_areas(result, form, gain, drift, draws, half) for result in variant.results]
         whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
         draws.known[key] = whole, lower
     return draws.known[key]
+
+
+def _result_areas(
+    result: Result, form: str, gain: Measure, drift: Measure, draws: Draws, half: int | None
+) -> tuple[Array, Array]:
+    """Those of one seed; kept apart, since a variant is made anew for each choice of seeds."""
+    key = (id(result), form, gain, drift, half)
+    if key not in draws.known:
+        curves = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws, half)
+        found = areas(*curves, limit_of(result, drift), drift.root)
+        draws.known[key] = result, found  # with the result, so that its id stays its own
+    return draws.known[key][1]
 
 
 def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> list[MethodArea]:
@@ -147,7 +156,7 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
     for method in methods:
         own = [variant for variant in found if variant.method == method]
         for form in ("dial", "scaled"):
-            if form == "scaled" and not any(_scaled_gain(variant, gain) for variant in own):
+            if form == "scaled" and not any(scaled_gain(variant, gain) for variant in own):
                 continue
             rows.append(_tuned(method, form, own, gain, drift, draws))
         if len(own) > 1 and frozenset.intersection(*(variant.seeds for variant in own)):
@@ -155,7 +164,7 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
     return rows
 
 
-def _scaled_gain(variant: Variant, gain: Measure) -> bool:
+def scaled_gain(variant: Variant, gain: Measure) -> bool:
     """Whether the gain was measured at any scale of the weights but 1."""
     points = (point for result in variant.results for point in result["points"] if point["dial"] == SCALE)
     return any(gain.read(point) is not None for point in points)

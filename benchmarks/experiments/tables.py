@@ -17,6 +17,7 @@ from benchmarks.experiments.summary import (
     Variant,
     dial_points,
     point_figures,
+    scaled_gain,
     variant_areas,
 )
 from benchmarks.experiments.verdict import bracketed, default_of, measured_gains
@@ -155,6 +156,24 @@ def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
         for gain in gains:
             cells.append(bracketed(interval(variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], draws)[0])))
         yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def scaled_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
+    """Averaged weights (WiSE-FT) beside the dial: areas of the same adapters, and their difference."""
+    rows = {gain: [variant for variant in found if scaled_gain(variant, GAINS[gain])] for gain in measured_gains(found)}
+    if not any(rows.values()):
+        return
+    yield "The scale of the weights (WiSE-FT) beside the dial, on the same adapters: areas against KL.\n"
+    yield "| gain by | method | options | seeds | dial | scale | scale − dial | lower half: scale − dial |"
+    yield "|---" * 8 + "|"
+    for gain, measured in rows.items():
+        for variant in measured:
+            measures = GAINS[gain], DRIFTS["kl"], draws
+            dial, scale = (variant_areas(variant, form, *measures) for form in ("dial", "scaled"))
+            values = dial[0], scale[0], scale[0] - dial[0], scale[1] - dial[1]
+            cells = [gain, TITLES.get(variant.method, variant.method), variant.label, str(len(variant.seeds))]
+            yield "| " + " | ".join([*cells, *(bracketed(interval(value)) for value in values)]) + " |"
     yield ""
 
 

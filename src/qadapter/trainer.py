@@ -176,13 +176,11 @@ class QAdapterTrainer(Trainer):
             isinstance(dataset, Dataset | IterableDataset)
             and "prompt_ids" in (dataset.column_names or next(iter(dataset), ()))  # a stream may not know its columns
         ):
-            require_fit(dataset, config)
-            return dataset
+            return require_fit(dataset, config)
         if tokenizer is None:
             raise ConfigError(f"{name} holds text but processing_class is missing: pass the base model's tokenizer.")
         dataset, self.tokenisation_reports[name] = tokenised_pairs(dataset, tokenizer, args)
-        require_fit(dataset, config)
-        return dataset
+        return require_fit(dataset, config)
 
     def compute_loss(
         self,

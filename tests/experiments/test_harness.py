@@ -114,6 +114,9 @@ def test_the_page_is_made_of_the_files(finished, tmp_path):
     assert "## Verdict" in front
     assert "| DPO | with the strength dial |" in page
     assert "8 training pairs" in page
+    scaled = re.search(r"^\| margin \| DPO \| .* \|$", page.split("The scale of the weights")[1], re.M)
+    dial, scale, difference = (float(cell.split()[0]) for cell in scaled[0].split("|")[5:8])
+    assert difference == pytest.approx(scale - dial, abs=0.0011)
     plots = re.findall(r"\]\(([^)]+\.svg)\)", page)
     assert plots
     for name in plots:

@@ -1,6 +1,7 @@
 """What the trainer refuses: losses that are not finite, float16, and models, arguments or data of another kind."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -209,3 +210,20 @@ def test_pairs_beyond_the_context_are_warned_of_or_beyond_a_table_refused(tmp_pa
         trainer_of(tiny_policy(), tmp_path, pairs)
     with pytest.raises(DataError, match="64 positions .*: give --max-length 64, which cuts prompts"):
         trainer_of(tiny_policy(tiny_base("gpt2")), tmp_path, pairs)
+
+
+def test_pairs_of_a_stream_are_held_against_the_base_as_they_are_read(policy, tmp_path):
+    rows, args = policy.config.vocab_size, {"output_dir": str(tmp_path), "use_cpu": True, "max_steps": 1}
+    pairs = {"fitting": tokens(3, rows - 1), "long": tokens(*[3] * 63), "foreign": tokens(3, rows)}
+
+    def train(kind):
+        streamed = pairs[kind].to_iterable_dataset()
+        QAdapterTrainer(model=policy, args=QAdapterTrainingArguments(**args), train_dataset=streamed).train()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the stream holds")
+        train("fitting")
+    with pytest.warns(UserWarning, match="the stream holds pairs that are longer than the base's 64 positions"):
+        train("long")
+    with pytest.raises(DataError, match=f"the pairs hold token {rows}, but the base's embeddings have {rows} rows"):
+        train("foreign")

@@ -1,10 +1,12 @@
 """Whether tokenised pairs fit the base model: its embeddings need a row for each token, its positions must reach."""
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 from qadapter.errors import DataError
 
+TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 # Kinds of models whose positions are rows of a table: beyond its end nothing can be computed.
 POSITION_TABLES = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
 
@@ -16,14 +18,35 @@ class Extent(NamedTuple):
     lengths: list[int]
 
 
-def require_fit(tokenised: Any, config: Any) -> None:
-    """Refuse pairs that the base of this config cannot run, and warn of those that it was not made for.
+def require_fit(tokenised: Any, config: Any) -> Any:
+    """The pairs, once they are known to fit the base of this config; a stream's are looked at as they are read.
+
+    Warns of pairs that the base was not made for.
 
     Raises:
-        DataError: as `beyond_context`.
+        DataError: as `beyond_context`; for a stream, where the pair is read.
     """
+    from datasets import IterableDataset
+
+    if isinstance(tokenised, IterableDataset):
+        return tokenised.map(partial(_fitting, config=config), features=tokenised.features)
     if warning := beyond_context(tokenised, config):
         warnings.warn(warning, stacklevel=1)  # here, so that the same words are shown once
+    return tokenised
+
+
+def _fitting(pair: dict[str, Any], config: Any) -> dict[str, Any]:
+    prompt, *sides = (pair[name] for name in TOKEN_COLUMNS)
+    ids = (token for side in (prompt, *sides) for token in side)
+    found = Extent(max(ids, default=0), [len(prompt) + max(map(len, sides))])
+    if _warning(found, config):
+        positions = config.get_text_config(decoder=True).max_position_embeddings
+        warnings.warn(
+            f"the stream holds pairs that are longer than the base's {positions:,} positions (max_position_embeddings), "
+            f"so expect nonsense of these: give --max-length {positions}",
+            stacklevel=1,
+        )
+    return pair
 
 
 def beyond_context(tokenised: Any, config: Any) -> str | None:
@@ -36,22 +59,25 @@ def beyond_context(tokenised: Any, config: Any) -> str | None:
 
     if not isinstance(tokenised, Dataset) or not len(tokenised):
         return None
+    return _warning(extent(tokenised), config)
+
+
+def _warning(found: Extent, config: Any) -> str | None:
     config = config.get_text_config(decoder=True)
     rows, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    largest_id, lengths = extent(tokenised)
-    if rows is not None and largest_id >= rows:
+    if rows is not None and found.largest_id >= rows:
         raise DataError(
-            f"the pairs hold token {largest_id}, but the base's embeddings have {rows} rows (vocab_size): use the "
-            "tokenizer that belongs to the base, or resize_token_embeddings and save the base first"
+            f"the pairs hold token {found.largest_id}, but the base's embeddings have {rows} rows (vocab_size): use "
+            "the tokenizer that belongs to the base, or resize_token_embeddings and save the base first"
         )
-    too_long = sum(length > positions for length in lengths) if positions is not None else 0
+    too_long = sum(length > positions for length in found.lengths) if positions is not None else 0
     if not too_long:
         return None
-    found = f"{too_long:,} of {len(lengths):,} pairs are longer than the base's {positions:,} positions"
-    found += f" (max_position_embeddings), up to {max(lengths):,} tokens"
+    text = f"{too_long:,} of {len(found.lengths):,} pairs are longer than the base's {positions:,} positions"
+    text += f" (max_position_embeddings), up to {max(found.lengths):,} tokens"
     if config.model_type in POSITION_TABLES:
-        raise DataError(f"{found}: give --max-length {positions}, which cuts prompts and drops longer answers")
-    return f"{found}, so expect nonsense of these: give --max-length {positions}"
+        raise DataError(f"{text}: give --max-length {positions}, which cuts prompts and drops longer answers")
+    return f"{text}, so expect nonsense of these: give --max-length {positions}"
 
 
 def extent(tokenised: Any) -> Extent:
@@ -59,8 +85,7 @@ def extent(tokenised: Any) -> Extent:
     import pyarrow.compute as pc
 
     largest_id, lengths = 0, []
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    for table in tokenised.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+    for table in tokenised.select_columns(TOKEN_COLUMNS).with_format("arrow").iter(batch_size=1000):
         largest_id = max(largest_id, *(pc.max(pc.list_flatten(column)).as_py() or 0 for column in table.columns))
         prompts, *sides = (pc.list_value_length(column) for column in table.columns)
         lengths += pc.add(prompts, pc.max_element_wise(*sides)).to_pylist()
