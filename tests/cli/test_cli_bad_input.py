@@ -9,10 +9,12 @@ import warnings
 from types import ModuleType
 
 import pytest
+import torch
 from commands import assert_refused, qadapter, succeeded
 
-from qadapter.cli import PATIENCE_SECONDS
+from qadapter.cli import PATIENCE_SECONDS, one_line
 from qadapter.cli.policies import quiet_libraries
+from qadapter.errors import DataError
 
 GOOD = {"prompt": "Why?", "chosen": "Yes.", "rejected": "No."}
 CHAT = {
@@ -316,3 +318,14 @@ def test_an_error_of_the_system_names_the_file(adapter, monkeypatch):
 
     monkeypatch.setattr("qadapter.cli.info.describe", fail)
     assert_refused(qadapter("info", adapter), r"error: Permission denied: secret.json\n")
+
+
+def test_what_a_process_that_loads_data_refuses_is_said_without_its_traceback():
+    class Refusing(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            raise DataError("pairs.jsonl, line 7: rejected is missing")
+            yield
+
+    with pytest.raises(DataError, match="Traceback") as caught:
+        next(iter(torch.utils.data.DataLoader(Refusing(), num_workers=1)))
+    assert one_line(caught.value) == "pairs.jsonl, line 7: rejected is missing"

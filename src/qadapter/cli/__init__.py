@@ -154,11 +154,14 @@ def one_line(error: Exception) -> str:
     if any(text in str(error) for text in DISK_FULL):
         place = getattr(error, "filename", None) or "a file"
         return f"no space left on the device while writing {place}: free some and run again."
+    message = str(error).strip()
+    if re.match(r"Caught \w+ in DataLoader worker", message):  # torch puts the worker's traceback in front of it
+        message = message.rpartition(f"{type(error).__name__}: ")[2]
     if isinstance(error, QAdapterError):
-        return " ".join(str(error).split())
+        return " ".join(message.split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    first = (str(error).strip() or "no message").splitlines()[0]
+    first = (message or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first} (run again with --debug for the traceback)"
 
 

@@ -41,9 +41,9 @@ def _fitting(pair: dict[str, Any], config: Any) -> dict[str, Any]:
     found = Extent(max(ids, default=0), [len(prompt) + max(map(len, sides))])
     if _warning(found, config):
         positions = config.get_text_config(decoder=True).max_position_embeddings
-        warnings.warn(
-            f"the stream holds pairs that are longer than the base's {positions:,} positions (max_position_embeddings), "
-            f"so expect nonsense of these: give --max-length {positions}",
+        warnings.warn(  # the same words for all, so that they are shown once
+            f"the stream holds pairs longer than the base's {positions:,} positions (max_position_embeddings), so "
+            f"expect nonsense of these: give --max-length {positions}",
             stacklevel=1,
         )
     return pair
@@ -73,8 +73,12 @@ def _warning(found: Extent, config: Any) -> str | None:
     too_long = sum(length > positions for length in found.lengths) if positions is not None else 0
     if not too_long:
         return None
-    text = f"{too_long:,} of {len(found.lengths):,} pairs are longer than the base's {positions:,} positions"
-    text += f" (max_position_embeddings), up to {max(found.lengths):,} tokens"
+    limit = f"the base's {positions:,} positions (max_position_embeddings)"
+    if len(found.lengths) == 1:
+        text = f"a pair of {found.lengths[0]:,} tokens is longer than {limit}"
+    else:
+        pairs = f"{too_long:,} of {len(found.lengths):,} pairs"
+        text = f"{pairs} are longer than {limit}, up to {max(found.lengths):,} tokens"
     if config.model_type in POSITION_TABLES:
         raise DataError(f"{text}: give --max-length {positions}, which cuts prompts and drops longer answers")
     return f"{text}, so expect nonsense of these: give --max-length {positions}"
