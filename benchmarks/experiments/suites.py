@@ -239,7 +239,7 @@ def scales_small() -> Suite:
 
     Each scale needs a pass over the texts, where all strengths come from one: so there are fewer texts and values.
     """
-    values = (0.25, 0.5, 0.75, 1.0, 2.0)
+    values = (0.125, 0.25, 0.5, 1.0, 2.0)
     scales = tuple(value for value in values if value != 1.0)  # where both are the same
     known = {setting.name: setting for setting in discount_small().settings}
     settings = tuple(
