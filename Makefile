@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) -e '.[builtin,dev,eval,serve,benchmarks]' -c constraints.txt
+	@$(PIP) -e '.[builtin,dev,eval,serve,benchmarks,quantised]' -c constraints.txt
 	@touch $@
 
 # Tensors of ever new sizes fragment glibc's heap: without the fixed threshold, above which memory goes back to the

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from qadapter.config import QAdapterConfig
 from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
+from qadapter.modeling.quantised import require_bitsandbytes
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_metrics import METRICS
 
@@ -192,13 +193,7 @@ def model_options(arguments: ModelArguments) -> dict[str, Any]:
 def _quantisation(arguments: ModelArguments, dtype: torch.dtype) -> Any:
     if arguments.load_in_4bit and arguments.load_in_8bit:
         raise ConfigError("load_in_4bit and load_in_8bit exclude each other: choose one.")
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:  # a broken binary raises many types
-        raise ConfigError(
-            f"quantised bases need bitsandbytes, which cannot be used here ({type(error).__name__}): "
-            "pip install 'qadapter[quantised]', or leave --load-in-4bit/--load-in-8bit out."
-        ) from error
+    require_bitsandbytes("the base is to be quantised", "leave --load-in-4bit/--load-in-8bit out")
     from transformers import BitsAndBytesConfig
 
     if arguments.load_in_8bit:

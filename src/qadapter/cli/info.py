@@ -28,6 +28,7 @@ def describe(folder: Path) -> dict:
     """Facts of an adapter folder, read from its files, whose weights must be those that were saved."""
     from qadapter.modeling.loading import read_folder
     from qadapter.modeling.lora_files import WEIGHTS_NAME
+    from qadapter.modeling.quantised import described
 
     stored = read_folder(folder)
     manifest = next(iter(stored.values())).manifest
@@ -47,6 +48,7 @@ def describe(folder: Path) -> dict:
         "base": manifest.base["name"],
         "revision": manifest.base["revision"],
         "architecture": manifest.base["architecture"],
+        "quantization": described(manifest.base["quantization"]),
         "tokenizer": "recorded" if manifest.tokenizer else "not recorded",
         "adapters": adapters,
     }

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qadapter.cli.options import weights_of
-from qadapter.cli.policies import quiet_datasets, quiet_libraries
+from qadapter.cli.policies import loading_options, quiet_datasets, quiet_libraries
 from qadapter.data.columns import parse_columns
-from qadapter.devices import default_device, pick_dtype
+from qadapter.devices import default_device
 from qadapter.evaluation.audit import POLICY
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.part_store import PartStore
@@ -50,8 +50,9 @@ def column_of(options: argparse.Namespace) -> Column:
 
 def subject_of(path: str, options: argparse.Namespace) -> Subject:
     """The adapter at `path`, loaded as a command's options say."""
-    dtype = pick_dtype(options.dtype)
-    return open_subject(path, options.base_model, dtype, default_device(), verify=not options.no_verify)
+    return open_subject(
+        path, options.base_model, device=default_device(), verify=not options.no_verify, **loading_options(options)
+    )
 
 
 @contextmanager

@@ -13,10 +13,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that loads an adapter folder."""
     parser.add_argument("adapter", help="adapter folder or hub id, as `qadapter train` wrote it")
-    parser.add_argument("--base-model", default=None, help="base model instead of the one that the adapter names")
     parser.add_argument("--strength", type=float, default=1.0, help="0 is the base, 1 the trained policy")
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """On which base, and how it is loaded."""
+    parser.add_argument("--base-model", default=None, help="base model instead of the one that the adapter names")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--no-verify", action="store_true", help="load although base, template or adapter differ")
+    parser.add_argument(
+        "--unquantised",
+        action="store_true",
+        help="load the base as its files are, though the adapter was trained on it in 4 or 8 bits",
+    )
 
 
 def add_decay_option(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +60,7 @@ def add_subject_options(parser: argparse.ArgumentParser, several: bool = False) 
         parser.add_argument("adapters", nargs="+", help="adapter folders, hub ids, or plain PEFT LoRA folders")
     else:
         parser.add_argument("adapter", help="adapter folder, hub id, or plain PEFT LoRA folder")
-    parser.add_argument("--base-model", default=None, help="base model instead of the one that the adapter names")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--no-verify", action="store_true", help="load although base, template or adapter differ")
+    add_loading_options(parser)
 
 
 def add_strength_options(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,8 @@ def run(arguments: list[str]) -> int:
     add_template_option(parser)
     options = parser.parse_args(arguments)
 
-    from qadapter.cli.policies import quiet_libraries, tokenizer_with
-    from qadapter.devices import default_device, pick_dtype
+    from qadapter.cli.policies import loading_options, quiet_libraries, tokenizer_with
+    from qadapter.devices import default_device
     from qadapter.modeling.mixing import checked_number
 
     try:
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
                 dict(zip(names, folders, strict=True)),
                 options.base_model,
                 not options.no_verify,
-                dtype=pick_dtype(options.dtype),
+                **loading_options(options),
             )
             tokenizer = tokenizer_with(tokenizer, options)
         labels = {adapter: name for name in names for adapter in models[name]} if options.others else {}

@@ -25,14 +25,17 @@ def quiet_libraries() -> Iterator[None]:
 
     Of several processes the first one warns.
     """
-    hub, own, handler = logging.getLogger("huggingface_hub"), logging.getLogger("qadapter"), logging.StreamHandler()
+    own, handler = logging.getLogger("qadapter"), logging.StreamHandler()
+    # bitsandbytes warns at every product in 8 bits.
+    others = {logger: logger.level for logger in map(logging.getLogger, ("huggingface_hub", "bitsandbytes"))}
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     handler.setLevel(logging.WARNING if first_process() else logging.ERROR)
-    verbosity, level = transformers_logging.get_verbosity(), hub.level
+    verbosity = transformers_logging.get_verbosity()
     drew = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
+    for logger in others:
+        logger.setLevel(logging.ERROR)
     own.addHandler(handler)
     try:
         with warnings.catch_warnings():
@@ -42,7 +45,8 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        hub.setLevel(level)
+        for logger, level in others.items():
+            logger.setLevel(level)
         own.removeHandler(handler)
         if drew:
             transformers_logging.enable_progress_bar()
@@ -80,6 +84,12 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
 
 
+def loading_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What a command's options say of the base's loading, as keyword arguments of `from_pretrained`."""
+    unquantised = {"quantization_config": None} if options.unquantised else {}
+    return {"dtype": pick_dtype(options.dtype), **unquantised}
+
+
 def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
     """Policy and tokenizer of an adapter folder, on the machine's accelerator."""
     checked_number(options.strength, "strength")  # before minutes of loading
@@ -88,7 +98,7 @@ def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
         options.adapter,
         base_model=options.base_model,
         verify=not options.no_verify,
-        dtype=pick_dtype(options.dtype),
+        **loading_options(options),
     )
     model.decay = decay
     return model.to(default_device()), tokenizer_with(tokenizer_of(options.adapter, model.base_source), options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qadapter.cli import command_parser
-from qadapter.cli.options import DTYPES
+from qadapter.cli.options import add_loading_options
 from qadapter.errors import ConfigError
 from qadapter.serving.settings import ServerSettings
 
@@ -30,8 +30,8 @@ def run(arguments: list[str]) -> int:
     )
     service_type, server_module = _serving()
 
-    from qadapter.cli.policies import quiet_libraries
-    from qadapter.devices import default_device, pick_dtype
+    from qadapter.cli.policies import loading_options, quiet_libraries
+    from qadapter.devices import default_device
 
     names = served_names(options.adapters)
     listener = server_module.listening_socket(settings.host, settings.port)  # before minutes of loading
@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
                 dict(zip(names, options.adapters, strict=True)),
                 options.base_model,
                 not options.no_verify,
-                dtype=pick_dtype(options.dtype),
+                **loading_options(options),
             )
         service = service_type(model.to(default_device()), tokenizer, models, settings)
         logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
@@ -79,9 +79,7 @@ def _parser(defaults: ServerSettings) -> argparse.ArgumentParser:
         'Requests set the dial with extra_body={"qadapter": {"strength": 0.7}}.',
     )
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="adapter folders or hub ids, all of one base")
-    parser.add_argument("--base-model", default=None, help="base model instead of the one that the adapters name")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--no-verify", action="store_true", help="load although base, template or adapter differ")
+    add_loading_options(parser)
     parser.add_argument("--host", default=defaults.host, help="address to listen on; 0.0.0.0 opens it to others")
     parser.add_argument("--port", type=int, default=defaults.port, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", default=None, help=f"key that clients must send; better in ${API_KEY_VARIABLE}")
@@ -146,16 +144,10 @@ def load_composed(
 ) -> "tuple[QAdapterForCausalLM, Any]":
     """(the policy of several folders' adapters, its tokenizer), on the base that the first one names."""
     from qadapter.modeling import QAdapterForCausalLM
-    from qadapter.modeling.bases import load_base, resolve_base
-    from qadapter.modeling.loading import local_folder, tokenizer_of
+    from qadapter.modeling.loading import load_base_of, local_folder, tokenizer_of
     from qadapter.modeling.manifest import read_manifest
 
     first = next(iter(adapters.values()))
-    stored = read_manifest(local_folder(first)).base
-    source = resolve_base(base_model or stored["name"] or "", None if base_model else stored["revision"])
-    model = QAdapterForCausalLM.from_pretrained(
-        load_base(source, **model_kwargs),  # type: ignore[arg-type]
-        adapters=adapters,
-        verify=verify,
-    )
+    base, source = load_base_of(read_manifest(local_folder(first)), base_model, model_kwargs)
+    model = QAdapterForCausalLM.from_pretrained(base, adapters=adapters, verify=verify)
     return model, tokenizer_of(first, source)

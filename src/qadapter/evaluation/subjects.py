@@ -70,7 +70,9 @@ class Subject:
         return min(limits) if limits else None
 
 
-def open_subject(path: str, base_model: str | None, dtype: torch.dtype, device: str, verify: bool = True) -> Subject:
+def open_subject(
+    path: str, base_model: str | None, dtype: torch.dtype, device: str, verify: bool = True, **model_kwargs: Any
+) -> Subject:
     """The policy and tokenizer in an adapter folder, a hub repository of one, or a plain LoRA folder.
 
     Raises:
@@ -79,11 +81,13 @@ def open_subject(path: str, base_model: str | None, dtype: torch.dtype, device: 
     """
     folder = Path(path)
     if (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists():
-        model, tokenizer = wrap(path, base_model, dtype=dtype)
+        model, tokenizer = wrap(path, base_model, dtype=dtype, **model_kwargs)
         if tokenizer is None:
             raise ConfigError(f"{path}: neither the LoRA's folder nor its base has a tokenizer: add one to it.")
     else:
-        model = QAdapterForCausalLM.from_pretrained(path, base_model=base_model, verify=verify, dtype=dtype)
+        model = QAdapterForCausalLM.from_pretrained(
+            path, base_model=base_model, verify=verify, dtype=dtype, **model_kwargs
+        )
         tokenizer = tokenizer_of(path, model.base_source)
     return Subject(path, model.to(device).eval(), tokenizer)  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_adapter, write_json
+from qadapter.modeling.quantised import require_unquantised
 from qadapter.modeling.streams import StreamLinear
 from qadapter.new_folders import into_new_folder, set_mode_of_weights
 
@@ -57,10 +58,7 @@ def export_merged(model: QAdapterForCausalLM, folder: str | os.PathLike[str], to
 def require_mergeable(model: QAdapterForCausalLM) -> None:
     """Raise ConfigError unless the policy at strength 1 is the base with other weights, which can be written."""
     require_exact(model)
-    if getattr(model.base, "is_quantized", False):
-        raise ConfigError(
-            "the base is quantised: merging would round the adapter away. Load it unquantised (drop --load-in-*)."
-        )
+    require_unquantised(model.base, "merging would round the adapter away")
 
 
 def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any) -> float:

@@ -13,6 +13,7 @@ from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import save, write_json
 from qadapter.modeling.heads import Head
 from qadapter.modeling.mixing import checked_number
+from qadapter.modeling.quantised import quantisation_of, require_unquantised
 from qadapter.new_folders import into_new_folder
 
 # The families that the plugin has; a test there compares the two lists.
@@ -56,6 +57,8 @@ def export_vllm(
             f"{architecture}: its head has a bias, a soft cap or an adapter, so that streams cannot be mixed before "
             "it. Use `qadapter serve`."
         )
+    if quantisation_of(model.base):  # a base whose files are quantised may be served
+        require_unquantised(model.base, "vLLM would load its files as they are")
     source = base_folder(model)
 
     def write(scratch: Path) -> None:

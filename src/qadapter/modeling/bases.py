@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from qadapter.errors import ConfigError
@@ -224,21 +225,37 @@ def load_tokenizer(source: BaseSource | str | os.PathLike[str]) -> Any:
         transformers_logging.set_verbosity(verbosity)
 
 
-def weight_fingerprint(model: torch.nn.Module, gathered: Mapping[str, torch.Tensor] | None = None) -> str:
+def weight_fingerprint(
+    model: torch.nn.Module, gathered: Mapping[str, torch.Tensor] | None = None, linear: bool = True
+) -> str:
     """SHA-256 over names, shapes and sampled values of the frozen weights; adapters are left out.
 
     Values are rounded to bfloat16, so that the same checkpoint in float32 and in bfloat16 has one fingerprint. Of a
     model that is sharded over processes, the values are those of its `gathered` state_dict.
+
+    Args:
+        linear: False leaves out the linear layers, whose weights quantising changes, in other ways on other machines.
+            (A head that is tied to the embeddings counts as these.)
     """
+    left_out = () if linear else _parameters_of_linear_layers(model)
     return combined_fingerprint(
         {
             name.replace(".base_layer.", ".").removeprefix("base."): weight_sample(
                 gathered[name] if gathered else parameter
             )
             for name, parameter in model.named_parameters()
-            if "lora_" not in name
+            if "lora_" not in name and name not in left_out
         }
     )
+
+
+def _parameters_of_linear_layers(model: torch.nn.Module) -> set[str]:
+    return {
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def weight_sample(weight: torch.Tensor) -> WeightSample:

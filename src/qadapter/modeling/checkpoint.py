@@ -35,6 +35,7 @@ from qadapter.modeling.manifest import MANIFEST_NAME, Manifest, own_adapters
 from qadapter.modeling.merging import require_unfolded
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import make_probe
+from qadapter.modeling.quantised import quantisation_of
 from qadapter.new_folders import set_mode_of_weights
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def _manifest(
     state_dict: dict[str, Tensor] | None,
     probe: dict[str, Any] | None,
 ) -> Manifest:
+    quantisation = quantisation_of(model.base)
     return Manifest(
         configs={name: config.to_dict() for name, config in model.configs.items()},
         weights=dict.fromkeys(model.adapters, 0.0) | model.adapter_weights,
@@ -147,8 +149,9 @@ def _manifest(
         base={
             "name": model.base_source.name,
             "revision": model.base_source.revision,
-            "fingerprint": weight_fingerprint(model.base, _of_base(state_dict or {})),
+            "fingerprint": weight_fingerprint(model.base, _of_base(state_dict or {}), linear=quantisation is None),
             "architecture": type(model.base).__name__,
+            "quantization": quantisation,
         },
         tokenizer=model.tokenizer_fingerprint,
         probe=probe or make_probe(model),

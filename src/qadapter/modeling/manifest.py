@@ -9,6 +9,7 @@ from typing import Any
 
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
+from qadapter.modeling.quantised import checked_quantisation
 
 MANIFEST_NAME = "qadapter_config.json"
 FORMAT_VERSION = 1
@@ -25,7 +26,8 @@ class Manifest:
         configs: {adapter: settings of `QAdapterConfig`}.
         weights: {adapter: default weight in the composition}.
         digests: {adapter: SHA-256 of adapter_model.safetensors}.
-        base: name, revision, fingerprint (`weight_fingerprint`) and architecture of the base model.
+        base: name, revision, fingerprint (`weight_fingerprint`) and architecture of the base model, and, where it was
+            quantised as it was loaded, `quantization`; the fingerprint is then without the linear layers.
         tokenizer: fingerprints of vocabulary and chat template, or None if none was known.
         probe: input_ids, dtype and logps {"" or adapter: {token id: log-probability}}.
     """
@@ -33,7 +35,7 @@ class Manifest:
     configs: dict[str, dict[str, Any]]
     weights: dict[str, float]
     digests: dict[str, str]
-    base: dict[str, str | None]
+    base: dict[str, Any]
     tokenizer: dict[str, str] | None
     probe: dict[str, Any]
     format_version: int = FORMAT_VERSION
@@ -125,6 +127,8 @@ def _parse(values: dict[str, Any]) -> Manifest:
         _require(base[key], str, f"base.{key}")
     if base.setdefault("revision", None) is not None:
         _require(base["revision"], str, "base.revision")
+    if base.setdefault("quantization", None) is not None:
+        checked_quantisation(base["quantization"])
     tokenizer = values["tokenizer"]
     if tokenizer is not None:
         for key in ("vocabulary", "chat_template"):

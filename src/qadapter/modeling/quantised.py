@@ -1,12 +1,15 @@
-"""Bases with quantised weights: on which an adapter can be trained.
+"""Bases with quantised weights: on which an adapter can be trained, and how its folder remembers the quantisation.
 
 Through bitsandbytes' layers gradients reach the adapter. Kernels of other formats have no backward, or PEFT puts layers
 of its own above them, which cannot run beside the base in one batch; transformers can unpack most to floats instead.
+
+bitsandbytes quantises a base as it is loaded, so an adapter that was trained on one needs the same once more.
 """
 
 from typing import Any, NoReturn
 
-from transformers import PreTrainedModel
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qadapter.errors import ConfigError
 from qadapter.modeling.bases import BaseSource, load_config
@@ -14,6 +17,16 @@ from qadapter.modeling.bases import BaseSource, load_config
 TRAINABLE = ("bitsandbytes",)
 # transformers unpacks these by itself where their kernels cannot run: only the loaded model tells.
 UNPACKED_AT_NEED = ("fp8", "mxfp8", "mxfp4", "metal")
+UNQUANTISED = "--unquantised, in Python quantization_config=None"
+# What of a `BitsAndBytesConfig` decides on the numbers, and of which types it may be in a folder's manifest.
+SETTINGS = {
+    "load_in_4bit": bool,
+    "load_in_8bit": bool,
+    "bnb_4bit_quant_type": str,
+    "bnb_4bit_use_double_quant": bool,
+    "llm_int8_threshold": float,
+    "llm_int8_skip_modules": list | None,
+}
 
 
 def check_trainable_files(source: BaseSource, quantization_config: Any = None) -> None:
@@ -42,6 +55,75 @@ def check_trainable(base: PreTrainedModel, name: str) -> None:
     quantiser = getattr(base, "hf_quantizer", None)
     if quantiser is not None and _method(quantiser.quantization_config) not in TRAINABLE:
         _refuse(name, _method(quantiser.quantization_config))
+
+
+def quantisation_of(base: PreTrainedModel) -> dict[str, Any] | None:
+    """The SETTINGS with which bitsandbytes quantised a base as it was loaded.
+
+    None for any other base, also for one whose files hold quantised weights: those files are the base.
+    """
+    quantiser = getattr(base, "hf_quantizer", None)
+    if (
+        quantiser is None
+        or getattr(quantiser, "pre_quantized", True)
+        or _method(quantiser.quantization_config) not in TRAINABLE
+    ):
+        return None
+    settings = quantiser.quantization_config.to_dict()
+    return {name: settings[name] for name in SETTINGS}
+
+
+def quantised_again(settings: dict[str, Any], dtype: Any = None) -> BitsAndBytesConfig:
+    """What quantises a base as an adapter's was, for `from_pretrained(quantization_config=)`.
+
+    Args:
+        settings: as `quantisation_of` gave them.
+        dtype: to compute in, where it is a dtype.
+
+    Raises:
+        ConfigError: bitsandbytes cannot be used here.
+    """
+    require_bitsandbytes("the adapter was trained on a quantised base", f"load it unquantised: {UNQUANTISED}")
+    computing = {"bnb_4bit_compute_dtype": dtype} if isinstance(dtype, torch.dtype) else {}
+    return BitsAndBytesConfig(**settings, **computing)
+
+
+def described(settings: dict[str, Any] | None) -> str:
+    """Settings in words: "in 4 bits"."""
+    return "unquantised" if settings is None else f"in {4 if settings['load_in_4bit'] else 8} bits"
+
+
+def require_unquantised(base: PreTrainedModel, reason: str) -> None:
+    """Raise ConfigError for a base with quantised weights."""
+    if getattr(base, "is_quantized", False):
+        raise ConfigError(f"the base is quantised: {reason}. Load it unquantised: {UNQUANTISED}.")
+
+
+def require_bitsandbytes(need: str, way_out: str) -> None:
+    """Raise ConfigError unless the package bitsandbytes works here."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a broken binary raises many types
+        raise ConfigError(
+            f"{need}, and bitsandbytes cannot be used here ({type(error).__name__}): "
+            f"pip install 'qadapter[quantised]', or {way_out}."
+        ) from error
+
+
+def checked_quantisation(value: Any) -> dict[str, Any]:
+    """The settings from a manifest.
+
+    Raises:
+        ValueError: they are not SETTINGS, each of its type.
+    """
+    if not isinstance(value, dict) or set(value) != set(SETTINGS):
+        raise ValueError(f"base.quantization must have {', '.join(SETTINGS)}.")
+    for name, kind in SETTINGS.items():
+        if not isinstance(value[name], kind):
+            raise ValueError(f"base.quantization.{name} is {value[name]!r}.")
+    if not all(isinstance(module, str) for module in value["llm_int8_skip_modules"] or ()):
+        raise ValueError("base.quantization.llm_int8_skip_modules must be names.")
+    return value
 
 
 def _stated(config: Any) -> Any:

@@ -11,6 +11,7 @@ from qadapter.functional import mix_coefficients
 from qadapter.modeling.bases import WeightSample, combined_fingerprint, weight_sample
 from qadapter.modeling.manifest import Manifest
 from qadapter.modeling.probe import OTHER_DTYPE_FACTOR, PROBE_TOLERANCE
+from qadapter.modeling.quantised import described
 from qadapter_vllm.settings import Policy
 from qadapter_vllm.startup import refuse
 
@@ -55,7 +56,12 @@ def check_fingerprint(fingerprint: str, policy: Policy, vllm_model: str, quantis
         base = entry.manifest.base
         if fingerprint != base["fingerprint"]:
             way_out = "Serve the original."
-            if quantisation:
+            if base["quantization"]:  # whose fingerprint is of other weights
+                way_out = (
+                    f"It was {described(base['quantization'])} then: `qadapter export --format vllm --unquantised` "
+                    "writes a folder for the base as its files are."
+                )
+            elif quantisation:
                 way_out = (
                     f"It is quantised ({quantisation}): if it is a copy of the base trained on, accept it with "
                     '"quantised": true in the qadapter entry; the stored probe is checked then.'
