@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from two_processes import in_two_processes, run_command, train, train_sharded, train_with_kept_states, trained
 
 from benchmarks.experiments.tiny import write_tiny_base
+from qadapter.cli import main
 from qadapter.modeling.manifest import read_manifest
 from qadapter.training_log import LOG_NAME, read_log
 
@@ -18,7 +22,8 @@ pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="this build of torch has no gloo, over which processes on a CPU meet",
 )
-FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+FSDP2 = CONFIGS / "accelerate" / "fsdp2.yaml"
 WEIGHTS = Path("adapters/default/adapter_model.safetensors")
 
 
@@ -96,3 +101,26 @@ def test_one_process_speaks_for_both(tmp_path):
     for words in ("warning: 8 of 8 held-out pairs", "held out: accuracy", "adapter written to"):
         assert said.count(words) == 1
     assert (tmp_path / "said.1").read_text() == ""
+
+
+def test_zero3_trains_and_saves_as_one_process(tmp_path):
+    """The recipe as it is started, by accelerate and its file, on two CPU processes in float32."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not among the tests' packages: pip install deepspeed")
+    settings = yaml.safe_load((CONFIGS / "accelerate" / "zero3.yaml").read_text())
+    file = tmp_path / "zero3.yaml"
+    file.write_text(yaml.safe_dump(settings | {"num_processes": 2, "mixed_precision": "no"}))
+    rows = [{"prompt": f"Question {n}?", "chosen": f"Yes, {n}.", "rejected": f"No, not {n}."} for n in range(24)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["train", "--config", CONFIGS / "llama-3.1-8b-dsp-zero3.yaml", "--model", write_tiny_base(tmp_path / "base")]
+    own += ["--dataset", pairs, "--use-cpu", "--bf16", "false", "--dtype", "float32", "--max-steps", 3]
+    own += ["--logging-steps", 1, "--output-dir"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*map(str, [*launch, "-m", "qadapter", *own, tmp_path / "two"])], env=environment, check=True, timeout=600
+    )
+    assert main([*map(str, [*own, tmp_path / "one", "--per-device-train-batch-size", 2])]) == 0
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    one, two = (read_manifest(tmp_path / name) for name in ("one", "two"))
+    assert two.base["fingerprint"] == one.base["fingerprint"]
