@@ -3,6 +3,7 @@
     python benchmarks/decode.py                                    # SmolLM2-135M-Instruct on the CPU
     python benchmarks/decode.py --device cuda --shape llama-8b     # random weights of an 8B Llama, bfloat16
     python benchmarks/decode.py --compile                          # static cache and torch.compile as well
+    python benchmarks/decode.py --one-thread                       # by processor time: for a machine with other work
 
 The variants take turns within each round, and with --processes compile side by side before; figures are medians over
 rounds, ratios are to the base of the same round.
@@ -154,11 +155,12 @@ def timed(step: Step, batch: int, options: argparse.Namespace) -> float:
     """Milliseconds a token of one round."""
     tokens = torch.full((batch, 1), 7, device=options.device)
     synchronise(options.device)
-    start = time.perf_counter()
+    clock = time.process_time if options.one_thread else time.perf_counter
+    start = clock()
     for _ in range(options.steps):
         step(tokens)
     synchronise(options.device)
-    return (time.perf_counter() - start) / options.steps * 1000
+    return (clock() - start) / options.steps * 1000
 
 
 @contextmanager
@@ -249,11 +251,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also compiled, with a static cache")
     parser.add_argument("--no-eager", action="store_true", help="not uncompiled")
+    parser.add_argument("--one-thread", action="store_true", help="on a CPU: processor time of one thread")
     parser.add_argument("--processes", action="store_true", help="each variant in a process of its own")
     parser.add_argument("--patience", type=int, default=300, help="seconds a process may take to get ready")
     parser.add_argument("--only", nargs="+", default=VARIANTS, choices=VARIANTS, help="beside the base")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    if options.one_thread:
+        torch.set_num_threads(1)
     options.only = [variant for variant in VARIANTS if variant in ("base", *options.only)]
     options.kinds = [kind for kind, wanted in ((False, not options.no_eager), (True, options.compile)) if wanted]
     name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")

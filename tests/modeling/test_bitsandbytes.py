@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from models import lora, randomise, tiny_base, tiny_tokenizer, tiny_trainer, token_ids, train_randomly
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError, ConfigError
@@ -115,6 +115,21 @@ def test_unquantised_it_is_another_folder_that_can_be_merged_and_served(saved, b
     policy.save_pretrained(tmp_path / "plain")
     assert json.loads((tmp_path / "plain" / MANIFEST_NAME).read_text())["base"]["quantization"] is None
     torch.testing.assert_close(logits(QAdapterForCausalLM.from_pretrained(tmp_path / "plain")), logits(policy))
+
+
+def test_a_base_whose_files_are_quantised_has_no_other_form(base, tmp_path):
+    files = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantising(4))
+    files.save_pretrained(tmp_path / "files")
+    tiny_tokenizer().save_pretrained(tmp_path / "files")
+    policy = QAdapterForCausalLM.from_base(tmp_path / "files", QAdapterConfig(), lora())
+    train_randomly(policy, scale=0.05)
+    policy.eval().save_pretrained(tmp_path / "adapter")
+    for options in ({}, WITHOUT):
+        again = QAdapterForCausalLM.from_pretrained(tmp_path / "adapter", **options)
+        assert quantisation_of(again.base) is None
+        torch.testing.assert_close(logits(again), logits(policy), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="the base is quantised: .* Its files are"):
+        export_merged(again, tmp_path / "merged")
 
 
 def test_a_base_that_the_caller_loaded_stays_as_it_is(saved):

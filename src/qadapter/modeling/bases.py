@@ -176,6 +176,8 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
     Raises:
         ConfigError: nothing loadable is there, or a package that reads its weights is missing.
     """
+    if model_kwargs.get("quantization_config", ...) is None:  # it would overwrite what quantised files state
+        del model_kwargs["quantization_config"]
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.path,

@@ -231,9 +231,9 @@ def load_base_of(
     if not name:
         raise AdapterFormatError("the adapter does not know its base model's name: pass base_model=.")
     source = resolve_base(name, revision)
-    options = dict(model_kwargs)
-    if manifest.base["quantization"] is not None and "quantization_config" not in options:
-        options["quantization_config"] = quantised_again(manifest.base["quantization"], options.get("dtype"))
+    options, stored = dict(model_kwargs), manifest.base["quantization"]
+    if stored is not None and "quantization_config" not in options:
+        options["quantization_config"] = quantised_again(stored, options.get("dtype"))
     return load_base(source, **options), source
 
 

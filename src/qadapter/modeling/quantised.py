@@ -96,7 +96,12 @@ def described(settings: dict[str, Any] | None) -> str:
 def require_unquantised(base: PreTrainedModel, reason: str) -> None:
     """Raise ConfigError for a base with quantised weights."""
     if getattr(base, "is_quantized", False):
-        raise ConfigError(f"the base is quantised: {reason}. Load it unquantised: {UNQUANTISED}.")
+        way_out = (
+            f"Load it unquantised: {UNQUANTISED}"
+            if quantisation_of(base)
+            else "Its files are: train on the model that they were made from"
+        )
+        raise ConfigError(f"the base is quantised: {reason}. {way_out}.")
 
 
 def require_bitsandbytes(need: str, way_out: str) -> None:

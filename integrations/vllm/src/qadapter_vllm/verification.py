@@ -56,7 +56,7 @@ def check_fingerprint(fingerprint: str, policy: Policy, vllm_model: str, quantis
         base = entry.manifest.base
         if fingerprint != base["fingerprint"]:
             way_out = "Serve the original."
-            if base["quantization"]:  # whose fingerprint is of other weights
+            if base.get("quantization"):  # whose fingerprint is of other weights
                 way_out = (
                     f"It was {described(base['quantization'])} then: `qadapter export --format vllm --unquantised` "
                     "writes a folder for the base as its files are."
