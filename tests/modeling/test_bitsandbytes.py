@@ -172,6 +172,7 @@ def test_without_the_package_the_way_out_is_named(saved, monkeypatch):
     "change",
     [
         {"load_in_4bit": "yes"},
+        {"load_in_4bit": False},
         {"bnb_4bit_quant_type": None},
         {"llm_int8_skip_modules": [1]},
         {"bnb_4bit_quant_storage": "uint8"},

@@ -126,6 +126,8 @@ def checked_quantisation(value: Any) -> dict[str, Any]:
     for name, kind in SETTINGS.items():
         if not isinstance(value[name], kind):
             raise ValueError(f"base.quantization.{name} is {value[name]!r}.")
+    if value["load_in_4bit"] == value["load_in_8bit"]:
+        raise ValueError("base.quantization must be in 4 bits or in 8.")
     if not all(isinstance(module, str) for module in value["llm_int8_skip_modules"] or ()):
         raise ValueError("base.quantization.llm_int8_skip_modules must be names.")
     return value
