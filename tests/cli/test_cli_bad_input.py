@@ -149,7 +149,10 @@ def test_training_that_diverges_is_one_line(train, folder):
 @pytest.mark.parametrize("option", ["--load-in-4bit", "--load-in-8bit"])
 def test_quantising_without_bitsandbytes_says_what_to_install(train, folder, monkeypatch, option):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert_refused(train(option), r"the base is to be quantised, and bitsandbytes cannot be used.*pip install 'qadapter\[quantised\]'")
+    assert_refused(
+        train(option),
+        r"the base is to be quantised, and bitsandbytes cannot be used.*pip install 'qadapter\[quantised\]'",
+    )
     assert not folder.exists()
 
 
