@@ -26,6 +26,11 @@ ENVIRONMENT = {
 # Enough for greedy answers of the tiny model to change, and as fast as it gets.
 QUICK = ("--max-steps", 4, "--learning-rate", 0.05, "--beta", 0.1, "--use-cpu", "--logging-steps", 1)
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
 PROMPT = "Question 3?"
 SHORT = ("--max-new-tokens", 12)
 

@@ -5,13 +5,8 @@ import json
 import datasets
 import huggingface_hub
 import pytest
-from commands import QUICK, qadapter, succeeded
+from commands import CHAT_TEMPLATE, QUICK, qadapter, succeeded
 from models import tiny_base, tiny_tokenizer
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,7 @@
 """A base in 4 or 8 bits on the command line: trained on, used without a word, and left behind for exports."""
 
 import pytest
-from commands import PROMPT, QUICK, SHORT, adapter_settings, assert_refused, qadapter, succeeded
-from conftest import CHAT_TEMPLATE
+from commands import CHAT_TEMPLATE, PROMPT, QUICK, SHORT, adapter_settings, assert_refused, qadapter, succeeded
 from models import randomise, tiny_base, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
