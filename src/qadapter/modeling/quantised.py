@@ -6,6 +6,7 @@ of its own above them, which cannot run beside the base in one batch; transforme
 bitsandbytes quantises a base as it is loaded, so an adapter that was trained on one needs the same once more.
 """
 
+from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
@@ -107,7 +108,7 @@ def require_unquantised(base: PreTrainedModel, reason: str) -> None:
 def require_bitsandbytes(need: str, way_out: str) -> None:
     """Raise ConfigError unless the package bitsandbytes works here."""
     try:
-        import bitsandbytes  # noqa: F401
+        import_module("bitsandbytes")
     except Exception as error:  # a broken binary raises many types
         raise ConfigError(
             f"{need}, and bitsandbytes cannot be used here ({type(error).__name__}): "
