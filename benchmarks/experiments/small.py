@@ -14,14 +14,15 @@ CPU_TRAINING = Training(pairs_a_step=4, micro_batch=4, learning_rate=1e-3, lora_
 CPU_KNOBS: dict[str, list[dict[str, Any]]] = {
     "qadapter": [{"beta": 10.0}, {"beta": 1.0}],
     "dpo": [{"beta": 0.3}, {"beta": 0.1}],
-    "authors": [{"beta": 0.1}],
-    "sft": [{}],
-    "sft-kl": [{"weight": 1.0}],
-    "replay": [{"weight": 1.0}],
-    "ipo": [{"beta": 0.3}],
-    "simpo": [{"beta": 2.0, "margin": 1.0}],
-    "kto": [{"beta": 0.1}],
-    "ppo": [{"kl_coefficient": 0.1}],
+    "authors": [{"beta": 0.1}, {"beta": 0.01}],
+    "sft": [{}, {"training.learning_rate": 3e-4}],  # it has no knob but how far it goes
+    "sft-kl": [{"weight": 1.0}, {"weight": 0.3}],
+    "replay": [{"weight": 1.0}, {"weight": 0.3}],
+    "ipo": [{"beta": 0.3}, {"beta": 0.1}],
+    "simpo": [{"beta": 2.0, "margin": 1.0}, {"beta": 5.0, "margin": 2.5}],
+    "kto": [{"beta": 0.1}, {"beta": 0.3}],
+    "ppo": [{"kl_coefficient": 0.1}, {"kl_coefficient": 0.03}],
+    "qadapter-logits": [{"preset": "authors", "beta": 0.1}, {"preset": "authors", "beta": 1.0}],
 }
 
 
