@@ -13,8 +13,8 @@ from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.evaluation.workload import BUDGETS
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "integrations" / "vllm" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+DOCUMENTS = [README, CONTRIBUTING, ROOT / "integrations" / "vllm" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -69,6 +69,14 @@ def test_the_folders_and_files_in_the_readme_exist():
     names = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert {name for name in names if not any(list(place.glob(name)) for place in places)} == set()
     assert names
+
+
+def test_the_files_named_to_contributors_exist():
+    names = set(re.findall(r"`((?:\w+/)*(?:\w+\.py|\w+/))`", CONTRIBUTING.read_text()))
+    places = [ROOT / name for name in ("src/qadapter", "benchmarks", "tests")]
+    found = {name for name in names if (ROOT / name).exists() or any(list(place.rglob(name)) for place in places)}
+    assert names - found == set()
+    assert len(names) > 20
 
 
 def test_the_budgets_in_the_documents_are_the_code_s():
