@@ -52,6 +52,32 @@ def test_weights_replace_the_models_own():
     assert coefficients("formal", weights=weights) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("name", "strength"), [("formal@0.5", 0.5), ("mix@-2", -2.0), ("concise@0", 0.0)])
+def test_a_strength_may_follow_the_name(name, strength):
+    served = name.partition("@")[0]
+    assert CATALOGUE.named(name) == (served, strength)
+    assert coefficients(name) == coefficients(served, strength=strength)
+    assert coefficients(name, weights={"concise": 0.5}) == coefficients(
+        served, weights={"concise": 0.5}, strength=strength
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["formal@", "formal@x", "formal@nan", "formal@1e3", "@0.5", "base@0.5", "formal@ 1", "formal@0.5@2"]
+)
+def test_what_is_no_name_with_a_strength_is_no_model(name):
+    with pytest.raises(ApiError, match="does not exist here.*with a strength: formal@0.5") as raised:
+        CATALOGUE.dial(name, QAdapterOptions())
+    assert raised.value.status == 404
+
+
+def test_one_strength_is_given():
+    with pytest.raises(ApiError, match="both give a strength"):
+        CATALOGUE.dial("formal@0.5", QAdapterOptions(strength=0.5))
+    with pytest.raises(ApiError, match="exceeds 100"):
+        CATALOGUE.dial("formal@101", QAdapterOptions())
+
+
 def test_a_cap_brings_the_base_along():
     dial = CATALOGUE.dial("concise", QAdapterOptions(max_kl=0.1))
     assert dict(dial.coefficients) == {"second": 1.0, None: 0.0}

@@ -88,7 +88,7 @@ def test_a_dial_that_is_no_finite_number_is_refused(server, name, raw):
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [10**30]}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),
-        ({"echo": True}, "echo"),
+        ({"echo": "yes"}, "echo"),
         ({"suffix": "b"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"best_of": 2, "n": 1}, "best_of"),

@@ -22,16 +22,17 @@ anything = st.recursive(
 )
 small = st.integers(0, 3) | anything
 bodies = st.fixed_dictionaries(
-    {"max_tokens": st.integers(1, 5) | st.floats()},
+    {"max_tokens": st.integers(0, 5) | st.floats()},
     optional={
-        "model": st.sampled_from(["base", "formal", "concise"]) | anything,
+        "model": st.sampled_from(["base", "formal", "concise@0.5", "formal@"]) | anything,
         "prompt": st.text(max_size=30) | st.lists(st.integers(0, 96), max_size=9) | anything,
         "messages": st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "x"]), "content": anything})),
         "qadapter": st.fixed_dictionaries({}, optional={"strength": numbers, "max_kl": numbers, "weights": anything}),
         "stream": st.booleans() | anything,
+        "echo": st.booleans() | anything,
         "stop": st.text("ab", max_size=2) | anything,
         **dict.fromkeys(("n", "temperature", "top_p", "seed", "logprobs", "top_logprobs", "best_of"), small),
-        **dict.fromkeys(("tools", "echo", "presence_penalty", "stream_options", "user"), anything),
+        **dict.fromkeys(("tools", "presence_penalty", "stream_options", "user"), anything),
     },
 )
 

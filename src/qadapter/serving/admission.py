@@ -85,7 +85,8 @@ class Admission:
             request.frequency_penalty,
             request.logprob_count,
         )
-        context = () if isinstance(request, ChatRequest) else prompt_ids[-CONTEXT_TOKENS:]
+        echo = isinstance(request, CompletionRequest) and request.echo
+        context = () if echo or isinstance(request, ChatRequest) else prompt_ids[-CONTEXT_TOKENS:]
         answers = [
             Answer(
                 first_index + choice,
@@ -97,7 +98,8 @@ class Admission:
             )
             for choice in range(request.n)
         ]
-        return Job(request.model, prompt_ids, dial, answers, deliver)
+        model, _ = self._catalogue.named(request.model)
+        return Job(model, prompt_ids, dial, answers, deliver, echo)
 
 
 def context_length(model: QAdapterForCausalLM, wanted: int | None) -> int:

@@ -37,10 +37,13 @@ class StopStrings:
 
 
 class TokenReport(NamedTuple):
-    """A token of the answer as text, its log-probability, the likeliest alternatives, and where its text begins."""
+    """A token of the answer as text, its log-probability, the likeliest alternatives, and where its text begins.
+
+    The first token of an echoed prompt has no log-probability.
+    """
 
     text: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[str, float], ...]
     offset: int
 
@@ -65,14 +68,24 @@ class AnswerText:
 
     def add(self, chosen: Chosen) -> bool:
         """Take a token in; whether it completed a stop string, which ends the answer."""
-        text = self.detokeniser.reading(chosen.token) if chosen.logprob is not None else ""
+        return self._extend(self._read(chosen, chosen.logprob is not None))
+
+    def echo(self, chosen: Chosen, reported: bool) -> None:
+        """Take a token of the prompt in, which stands before the answer and may hold stop strings."""
+        piece = self._read(chosen, reported)
+        self._decoded += len(piece)
+        self._pass(piece)
+
+    def _read(self, chosen: Chosen, reported: bool) -> str:
+        """The text that a token completes; the token is reported if wanted."""
+        text = self.detokeniser.reading(chosen.token) if reported else ""
         top = tuple((self.detokeniser.reading(token), logprob) for token, logprob in chosen.top)
         piece = self.detokeniser.push(chosen.token)
-        if chosen.logprob is not None:
+        if reported:
             # Before the token's own text, the piece has what waited for it.
             offset = self._decoded + max(0, len(piece) - len(text))
             self._reports.append(TokenReport(text, chosen.logprob, top, offset))
-        return self._extend(piece)
+        return piece
 
     def close(self) -> bool:
         """No more tokens follow: what was held back may be sent; whether it had a stop string."""

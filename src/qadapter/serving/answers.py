@@ -129,7 +129,7 @@ class ChatShape(ResponseShape):
         return {"content": content, "refusal": None}
 
 
-def _token(text: str, logprob: float) -> Json:
+def _token(text: str, logprob: float | None) -> Json:
     """A token as text and as UTF-8; null for one that is no whole character."""
     broken = "\N{REPLACEMENT CHARACTER}" in text
     return {"token": text, "logprob": logprob, "bytes": None if broken else list(text.encode())}
@@ -160,6 +160,9 @@ class CompletionShape(ResponseShape):
             "tokens": [report.text for report in reports],
             "token_logprobs": [report.logprob for report in reports],
             # With the token itself. Of tokens that read alike, the likeliest: it comes first, so it is written last.
-            "top_logprobs": [{report.text: report.logprob, **dict(reversed(report.top))} for report in reports],
+            "top_logprobs": [
+                None if report.logprob is None else {report.text: report.logprob, **dict(reversed(report.top))}
+                for report in reports
+            ],
             "text_offset": [report.offset for report in reports],
         }

@@ -71,7 +71,7 @@ class Service:
         jobs = await loop.run_in_executor(self.tokenising, self.admission.jobs, wanted, exchange.deliver)
         exchange.submit(jobs)
         prompt_tokens = sum(len(job.prompt_ids) for job in jobs)
-        self.metrics.prompt_tokens.labels(wanted.model).inc(prompt_tokens)
+        self.metrics.prompt_tokens.labels(jobs[0].model).inc(prompt_tokens)
         shape = response_shape(wanted)
         note(request.scope, f"model={wanted.model} prompt_tokens={prompt_tokens}")
         if wanted.stream:
@@ -116,7 +116,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.catalogue.require(name)
+        service.catalogue.named(name)
         return service.model_card(name)
 
     @app.get("/health")

@@ -1,5 +1,6 @@
 """The models a server offers, and the streams that a request for one of them needs."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -62,19 +63,32 @@ class Catalogue:
         """All names, the base's first."""
         return [BASE_NAME, *self.models]
 
-    def require(self, name: str) -> None:
-        """Raise ApiError (404) unless a model of that name is served."""
-        if name not in self.names:
-            message = f"the model {name!r} does not exist here. Models: {', '.join(self.names)}."
-            raise ApiError(404, message, "model_not_found", "model")
+    def named(self, name: str) -> tuple[str, float | None]:
+        """The served name in a request's `model`, and the strength if one follows it: "formal@0.5".
+
+        So clients that send no fields but OpenAI's (chat pages, lm-eval) have the dial, too.
+
+        Raises:
+            ApiError: 404, no such model is served.
+        """
+        if name in self.names:
+            return name, None
+        served, _, number = name.rpartition("@")
+        if served in self.models and re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", number, re.ASCII):
+            return served, float(number)
+        example = f"; with a strength: {next(iter(self.models))}@0.5" if self.models else ""
+        message = f"the model {name!r} does not exist here. Models: {', '.join(self.names)}{example}."
+        raise ApiError(404, message, "model_not_found", "model")
 
     def dial(self, name: str, options: QAdapterOptions) -> Dial:
         """The policy that a request for model `name` with `options` gets.
 
         Raises:
-            ApiError: an unknown name; a dial for the base, which has none.
+            ApiError: an unknown name; a dial for the base, which has none; two strengths.
         """
-        self.require(name)
+        name, strength = self.named(name)
+        if strength is not None and options.strength is not None:
+            raise bad_request("the model's name and qadapter both give a strength: leave one out.", "qadapter.strength")
         if name == BASE_NAME:
             if options.weights or options.strength:
                 raise bad_request(
@@ -88,7 +102,7 @@ class Catalogue:
                         f"qadapter.{field}",
                     )
             return Dial({None: 1.0})
-        strength = 1.0 if options.strength is None else options.strength
+        strength = next((given for given in (strength, options.strength) if given is not None), 1.0)
         served = {name: 1.0} if options.weights is None else options.weights
         weights = {adapter: strength * weight for adapter, weight in self._adapter_weights(served).items()}
         if any(abs(weight) > MAX_REQUEST_DIAL for weight in weights.values()):

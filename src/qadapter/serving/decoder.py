@@ -5,7 +5,7 @@ a row of one adapter one or two, however many adapters are loaded. Lanes of one 
 layer works on one slice a stream; the base's weights are read once for all lanes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,9 @@ from qadapter.serving.cache import LaneCache, Part, assembled
 from qadapter.serving.catalogue import Dial
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Called with the first of some columns that were fed, and the logits (R, C, V) of what follows each of them.
+Watch = Callable[[int, Tensor], None]
+WATCHED_LOGITS = 2**24  # numbers at a time
 
 
 class RowBatch:
@@ -85,7 +88,7 @@ class Decoder:
         # As `functional.mix_streams`: bfloat16 is mixed in float32, float64 stays.
         self.like = torch.empty(0, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
         config = model.config.get_text_config(decoder=True)
-        self.layers = config.num_hidden_layers
+        self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
         kinds = set(getattr(config, "layer_types", None) or LAYER_TYPES)
         if not kinds <= LAYER_TYPES or getattr(config, "num_kv_shared_layers", None):
             raise ConfigError(
@@ -98,10 +101,15 @@ class Decoder:
         return RowBatch(dials, [0] * len(dials), [0] * len(dials), LaneCache(self.layers), self.like)
 
     @torch.inference_mode()
-    def feed(self, batch: RowBatch, ids: Sequence[Sequence[int]], read: bool = True) -> Tensor | None:
+    def feed(
+        self, batch: RowBatch, ids: Sequence[Sequence[int]], read: bool = True, watch: Watch | None = None
+    ) -> Tensor | None:
         """Let every row see its tokens; the logits (R, V) of what follows, unless `read` is false.
 
         Rows may get fewer tokens than others only as long as they have seen none: they are padded at the left.
+
+        Args:
+            watch: told the logits at all columns, a few at a time.
         """
         columns = max(map(len, ids))
         padded = batch.tensor([[0] * (columns - len(row)) + list(row) for row in ids])
@@ -121,20 +129,26 @@ class Decoder:
                 past_key_values=batch.cache,
                 use_cache=True,
             )
+        hidden = output.last_hidden_state  # (L, columns, H)
+        if watch is not None:
+            few = max(1, WATCHED_LOGITS // (len(batch) * self.vocabulary))
+            for column in range(0, columns, few):
+                watch(column, self._logits(batch, hidden[:, column : column + few]))
         if not read:
             return None
-        logits = self._logits(batch, output.last_hidden_state[:, -1])
+        logits = self._logits(batch, hidden[:, -1])
         batch.steps = [step + 1 for step in batch.steps]
         return logits
 
     def _logits(self, batch: RowBatch, hidden: Tensor) -> Tensor:
-        """Each row's mix of its lanes' hidden states (L, H), as logits (R, V)."""
+        """Each row's mix of its lanes' hidden states (L, ..., H), as logits (R, ..., V)."""
         head = self.model.head
         if head.shared and batch.plain:
             logits = head.logits(torch.empty_like(hidden).index_copy_(0, batch.lane_rows, hidden))
         elif head.shared:
-            mixed = self.like.new_zeros(len(batch), hidden.shape[-1])
-            logits = head.logits(mixed.index_add_(0, batch.lane_rows, batch.coefficients() * hidden.to(mixed)))
+            mixed = self.like.new_zeros(len(batch), *hidden.shape[1:])
+            parts = _beside(batch.coefficients(), hidden) * hidden.to(mixed)
+            logits = head.logits(mixed.index_add_(0, batch.lane_rows, parts))
         else:
             logits = self._separate_logits(batch, hidden)
         return self._capped(batch, hidden, logits.to(self.like))
@@ -145,8 +159,8 @@ class Decoder:
         coefficients = batch.coefficients()
         for stream in dict.fromkeys(stream for _, stream in batch.lanes):
             lanes = batch.tensor(batch.lanes_of(stream))
-            part = coefficients[lanes] * self._stream_logits(hidden[lanes], stream)
-            mixed = part.new_zeros(len(batch), part.shape[-1]) if mixed is None else mixed
+            part = _beside(coefficients[lanes], hidden) * self._stream_logits(hidden[lanes], stream)
+            mixed = part.new_zeros(len(batch), *part.shape[1:]) if mixed is None else mixed
             mixed.index_add_(0, batch.lane_rows[lanes], part)
         assert mixed is not None
         return mixed
@@ -165,6 +179,11 @@ class Decoder:
             capped, _ = capped_logits(logits[rows], base_logits, caps)
             logits = logits.index_copy(0, batch.tensor(rows), capped.to(logits))
         return logits
+
+
+def _beside(column: Tensor, hidden: Tensor) -> Tensor:
+    """A column (L, 1) with as many dimensions as `hidden` (L, ..., H)."""
+    return column.view(-1, *[1] * (hidden.dim() - 1))
 
 
 def joined(parts: Sequence[tuple[RowBatch, Sequence[int]]]) -> RowBatch:

@@ -7,18 +7,20 @@ no argument of a request's own such as a strength.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from qadapter.serving.api_errors import ApiError, internal_error, queue_full, shutting_down
 from qadapter.serving.decoder import Decoder, RowBatch, joined
 from qadapter.serving.jobs import Answer, Failure, Job
 from qadapter.serving.metrics import Metrics
-from qadapter.serving.sampling import choose_tokens
+from qadapter.serving.sampling import choose_tokens, with_logprobs
 from qadapter.serving.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,22 @@ class Prefill:
             job.prompt_ids[max(0, start - pad) : max(0, self.done - pad)]
             for job, pad in zip(self.jobs, pads, strict=True)
         ]
-        return decoder.feed(self.batch, chunk, read=self.done == self.columns)
+
+        def score(column: int, logits: Tensor) -> None:
+            self._score(start + column, logits)
+
+        watch = score if self.jobs[0].scored else None
+        return decoder.feed(self.batch, chunk, read=self.done == self.columns, watch=watch)
+
+    def _score(self, column: int, logits: Tensor) -> None:
+        """Let the jobs know what the policies make of their prompts' tokens, from logits (P, C, V) before them."""
+        for job, own in zip(self.jobs, logits, strict=True):
+            first = column - (self.columns - len(job.prompt_ids))  # the place in the prompt; before it is padding
+            seen = range(max(first, 0), min(first + len(own), len(job.prompt_ids) - 1))
+            if seen:
+                following = logits.new_tensor(job.prompt_ids[seen.start + 1 : seen.stop + 1], dtype=torch.long)
+                own = own[seen.start - first : seen.stop - first]
+                job.score(with_logprobs(own, following, [job.top_logprobs] * len(seen)))
 
 
 class Engine:
@@ -190,7 +207,10 @@ class Engine:
         self._batch = joined([(self._batch, kept)]) if kept else None  # type: ignore[list-item]
 
     def _admitted(self) -> Prefill | None:
-        """The next prompts, in order, as many as find room and fit into one chunk; a longer one goes alone."""
+        """The next prompts, in order, as many as find room and fit into one chunk; a longer one goes alone.
+
+        Those that are scored go together, since all of a batch's columns are then read.
+        """
         free = self._settings.max_batch - len(self._rows)
         budget = self._settings.prefill_tokens
         jobs: list[Job] = []
@@ -198,7 +218,7 @@ class Engine:
         with self._news:
             while self._waiting and len(self._waiting[0].answers) <= free:
                 longest = max(longest, len(self._waiting[0].prompt_ids))
-                if jobs and longest * (len(jobs) + 1) > budget:
+                if jobs and (longest * (len(jobs) + 1) > budget or jobs[0].scored is not self._waiting[0].scored):
                     break
                 jobs.append(self._waiting.popleft())
                 free -= len(jobs[-1].answers)
@@ -213,15 +233,31 @@ class Engine:
             return self._lose(prefill.jobs)
         if logits is None:
             return None
-        sources = [source for source, job in enumerate(prefill.jobs) for _ in job.answers]
-        rows = [(job, answer) for job in prefill.jobs for answer in job.answers]
-        kept = [row for row, stays in enumerate(self._take_tokens(logits[sources], rows)) if stays]
+        self._echo([job for job in prefill.jobs if job.echo])
+        begun = [
+            (source, job, answer)
+            for source, job in enumerate(prefill.jobs)
+            for answer in job.answers
+            if answer.max_tokens  # an echo may be all that is wanted
+        ]
+        sources, rows = [source for source, _, _ in begun], [(job, answer) for _, job, answer in begun]
+        kept = [row for row, stays in enumerate(self._take_tokens(logits[sources], rows)) if stays] if rows else []
         if kept:
             running = [] if self._batch is None else [(self._batch, range(len(self._rows)))]
             self._batch = joined([*running, (prefill.batch, [sources[row] for row in kept])])
             self._rows = [*self._rows, *(rows[row] for row in kept)]
         self._prefill = None
         return None
+
+    def _echo(self, jobs: Sequence[Job]) -> None:
+        """Report the prompts of those whose answers begin with them."""
+        for job in jobs:
+            tokens = job.echoed()
+            if not job.cancelled and not all(math.isfinite(token.logprob or 0.0) for token in tokens):
+                job.cancelled = True
+                job.deliver(Failure(not_finite()))
+            for answer in () if job.cancelled else job.answers:
+                job.deliver(answer.echo(tokens))
 
     def _take_tokens(self, logits: Tensor, rows: Sequence[tuple[Job, Answer]]) -> list[bool]:
         """Draw every row's next token and report it; whether each row goes on."""

@@ -72,7 +72,7 @@ class Exchange:
                 raise ApiError(504, message, "timeout") from None
             if isinstance(event, Failure):
                 raise event.error
-            if self.tokens == 0:
+            if self.tokens == 0 and event.tokens:
                 self._on_first()
             self.tokens += event.tokens
             open_answers -= event.finish_reason is not None

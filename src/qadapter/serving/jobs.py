@@ -1,7 +1,7 @@
 """What the engine works on, and what it reports back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qadapter.serving.answer_text import AnswerText, TokenReport
@@ -47,6 +47,16 @@ class Answer:
         self.tokens = 0
         self.last_token = -1
 
+    def echo(self, prompt: Sequence[Chosen]) -> Delta:
+        """Begin with the prompt; what may be sent of it. An answer of no token ends there."""
+        reported = self.sampler.rules.top_logprobs is not None
+        for chosen in prompt:
+            self.text.echo(chosen, reported)
+        reason = None if self.max_tokens else "length"
+        if reason:
+            self.text.close()
+        return Delta(self.index, *self.text.take(), 0, reason)
+
     def take(self, chosen: Chosen) -> Delta:
         """Take the next token in; what may be sent since the last time."""
         self.tokens += 1
@@ -66,11 +76,12 @@ class Job:
     """One prompt and the answers wanted for it.
 
     Args:
-        model: its served name.
+        model: its served name, without a strength.
         prompt_ids: what the answers continue.
         dial: the policy they come from.
         answers: one a choice.
         deliver: called in the engine's thread with every event.
+        echo: whether the answers begin with the prompt.
         cancelled: set, by any thread, when nobody waits for the answers any more.
     """
 
@@ -79,4 +90,25 @@ class Job:
     dial: Dial
     answers: Sequence[Answer]
     deliver: Callable[[Event], None]
+    echo: bool = False
     cancelled: bool = False
+    _scored: list[Chosen] = field(default_factory=list)  # the prompt's tokens but the first, with log-probabilities
+
+    @property
+    def top_logprobs(self) -> int | None:
+        """How many alternatives to report with each token; None reports no log-probabilities."""
+        return self.answers[0].sampler.rules.top_logprobs
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt's tokens are reported with log-probabilities."""
+        return self.echo and self.top_logprobs is not None
+
+    def score(self, chosen: Sequence[Chosen]) -> None:
+        """Take in what the policy makes of the prompt's next tokens."""
+        self._scored.extend(chosen)
+
+    def echoed(self) -> list[Chosen]:
+        """The prompt's tokens, once it is complete; nothing is known of the first."""
+        first, *rest = (Chosen(token, None, ()) for token in self.prompt_ids)
+        return [first, *(self._scored if self.scored else rest)]

@@ -63,7 +63,7 @@ class PromptEncoder:
         """
         if not prompt_ids:
             raise bad_request(f"{param} holds no token.", param)
-        if len(prompt_ids) + (wanted or 1) > self.context:
+        if len(prompt_ids) + (1 if wanted is None else wanted) > self.context:
             message = (
                 f"this server's context is {self.context} tokens, but the prompt has {len(prompt_ids)} and the answer "
                 f"was to have {'at least 1' if wanted is None else f'up to {wanted}'}: shorten one of them."

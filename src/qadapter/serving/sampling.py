@@ -79,7 +79,7 @@ def choose_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[Chosen]:
         if any(rule.top_p < 1 for rule in rules):
             probs = nucleus(probs, column([rule.top_p for rule in rules]))
         tokens[rows] = drawn(probs, column([samplers[row].uniform() for row in rows]))
-    chosen = _with_logprobs(logits, tokens, samplers)
+    chosen = with_logprobs(logits, tokens, [sampler.rules.top_logprobs for sampler in samplers])
     for sampler, choice in zip(samplers, chosen, strict=True):
         sampler.counts[choice.token] += 1
     return chosen
@@ -118,16 +118,17 @@ def drawn(probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(passed, torch.searchsorted(cumulated, total)).squeeze(-1)
 
 
-def _with_logprobs(logits: Tensor, tokens: Tensor, samplers: Sequence[Sampler]) -> list[Chosen]:
+def with_logprobs(logits: Tensor, tokens: Tensor, top_logprobs: Sequence[int | None]) -> list[Chosen]:
+    """The tokens (R,) with what `logits` (R, V) make of them and of as many alternatives as each row reports."""
     chosen = [Chosen(token, None, ()) for token in tokens.tolist()]
-    rows = [row for row, sampler in enumerate(samplers) if sampler.rules.top_logprobs is not None]
+    rows = [row for row, count in enumerate(top_logprobs) if count is not None]
     if not rows:
         return chosen
     logps = logits[rows].log_softmax(-1)
-    most = max(samplers[row].rules.top_logprobs or 0 for row in rows)
+    most = max(top_logprobs[row] or 0 for row in rows)
     values, indices = logps.topk(min(most, logps.shape[-1]))
     own = logps.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1).tolist()
     for row, logprob, likeliest in zip(rows, own, zip(indices.tolist(), values.tolist(), strict=True), strict=True):
-        top = tuple(zip(*likeliest, strict=True))[: samplers[row].rules.top_logprobs]
+        top = tuple(zip(*likeliest, strict=True))[: top_logprobs[row]]
         chosen[row] = Chosen(chosen[row].token, logprob, top)
     return chosen

@@ -166,8 +166,9 @@ class CompletionRequest(GenerationRequest):
         Field(min_length=1, fail_fast=True),
         BeforeValidator(_as_prompts),
     ]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool = False
 
     @property
     def logprob_count(self) -> int | None:
@@ -184,7 +185,7 @@ def parse(kind: type[GenerationRequest], body: dict[str, Any]) -> Any:
     fields = {name: _without_nulls(value) for name, value in body.items() if value is not None and name not in IGNORED}
     if type(fields.get("best_of")) is int and fields["best_of"] == fields.get("n", 1):
         del fields["best_of"]  # the best of as many as are asked for: all of them
-    for name in [name for name in UNSUPPORTED if name in fields]:
+    for name in [name for name in UNSUPPORTED if name in fields and name not in kind.model_fields]:
         value = fields.pop(name)
         if not any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name]):
             raise bad_request(f"{name} is not supported by this server: leave it out.", name, "unsupported_parameter")
@@ -220,5 +221,7 @@ def _check_together(request: GenerationRequest, body: dict[str, Any]) -> None:
             raise bad_request("top_logprobs needs logprobs: true.", "top_logprobs")
         if request.max_completion_tokens and request.max_tokens not in (None, request.max_completion_tokens):
             raise bad_request("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")
+    if isinstance(request, CompletionRequest) and request.max_tokens == 0 and not request.echo:
+        raise bad_request("max_tokens: 0 asks for nothing, unless with echo: true.", "max_tokens")
     if not request.stream and body.get("stream_options") is not None:
         raise bad_request("stream_options needs stream: true.", "stream_options")
