@@ -25,6 +25,7 @@ from transformers import (
     StopStringCriteria,
     TextIteratorStreamer,
     WatermarkingConfig,
+    pipeline,
     set_seed,
 )
 from transformers.generation import logits_process as processors
@@ -657,6 +658,17 @@ def test_the_models_own_number_of_texts_counts_where_guidance_keeps_the_dial_of_
     texts = policy.generate(rows, config, strength=strengths)
     one = policy.generate(rows, config, strength=strengths, num_return_sequences=1)
     assert torch.equal(texts, one.repeat_interleave(2, dim=0))
+
+
+def test_transformers_pipeline_takes_the_policy_and_the_dial(policy):
+    tokenizer, texts = tiny_tokenizer(), ["tell me", "hi"]
+    pipe = pipeline("text-generation", model=policy, tokenizer=tokenizer)
+    options = {"max_new_tokens": 4, "do_sample": False, "strength": 0.5}
+    answers = pipe(texts, batch_size=2, return_full_text=False, **options)
+    for text, (answer,) in zip(texts, answers, strict=True):
+        ids = tokenizer(text, return_tensors="pt")
+        expected = policy.generate(**ids, pad_token_id=0, **options)[0, ids["input_ids"].shape[1] :]
+        assert answer["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_callable_strength_needs_ids_in_forward(policy):
