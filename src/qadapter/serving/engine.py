@@ -20,7 +20,7 @@ from qadapter.serving.api_errors import ApiError, internal_error, queue_full, sh
 from qadapter.serving.decoder import Decoder, RowBatch, joined
 from qadapter.serving.jobs import Answer, Failure, Job
 from qadapter.serving.metrics import Metrics
-from qadapter.serving.sampling import choose_tokens, with_logprobs
+from qadapter.serving.sampling import Chosen, choose_tokens, with_logprobs
 from qadapter.serving.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Prefill:
         self.chunk = max(1, budget // len(jobs))  # columns
         self.columns = max(len(job.prompt_ids) for job in jobs)
         self.done = 0
+        self.heard: list[list[Chosen]] = []  # of the last chunk: tokens of the prompts to be echoed
 
     def advance(self, decoder: Decoder) -> Tensor | None:
         """Feed the next chunk; the logits (P, V) after the prompts once they are complete."""
@@ -49,18 +50,23 @@ class Prefill:
         def score(column: int, logits: Tensor) -> None:
             self._score(start + column, logits)
 
-        watch = score if self.jobs[0].scored else None
-        return decoder.feed(self.batch, chunk, read=self.done == self.columns, watch=watch)
+        scored = self.jobs[0].scored
+        # Nothing is known of a prompt's first token; what a chunk's last one makes of the next comes with this chunk.
+        self.heard = [
+            [Chosen(token, None, ()) for token in (part[: start <= pad] if scored else part)] if job.echo else []
+            for job, part, pad in zip(self.jobs, chunk, pads, strict=True)
+        ]
+        return decoder.feed(self.batch, chunk, read=self.done == self.columns, watch=score if scored else None)
 
     def _score(self, column: int, logits: Tensor) -> None:
-        """Let the jobs know what the policies make of their prompts' tokens, from logits (P, C, V) before them."""
-        for job, own in zip(self.jobs, logits, strict=True):
+        """Hear what the policies make of their prompts' tokens, from the logits (P, C, V) before them."""
+        for job, heard, own in zip(self.jobs, self.heard, logits, strict=True):
             first = column - (self.columns - len(job.prompt_ids))  # the place in the prompt; before it is padding
             seen = range(max(first, 0), min(first + len(own), len(job.prompt_ids) - 1))
             if seen:
                 following = logits.new_tensor(job.prompt_ids[seen.start + 1 : seen.stop + 1], dtype=torch.long)
                 own = own[seen.start - first : seen.stop - first]
-                job.score(with_logprobs(own, following, [job.top_logprobs] * len(seen)))
+                heard += with_logprobs(own, following, [job.top_logprobs] * len(seen))
 
 
 class Engine:
@@ -228,12 +234,12 @@ class Engine:
         """Feed the prompts' next chunk; once they are complete, draw the first tokens and join the batch."""
         try:
             logits = prefill.advance(self._decoder)
+            self._echo(prefill, complete=logits is not None)
         except Exception:  # the running batch is as it was: only the new ones are lost
             self._prefill = None
             return self._lose(prefill.jobs)
         if logits is None:
             return None
-        self._echo([job for job in prefill.jobs if job.echo])
         begun = [
             (source, job, answer)
             for source, job in enumerate(prefill.jobs)
@@ -249,15 +255,17 @@ class Engine:
         self._prefill = None
         return None
 
-    def _echo(self, jobs: Sequence[Job]) -> None:
-        """Report the prompts of those whose answers begin with them."""
-        for job in jobs:
-            tokens = job.echoed()
-            if not job.cancelled and not all(math.isfinite(token.logprob or 0.0) for token in tokens):
+    def _echo(self, prefill: Prefill, complete: bool) -> None:
+        """Report the last chunk of the prompts with which answers begin."""
+        for job, tokens in zip(prefill.jobs, prefill.heard, strict=True):
+            if not job.echo or job.cancelled:
+                continue
+            if not all(math.isfinite(token.logprob or 0.0) for token in tokens):
                 job.cancelled = True
                 job.deliver(Failure(not_finite()))
-            for answer in () if job.cancelled else job.answers:
-                job.deliver(answer.echo(tokens))
+                continue
+            for answer in job.answers:
+                job.deliver(answer.echo(tokens, complete))
 
     def _take_tokens(self, logits: Tensor, rows: Sequence[tuple[Job, Answer]]) -> list[bool]:
         """Draw every row's next token and report it; whether each row goes on."""

@@ -1,7 +1,7 @@
 """What the engine works on, and what it reports back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from qadapter.serving.answer_text import AnswerText, TokenReport
@@ -47,12 +47,12 @@ class Answer:
         self.tokens = 0
         self.last_token = -1
 
-    def echo(self, prompt: Sequence[Chosen]) -> Delta:
-        """Begin with the prompt; what may be sent of it. An answer of no token ends there."""
+    def echo(self, tokens: Sequence[Chosen], complete: bool) -> Delta:
+        """Take the prompt's next tokens in; what may be sent. An answer of no token ends with a complete prompt."""
         reported = self.sampler.rules.top_logprobs is not None
-        for chosen in prompt:
+        for chosen in tokens:
             self.text.echo(chosen, reported)
-        reason = None if self.max_tokens else "length"
+        reason = "length" if complete and not self.max_tokens else None
         if reason:
             self.text.close()
         return Delta(self.index, *self.text.take(), 0, reason)
@@ -92,7 +92,6 @@ class Job:
     deliver: Callable[[Event], None]
     echo: bool = False
     cancelled: bool = False
-    _scored: list[Chosen] = field(default_factory=list)  # the prompt's tokens but the first, with log-probabilities
 
     @property
     def top_logprobs(self) -> int | None:
@@ -103,12 +102,3 @@ class Job:
     def scored(self) -> bool:
         """Whether the prompt's tokens are reported with log-probabilities."""
         return self.echo and self.top_logprobs is not None
-
-    def score(self, chosen: Sequence[Chosen]) -> None:
-        """Take in what the policy makes of the prompt's next tokens."""
-        self._scored.extend(chosen)
-
-    def echoed(self) -> list[Chosen]:
-        """The prompt's tokens, once it is complete; nothing is known of the first."""
-        first, *rest = (Chosen(token, None, ()) for token in self.prompt_ids)
-        return [first, *(self._scored if self.scored else rest)]
