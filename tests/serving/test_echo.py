@@ -105,7 +105,10 @@ def test_prompts_of_all_lengths_in_pieces_equal_each_alone(budget, monkeypatch):
         with running.client() as client:
             choices = scored(client, prompts).choices
             mixed = client.completions.create(model="base", prompt=[*prompts, *prompts], max_tokens=1)
+            pieces = [piece.choices[0] for piece in scored(client, prompts[2], stream=True)]
         assert len(mixed.choices) == 10
+        assert len(pieces) == -(-len(prompts[2]) // budget)  # nobody waits longer than for a chunk
+        assert [token for piece in pieces for token in piece.logprobs.tokens] == choices[2].logprobs.tokens
         for prompt, choice in zip(prompts, choices, strict=True):
             assert len(choice.logprobs.tokens) == len(prompt)
             assert_defined(choice, model, prompt, adapter_weights=FIRST)
