@@ -143,6 +143,8 @@ def tokenised(name: str, dataset: Any, tokenizer: Any, training: QAdapterTrainin
     dataset, report = tokenised_pairs(dataset, tokenizer, training)
     if report.dropped or report.truncated_prompts:
         logger.warning("%s: %s", name, report.summary())
+    if report.unspaced_warning is not None:
+        logger.warning("%s: %s.", name, report.unspaced_warning)
     if config is not None:
         require_fit(dataset, config)
     return dataset

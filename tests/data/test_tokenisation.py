@@ -5,8 +5,9 @@ from data_examples import CHATML, LLAMA, STRICT, THINKING, chat_pair, plain_pair
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import byte_tokenizer
 
-from qadapter.data import TokenisationReport, load_preference_dataset, tokenise_preferences
+from qadapter.data import TokenisationReport, check_preferences, load_preference_dataset, tokenise_preferences
 from qadapter.data.encoding import EncodedPair
 from qadapter.data.tokenisation import Limits, fit_prompt
 from qadapter.errors import ConfigError, DataError
@@ -155,6 +156,35 @@ def test_unstable_templates_are_reported(make_tokenizer):
     _, report = tokenise_preferences(Dataset.from_list(CHATS[:2]), make_tokenizer(THINKING))
     assert report.unstable_prompts == [1, 2]
     assert report.summary() == "2 rows, 2 kept, 2 prompts shortened to the part both sides share"
+
+
+UNSPACED = [
+    ("Why?", "Since.", "No idea", True),
+    ("Why", " Since.", "x", True),  # one of the answers
+    ("Why? ", "Since.", "No.", False),
+    ("Why?\n", "Since.", "No.", False),
+    ("Why?", " Since.", "\nNo.", False),
+    ("print(", "x)", "y)", False),
+    ("东", "西", "南", False),
+]
+
+
+def test_prompts_that_run_into_their_answers_are_reported(write_lines):
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row[:3], strict=True)) for row in UNSPACED]
+    wrong = [number for number, row in enumerate(UNSPACED, 1) if row[3]]
+    bytewise = byte_tokenizer()
+    _, report = tokenise_preferences(Dataset.from_list(rows), bytewise)
+    assert report.unspaced == wrong
+    assert report.unspaced_warning.startswith("2 prompts run into an answer with no space between")
+    checked = check_preferences(write_lines(rows), bytewise)
+    assert checked.tokenisation.unspaced == wrong
+    assert checked.ok
+
+
+def test_where_a_tokenizer_or_template_puts_a_space_none_is_missed(word_level, chatml):
+    for tokenizer in (word_level, chatml):
+        _, report = tokenise_preferences(Dataset.from_list([words("a", "b", "c")]), tokenizer)
+        assert (report.unspaced, report.unspaced_warning) == ([], None)
 
 
 def test_a_row_that_is_no_pair_is_named(chatml):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Pairs = TypeVar("Pairs", Dataset, IterableDataset)
 
 FIRST_ROWS = 100  # rows that decide on the layout
+CLOSING = tuple(".?!:;,)")  # after these comes a space
 # Kept tokens are those of one version: raise it with any change that gives some row other ids, or drops another row.
 TOKENISATION_VERSION = 3
 
@@ -25,7 +26,8 @@ class TokenisationReport:
     """What became of the rows; row numbers start at 1 and count the rows of the dataset that was tokenised.
 
     `truncated_prompts` lost tokens at the left of the prompt; `dropped` holds the rows left out, by reason;
-    in `unstable_prompts` the generation prompt is no prefix of the conversation (see encoding.ChatEncoder).
+    in `unstable_prompts` the generation prompt is no prefix of the conversation (see encoding.ChatEncoder);
+    in `unspaced` a prompt of plain text runs into an answer without a space or line break between them.
     For a stream the report fills while it is read and starts anew with each pass; readers in other processes
     (DataLoader workers) fill copies of their own.
     """
@@ -35,6 +37,7 @@ class TokenisationReport:
     truncated_prompts: list[int] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
     unstable_prompts: list[int] = field(default_factory=list)
+    unspaced: list[int] = field(default_factory=list)
 
     def clear(self) -> None:
         """Back to the report of no rows."""
@@ -42,6 +45,17 @@ class TokenisationReport:
         self.truncated_prompts = []
         self.dropped = {}
         self.unstable_prompts = []
+        self.unspaced = []
+
+    @property
+    def unspaced_warning(self) -> str | None:
+        """What is to be said of prompts that run into their answers."""
+        if not self.unspaced:
+            return None
+        return (
+            f"{len(self.unspaced):,} prompts run into an answer with no space between; plain text is joined as it is, "
+            "so end prompts with a space or a line break, or use a model with a chat template"
+        )
 
     def summary(self) -> str:
         """One line: "1,940 rows, 1,935 kept, 3 prompts truncated, 5 dropped (answer too long: 5)"."""
@@ -152,6 +166,7 @@ class PairTokeniser:
         self.row_format = row_format
         self.use_template = use_template
         self.encoder = ChatEncoder(tokenizer) if use_template else PlainEncoder(tokenizer)
+        self.joins_texts = not use_template and joins_texts(tokenizer)
         self.bos = tokenizer.bos_token_id
         self.limits = limits
         self.report = report
@@ -181,6 +196,8 @@ class PairTokeniser:
             self.report.dropped.setdefault(error.reason, []).append(number)
             return None
         self.note(number, encoded, prompt_ids)
+        if self.joins_texts and any(runs_into(pair["prompt"], pair[side]) for side in ("chosen", "rejected")):
+            self.report.unspaced.append(number)
         return encoded._replace(prompt_ids=prompt_ids)
 
     def pair_of(self, number: int, row: dict[str, Any]) -> Pair:
@@ -196,6 +213,18 @@ class PairTokeniser:
             self.report.truncated_prompts.append(number)
         if not encoded.stable:
             self.report.unstable_prompts.append(number)
+
+
+def joins_texts(tokenizer: Any) -> bool:
+    """Whether texts tokenised apart follow each other without a space, unlike with some SentencePiece models."""
+    ids = [token for text in "ab" for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return not any(character.isspace() for character in tokenizer.decode(ids).strip())
+
+
+def runs_into(prompt: Any, answer: Any) -> bool:
+    """Whether a word or a sentence of `prompt` is followed at once by one of `answer`, in a script that has spaces."""
+    last, first = str(prompt)[-1:], str(answer)[:1]
+    return last.isascii() and (last.isalnum() or last in CLOSING) and first.isascii() and first.isalnum()
 
 
 def checked_limits(max_length: int | None, max_prompt_length: int | None) -> Limits:
