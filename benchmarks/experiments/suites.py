@@ -264,6 +264,27 @@ def scales_small() -> Suite:
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
 
 
+def other_base_small() -> Suite:
+    """The default and DPO on whatever base `--base` names, small enough for a CPU and a large vocabulary."""
+    measuring = replace(
+        CPU_MEASURING, strengths=(0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0),
+        sampled_strengths=(0.125, 0.25, 0.5, 1.0, 2.0), sampled_prompts=48,
+    )  # fmt: skip
+    settings = tuple(
+        replace(
+            cpu_settings()[name], max_length=128, train_pairs=128, eval_pairs=60, measuring=measuring,
+            training=replace(CPU_TRAINING, packed=True),
+        )
+        for name in ("polite", "dsp-entertainment")
+    )  # fmt: skip
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [{"beta": 10.0}, {"beta": 3.0}],
+        "dpo": [{"beta": 0.1}, {"beta": 0.3}],
+    }
+    purpose = "Q-Adapter and DPO on another base than the built-in one; few short pairs, for a CPU."
+    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
+
+
 def full() -> Suite:
     """The paper's experiments: every setting, method and knob, three seeds."""
     knobs = {method: options for method, options in MAIN_KNOBS.items() if method != "dpo-trl"}
@@ -297,6 +318,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "dsp-small": dsp_small,
     "cpu": cpu,
     "scales-small": scales_small,
+    "other-base-small": other_base_small,
     "ablations-small": ablations_small,
     "kl-small": kl_small,
     "epochs-small": epochs_small,
