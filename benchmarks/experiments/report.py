@@ -44,7 +44,8 @@ LEGEND = 24  # characters
 PLACES = ("--data", "--work", "--results", "--threads")  # of files on the machine that ran: no matter to a reader
 HEAD = """# Results
 
-Made by `python -m benchmarks.experiments report` from the files in `{results}`: every figure and plot comes from them.
+Made by `python -m benchmarks.experiments report{places}` from the files in `{results}`:
+every figure and plot comes from them.
 Each suite has a page with its tables and curves; the verdict over all of them comes first. The terms (area, lower half,
 seeds, brackets) are defined at the end: [How to read it](#how-to-read-it).
 """
@@ -97,10 +98,12 @@ def write_report(results: Path, output: Path) -> None:
         for setting, own in by_setting(found).items()
     }
     index = suite_table({name: found for name, (found, _) in suites.items()}, plots.name)
+    source = "/".join(results.parts[-3:])
+    places = "" if output.stem == "results" else f" --results {source} --output {'/'.join(output.parts[-2:])}"
     write_page(
         output,
         [
-            HEAD.format(results="/".join(results.parts[-3:])),
+            HEAD.format(results=source, places=places),
             *index,
             *verdict_lines(settings),
             DEFINITIONS.format(resamples=RESAMPLES),
