@@ -282,7 +282,7 @@ def test_logits_that_are_not_finite_end_their_own_answer_only():
         with server.client() as client:
             with pytest.raises(openai.InternalServerError, match="not finite"):
                 client.completions.create(model="formal", prompt=[4, 5, 6])
-            assert client.completions.create(model="formal", prompt=[4, 6], max_tokens=3).choices[0].text
+            assert client.completions.create(model="formal", prompt=[4, 6], max_tokens=3, temperature=0).choices[0].text
             with pytest.raises(openai.InternalServerError, match="not finite"):
                 client.completions.create(model="formal", prompt=[[4, 6], [4, 5, 6]], logprobs=1)
         assert server.metric("qadapter_failed_steps_total") == 0
