@@ -104,7 +104,7 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
     """How to make each decoding step to compare, by name; the base's own first."""
     apart = QAdapterConfig(alpha_0=0.3)  # far from alpha_tilde: both streams are needed
 
-    def of(made: QAdapterForCausalLM, strength: float) -> Step:
+    def of(made: QAdapterForCausalLM, strength: float | torch.Tensor) -> Step:
         narrow_adapters(made.eval().base)  # as loading does
         return decoder(made, batch, options, static, strength=strength)
 
@@ -113,9 +113,13 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
         made.plan.sums_products = sums
         return of(made, strength)
 
-    def pair() -> Step:
-        both = {"one": apart, "two": apart}, {"one": lora(), "two": lora()}
-        return of(QAdapterForCausalLM(copy_of(model), *both), 0.7)
+    def pair(config: QAdapterConfig) -> QAdapterForCausalLM:
+        return QAdapterForCausalLM(copy_of(model), {"one": config, "two": config}, {"one": lora(), "two": lora()})
+
+    def weights(made: QAdapterForCausalLM) -> Step:
+        """A strength a row, as a server has them, of the weights."""
+        made.interpolation = "weights"
+        return of(made, torch.linspace(0.1, 0.9, batch, device=options.device))
 
     def folded() -> Step:
         made = QAdapterForCausalLM.from_base(copy.deepcopy(model), QAdapterConfig(), lora())
@@ -140,7 +144,11 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
         "policy": lambda: policy(apart, 0.7),
         "policy, LoRA by matmuls": lambda: policy(apart, 0.7, sums=False),
         "policy, upper half": lambda: policy(apart, 0.7, model.config.num_hidden_layers // 2),
-        "policy, two adapters": pair,
+        "policy, two adapters": lambda: of(pair(apart), 0.7),
+        "weights interpolated": lambda: weights(
+            QAdapterForCausalLM.from_base(copy_of(model), QAdapterConfig(), lora())
+        ),
+        "weights interpolated, two adapters": lambda: weights(pair(QAdapterConfig())),
         "two naive passes": two_passes,
     }
 

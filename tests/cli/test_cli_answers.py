@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
 import sys
 
 import models
 import pytest
 from commands import PROMPT, SHORT, assert_refused, greedy_answer, qadapter, succeeded
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
 
 from qadapter.cli.chat import converse
 
@@ -26,6 +30,25 @@ def answers(adapter, base):
 def test_strength_0_prints_the_base_models_answer(adapter, answers):
     outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--strength", 0, *SHORT)
     assert succeeded(outcome).strip() == answers[0]
+
+
+def test_interpolated_weights_answer_as_the_base_with_the_scaled_lora(adapter, base, tmp_path):
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter / "adapters" / "default")
+    for layer in lora.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(2.5)
+    lora.merge_and_unload().save_pretrained(tmp_path)
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ("--strength", 2.5, "--interpolation", "weights", *SHORT)
+    written = greedy_answer(tmp_path, PROMPT)
+    assert succeeded(qadapter("generate", adapter, "--prompt", PROMPT, *options)).strip() == written
+    by_logits = succeeded(qadapter("generate", adapter, "--prompt", PROMPT, "--strength", 2.5, *SHORT)).strip()
+    assert by_logits != written
+
+
+def test_a_decay_of_interpolated_weights_is_refused(adapter):
+    outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--interpolation", "weights", "--decay", 0.9, *SHORT)
+    assert_refused(outcome, 'a decay cannot be used with interpolation="weights"')
 
 
 def test_compare_shows_both_answers(adapter, answers):

@@ -206,6 +206,33 @@ def test_results_are_written_and_a_verdict_stands_where_nobody_reads(
     assert (tmp_path / "out" / written).is_file()
 
 
+def test_interpolated_weights_are_measured_as_such(run, own, tmp_path):
+    def kl(*options):
+        code, printed, _ = run("eval", own, *options, "--output", tmp_path / "eval.json")
+        assert code == 0, printed
+        return json.loads((tmp_path / "eval.json").read_text())["results"]["neutral"]["columns"]["policy"]["kl"]
+
+    weights = ("--interpolation", "weights")
+    assert kl("--strength", 0.5) != kl("--strength", 0.5, *weights)  # nor taken from what is stored
+    assert kl() == kl(*weights)
+    assert run("audit", own, "--strength", 0.5, *weights)[0] == 0
+    assert json.loads((own / "audit.json").read_text())["settings"]["interpolation"] == "weights"
+    for page in ("audit.html", "README.md"):
+        assert "at strength 0.5, weights interpolated" in (own / page).read_text()
+    code, printed, _ = run("sweep", own, "--strengths", "0.5,1", *weights)
+    assert code == 0
+    assert "Gain and drift along the dial, weights interpolated" in printed
+
+
+def test_weights_that_are_no_policy_are_not_interpolated(run, base, tmp_path):
+    folder = write_adapter(tmp_path / "apart", base, config=QAdapterConfig(alpha_0=0.5))
+    for command in ("eval", "audit", "sweep", "compare"):
+        code, _, complaints = run(command, folder, "--interpolation", "weights")
+        assert code == (2 if command == "audit" else 1)
+        assert len(complaints) == 1
+        assert "not of the residual form with alpha_0 = alpha_tilde" in complaints[0]
+
+
 def test_audit_writes_its_certificate_into_the_card(run, own, tmp_path):
     (own / "README.md").write_text("# Mine\n")
     run("audit", own, "--output-dir", tmp_path / "evidence")
@@ -254,6 +281,8 @@ def test_an_audited_folder_still_loads(run, own):
         ("sweep", ["--max-drop", "1", "--max-drop", "2"], "one number for all benchmarks"),
         ("sweep", ["--max-drop", "x"], "write POINTS or TASK=POINTS"),
         ("sweep", ["--max-drop", "1"], "--max-drop needs benchmarks"),
+        ("sweep", ["--interpolation", "weights", "--decay", "0.9"], "a decay cannot be used with interpolation"),
+        ("sweep", ["--interpolation", "weights", "--alpha-0", "0.2"], "alpha_0 = 0.2 mixes logits"),
         ("sweep", ["--cap", "-1"], "max_kl = -1.0: must be a finite number, 0 or above"),
         ("sweep", ["--judge", "rule:json"], "a sweep generates no answers to judge"),
         ("compare", ["--strengths", "0"], "--strengths '0' names the base only"),

@@ -105,9 +105,44 @@ def test_compositions_and_weights():
     assert_equal_to_definition(model, columns, 1e-11)
 
 
-def test_a_cap_on_the_kl_is_kept_at_every_token():
-    model = tiny_policy(config=APART)
-    columns = [Column("capped", 1.5, max_kl=0.05), Column("free", 1.5, max_kl=50.0)]
+@pytest.mark.parametrize(
+    "peft_config",
+    [{}, {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "layers_to_transform": [1]}],
+)
+def test_interpolated_weights_equal_a_pass_of_their_own(peft_config):
+    model = tiny_policy(config=QAdapterConfig(), peft_config=lora(**peft_config)).double()
+    columns = strength_columns("policy", [-0.5, *(step / 8 for step in range(1, 9)), 1.7], interpolation="weights")
+    assert len(columns) > 2 * drift_module.FEW_STREAMS
+    assert_equal_to_definition(model, [*columns, Column("logits", 0.5)], 1e-11)
+
+
+def test_interpolated_weights_of_a_composition():
+    adapters = {"first": lora(), "second": lora(r=2)}
+    model = QAdapterForCausalLM(tiny_base(), dict.fromkeys(adapters, QAdapterConfig()), adapters).eval()
+    train_randomly(model).double()
+    columns = [
+        Column("both", 0.8, interpolation="weights"),
+        Column("weighted", 0.8, {"first": 0.3, "second": -0.4}, interpolation="weights"),
+        Column("one", 1.0, {"second": 1.0}, interpolation="weights"),
+        Column("none", 1.0, {}, interpolation="weights"),
+    ]
+    assert_equal_to_definition(model, columns, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"decay": 0.9}, 'a decay cannot be used with interpolation="weights"'), ({"alpha_0": 0.5}, "mixes logits")],
+)
+def test_what_is_no_interpolation_of_weights_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Column("policy", interpolation="weights", **settings)
+
+
+@pytest.mark.parametrize("interpolation", ["logits", "weights"])
+def test_a_cap_on_the_kl_is_kept_at_every_token(interpolation):
+    model = tiny_policy(config=APART if interpolation == "logits" else QAdapterConfig())
+    caps = {"capped": 0.05, "free": 50.0}
+    columns = [Column(name, 1.5, max_kl=cap, interpolation=interpolation) for name, cap in caps.items()]
     assert_equal_to_definition(model, columns, 2e-5)  # the cap is found in float32
     capped = torch.cat([measured.columns["capped"].kl for measured in measure_texts(model, TEXTS, columns)])
     assert capped.max() < 0.05 + 1e-6

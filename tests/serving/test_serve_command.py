@@ -87,6 +87,28 @@ def test_missing_packages_are_named_with_the_way_out(monkeypatch):
         run(["anything"])
 
 
+def test_the_command_serves_interpolated_weights(folders):
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, folders[1], "--port", "0", "--dtype", "float32", "--interpolation", "weights"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    try:
+        ready = process.stdout.readline()
+        assert ready.startswith("Serving base, concise at"), process.stderr.read()
+        url = re.search(r"http://\S+", ready).group()
+        with openai.OpenAI(base_url=url, api_key="none", timeout=PATIENCE, max_retries=0) as client:
+            answer = chat(client, "hello", "concise", temperature=0, max_tokens=12, extra_body=dial(strength=2.5))
+        policy, _, _ = load_models({"concise": folders[1]}, None, True)
+        options = {"strength": 2.5, "interpolation": "weights"}
+        assert answer.choices[0].message.content == greedy_text(policy, prompt_ids_of("hello"), 12, **options)
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_the_command_serves_until_told_to_stop_and_lets_answers_end(folders):
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *folders, "--port", "0", "--dtype", "float32"],

@@ -31,7 +31,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--strengths {options.strengths!r} names the base only: add one that is not 0.")
     if options.output_dir is not None:
         check_folder(options.output_dir)
-    settings = {"adapter_weights": weights_of(options), "max_kl": options.cap, "decay": options.decay}
+    dial = {"max_kl": options.cap, "decay": options.decay, "interpolation": options.interpolation}
+    settings = {"adapter_weights": weights_of(options), **dial}
     columns = [strength_columns(name, strengths, **settings) for name in unique_names(options.adapters)]
     with measuring() as track:
         comparison = run_comparison(

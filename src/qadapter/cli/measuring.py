@@ -45,7 +45,7 @@ def store_of(options: argparse.Namespace) -> PartStore:
 
 def column_of(options: argparse.Namespace) -> Column:
     """The column among a command's options."""
-    return Column(POLICY, options.strength, weights_of(options), options.cap, options.decay)
+    return Column(POLICY, options.strength, weights_of(options), options.cap, options.decay, options.interpolation)
 
 
 def subject_of(path: str, options: argparse.Namespace) -> Subject:

@@ -34,6 +34,16 @@ def add_decay_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", type=float, default=1.0, help="factor of the strength from token to token")
 
 
+def add_interpolation_option(parser: argparse.ArgumentParser) -> None:
+    """What the strength and the weights are of."""
+    parser.add_argument(
+        "--interpolation",
+        choices=("logits", "weights"),
+        default="logits",
+        help="what strength and adapter weights mix: logits, in a stream more, or the LoRAs' weights, in one stream",
+    )
+
+
 def add_template_option(parser: argparse.ArgumentParser) -> None:
     """What the base's chat template reads besides the conversation."""
     parser.add_argument(
@@ -51,6 +61,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     add_decay_option(parser)
+    add_interpolation_option(parser)
     add_template_option(parser)
 
 
@@ -76,6 +87,7 @@ def add_dial_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cap", type=float, default=None, help="cap on KL(policy || base) at each token, in nats")
     add_decay_option(parser)
+    add_interpolation_option(parser)
 
 
 def add_workload_options(parser: argparse.ArgumentParser, answers: bool = True) -> None:

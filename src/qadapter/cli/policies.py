@@ -101,4 +101,5 @@ def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
         **loading_options(options),
     )
     model.decay = decay
+    model.interpolation = model.checked_interpolation(getattr(options, "interpolation", None))
     return model.to(default_device()), tokenizer_with(tokenizer_of(options.adapter, model.base_source), options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qadapter.cli import command_parser
-from qadapter.cli.options import add_loading_options
+from qadapter.cli.options import add_interpolation_option, add_loading_options
 from qadapter.errors import ConfigError
 from qadapter.serving.settings import ServerSettings
 
@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> int:
                 not options.no_verify,
                 **loading_options(options),
             )
+        model.interpolation = model.checked_interpolation(options.interpolation)
         service = service_type(model.to(default_device()), tokenizer, models, settings)
         logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
         logger.setLevel(logging.INFO)
@@ -80,6 +81,7 @@ def _parser(defaults: ServerSettings) -> argparse.ArgumentParser:
     )
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="adapter folders or hub ids, all of one base")
     add_loading_options(parser)
+    add_interpolation_option(parser)
     parser.add_argument("--host", default=defaults.host, help="address to listen on; 0.0.0.0 opens it to others")
     parser.add_argument("--port", type=int, default=defaults.port, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", default=None, help=f"key that clients must send; better in ${API_KEY_VARIABLE}")

@@ -65,7 +65,8 @@ def columns_of(options: argparse.Namespace) -> "list[Column]":
     from qadapter.evaluation.columns import Column, parse_strengths
 
     strengths = parse_strengths(options.strengths)
-    settings = {"adapter_weights": weights_of(options), "max_kl": options.cap, "decay": options.decay}
+    dial = {"max_kl": options.cap, "decay": options.decay, "interpolation": options.interpolation}
+    settings = {"adapter_weights": weights_of(options), **dial}
     columns = [Column(f"{strength:g}", strength, **settings) for strength in strengths if strength != 0.0]
     for alpha_0 in dict.fromkeys(options.alpha_0):
         columns += [

@@ -11,7 +11,7 @@ from rich.markup import escape as plain
 
 from qadapter.evaluation.audit import curve
 from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, missing_lines, verdict_line
-from qadapter.evaluation.columns import BASE
+from qadapter.evaluation.columns import BASE, dial_title
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import headline, print_lines, print_table, written, written_number
@@ -61,7 +61,7 @@ def _sections(audit: Mapping[str, Any]) -> Iterator[str]:
     style = {"passes": "good", "fails": "bad"}.get(audit["verdict"], "close")
     yield f'<p class="{style}">{escape(verdict_line(audit))}</p>'
     yield (
-        f"<p>{escape(audit['adapter']['name'])} at strength {audit['settings']['strength']:g} against its frozen base "
+        f"<p>{escape(audit['adapter']['name'])} at strength {dial_title(audit['settings'])} against its frozen base "
         f"{escape(base_title(audit))}. Brackets are 95% intervals.</p>"
     )
     if audit["gate"]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qadapter.errors import DataError
-from qadapter.evaluation.columns import BASE
+from qadapter.evaluation.columns import BASE, dial_title
 from qadapter.evaluation.judging import missing_reason
 from qadapter.evaluation.part_store import write_whole
 from qadapter.evaluation.tables import headline, markdown_table, written
@@ -164,7 +164,7 @@ def certificate(audit: Mapping[str, Any]) -> str:
         "",
         f"**{verdict_line(audit)}**",
         "",
-        f"Measured against {base_title(audit)} at strength {audit['settings']['strength']:g}, with qadapter "
+        f"Measured against {base_title(audit)} at strength {dial_title(audit['settings'])}, with qadapter "
         f"{audit['environment']['versions']['qadapter']} on {audit['environment']['date'][:10]}. Brackets are 95% "
         "intervals; `audit.json` has every figure and setting.",
         "",

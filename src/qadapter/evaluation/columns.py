@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from qadapter.errors import ConfigError
 from qadapter.functional import mix_coefficients
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.mixing import checked_decay, checked_number, checked_weights
+from qadapter.modeling.mixing import checked_decay, checked_number, checked_weights, refuse_changing
+from qadapter.modeling.stacked import blended
+from qadapter.modeling.streams import Stream
 
 BASE = "base"
 MAX_STRENGTHS = 1000
@@ -18,7 +20,7 @@ MAX_STRENGTHS = 1000
 class Direction(NamedTuple):
     """d = Σ_k c_k (z_k − z_b) + c z_b, which points from the base to a policy: its logits are z_b + λ d."""
 
-    adapters: tuple[tuple[str, float], ...]
+    streams: tuple[tuple[Stream, float], ...]
     base: float
 
 
@@ -32,10 +34,11 @@ class Column:
         adapter_weights: of a composition; None takes the model's own.
         max_kl: cap on KL(policy ‖ base) at each token, in nats; None for none.
         decay: factor ρ of the strength from one token of an answer to the next, 0 < ρ ≤ 1: λ ρᵗ at the t-th.
+        interpolation: of "logits" or of "weights", as of `QAdapterForCausalLM.forward`.
         alpha_0: α₀ instead of the trained one, with Q as trained; None for the trained one.
 
     Raises:
-        ConfigError: a value that is no finite number, or a negative cap.
+        ConfigError: a value that is no finite number, or a negative cap; another α₀ or a decay with "weights".
     """
 
     name: str
@@ -43,9 +46,14 @@ class Column:
     adapter_weights: Mapping[str, float] | None = None
     max_kl: float | None = None
     decay: float = 1.0
+    interpolation: str = "logits"
     alpha_0: float | None = None
 
     def __post_init__(self) -> None:
+        if self.interpolation == "weights":
+            refuse_changing("a decay" if self.decay != 1.0 else "")
+            if self.alpha_0 is not None:
+                raise ConfigError(f'alpha_0 = {self.alpha_0!r} mixes logits: leave it out, or interpolation="weights".')
         checked_number(self.strength, "strength")
         checked_decay(self.decay)
         for name, value in (("max_kl", self.max_kl), ("alpha_0", self.alpha_0)):
@@ -63,40 +71,68 @@ class Column:
             result["max_kl"] = self.max_kl
         if self.decay != 1.0:
             result["decay"] = self.decay
+        if self.interpolation != "logits":
+            result["interpolation"] = self.interpolation
         return result
 
-    def direction(self, model: QAdapterForCausalLM) -> Direction:
-        """The way from the base to the policy at strength 1.
+    def weights(self, model: QAdapterForCausalLM) -> dict[str, float]:
+        """The adapters with a weight, and that.
 
         Raises:
             ConfigError: a weight of an adapter that the model does not have.
         """
         weights = checked_weights(self.adapter_weights, model.adapter_weights)
-        adapters, base = [], 0.0
+        return {name: float(weight) for name, weight in weights.items() if weight != 0.0}
+
+    @property
+    def share(self) -> float:
+        """λ along `direction`, the strength unless that is in the direction already."""
+        return 1.0 if self.interpolation == "weights" else self.strength
+
+    def direction(self, model: QAdapterForCausalLM) -> Direction:
+        """The way from the base to the policy at strength 1; where weights are interpolated, at the own strength.
+
+        Raises:
+            ConfigError: a weight of an adapter that the model does not have, or that cannot be interpolated so.
+        """
+        weights = self.weights(model)
+        if model.checked_interpolation(self.interpolation) == "weights":
+            stream = blended({name: self.strength * weight for name, weight in weights.items()})
+            return Direction(() if stream is None else ((stream, 1.0),), 0.0)
+        adapters: list[tuple[Stream, float]] = []
+        base = 0.0
         for name, weight in weights.items():
-            if weight == 0.0:
-                continue
             config = model.configs[name]
             alpha_0 = config.alpha_0 if self.alpha_0 is None else self.alpha_0
             trained = mix_coefficients(config.parametrisation, config.alpha_tilde, alpha_0)  # type: ignore[arg-type]
-            adapters.append((name, float(weight) * trained.adapter))
-            base += float(weight) * (trained.adapter + trained.base - 1.0)
+            adapters.append((name, weight * trained.adapter))
+            base += weight * (trained.adapter + trained.base - 1.0)
         return Direction(tuple(adapters), base)
 
     @contextmanager
     def applied(self, model: QAdapterForCausalLM) -> Iterator[None]:
         """Within the context these are the settings that the model takes where a call gives none."""
-        before = (model.strength, model.adapter_weights, model.max_kl, model.decay)
+        before = (model.strength, model.adapter_weights, model.max_kl, model.decay, model.interpolation)
         settings = self.settings()
         model.strength = settings["strength"]
         model.max_kl = settings.get("max_kl")
-        model.decay = self.decay
+        model.decay, model.interpolation = self.decay, self.interpolation
         if "adapter_weights" in settings:
             model.adapter_weights = {**dict.fromkeys(model.adapters, 0.0), **settings["adapter_weights"]}
         try:
             yield
         finally:
-            model.strength, model.adapter_weights, model.max_kl, model.decay = before
+            model.strength, model.adapter_weights, model.max_kl, model.decay, model.interpolation = before
+
+
+def dial_title(settings: Mapping[str, Any]) -> str:
+    """What is said of a stored column's dial: its strength, and of what it is if not of logits."""
+    return f"{settings['strength']:g}" + interpolated(settings)
+
+
+def interpolated(settings: Mapping[str, Any]) -> str:
+    """ ", weights interpolated" if those are, else nothing, as in files from before that could be."""
+    return ", weights interpolated" if settings.get("interpolation") == "weights" else ""
 
 
 def parse_strengths(text: str) -> list[float]:

@@ -2,7 +2,8 @@
 
 All settings of the dial lie on lines from the base: the logits are z_b + λ d, and the head is linear, so d comes from
 hidden states by one matmul whatever the number of strengths. A strength then costs three passes over the vocabulary of
-elementwise work; the (tokens, vocabulary) logits of a text never exist. With p the policy and ⟨·⟩ the mean under it,
+elementwise work; the (tokens, vocabulary) logits of a text never exist. Interpolated weights lie on no line: there each
+strength has hidden states of its own, at the end of a line of length 1. With p the policy and ⟨·⟩ the mean under it,
 
     log p(a)  = b_a + λ d_a − LSE(b + λ d)      b = z_b − max z_b,  d shifted so that its mean under π_b is 0
     KL(π_b‖p) = LSE(b + λ d) − LSE(b) = L
@@ -38,6 +39,8 @@ from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 CHUNK_FACTOR = 4
 # Elements of the rows that are worked on together on a CPU: four such matrices stay in its cache.
 BLOCK_ELEMENTS = 2**18
+# From twice as many streams on, fewer tokens are worked on at a time: each stream holds states and logits of all.
+FEW_STREAMS = 4
 
 
 class TokenDrift(NamedTuple):
@@ -122,12 +125,13 @@ def measure_passages(
         advance: called with the number of passages done since the last call.
     """
     directions = {column.name: column.direction(model) for column in columns}
-    streams = list(dict.fromkeys(name for direction in directions.values() for name, _ in direction.adapters))
+    streams = list(dict.fromkeys(name for direction in directions.values() for name, _ in direction.streams))
     measured: dict[int, TextDrift] = {}
     training = model.training
     model.eval()
     packs = packing_pays(model) and enable_packing(model.base)
     batches = batches_by_beginning if packs else batches_by_length
+    batch_tokens //= max(1, len(streams) // FEW_STREAMS)
     for batch in batches([passage.ids for passage in passages], batch_tokens):
         rows = [passages[index] for index in batch]
         hidden = _hidden_states(model, *(_packed if packs else _padded)(model, rows), [None, *streams])
@@ -223,6 +227,7 @@ def token_drift(
     """
     chunk = default_chunk_size(model.head.linear.weight.shape[0], model.device)
     chunk *= CHUNK_FACTOR if model.device.type == "cpu" else 1
+    chunk = max(1, chunk // max(1, len(hidden) // FEW_STREAMS))
     parts: list[tuple[BaseTokens, dict[str, TokenDrift]]] = []
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
@@ -241,7 +246,7 @@ def token_drift(
     return bases, drifts
 
 
-def _chunk_logits(model: QAdapterForCausalLM, hidden: Mapping[Stream, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def _chunk_logits(model: QAdapterForCausalLM, hidden: Mapping[Stream, Tensor]) -> tuple[Tensor, dict[Stream, Tensor]]:
     """z_b (n, V), and z_k − z_b of each adapter's stream, in float32 or wider.
 
     Where one head serves all streams the difference is taken of the hidden states: in bfloat16 the difference of two
@@ -270,7 +275,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 def _block_drift(
     base_logits: Tensor,
-    differences: Mapping[str, Tensor],
+    differences: Mapping[Stream, Tensor],
     targets: Tensor,
     steps: Tensor,
     columns: Sequence[Column],
@@ -289,9 +294,9 @@ def _block_drift(
         if direction not in lines:
             lines[direction] = _line(direction, differences, base, probabilities)
         d = lines[direction]
-        strength: float | Tensor = column.strength
+        strength: float | Tensor = column.share
         if column.decay == 1.0:
-            z = torch.add(base, d, alpha=column.strength)  # (n, V)
+            z = torch.add(base, d, alpha=column.share)  # (n, V)
         else:
             strength = column.strength * column.decay ** steps.to(base.dtype)  # (n,)
             z = torch.addcmul(base, d, strength.unsqueeze(-1))
@@ -313,10 +318,10 @@ def _block_drift(
     return BaseTokens(base_target - base_lse, base_entropy, (base_target >= 0).to(base.dtype)), drifts
 
 
-def _line(direction: Direction, differences: Mapping[str, Tensor], base: Tensor, probabilities: Tensor) -> Tensor:
+def _line(direction: Direction, differences: Mapping[Stream, Tensor], base: Tensor, probabilities: Tensor) -> Tensor:
     """d (n, V), shifted so that its mean under the base is 0: KL and LSE are then differences of small numbers."""
     d = direction.base * base if direction.base else torch.zeros_like(base)
-    for name, coefficient in direction.adapters:
+    for name, coefficient in direction.streams:
         d.add_(differences[name], alpha=coefficient)
     return d.sub_(torch.linalg.vecdot(probabilities, d).unsqueeze(-1))
 

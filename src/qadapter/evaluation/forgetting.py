@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["local_tasks", "run_tasks"]
 
-SETTINGS = ("strength", "adapter_weights", "max_kl", "decay")
+SETTINGS = ("strength", "adapter_weights", "max_kl", "decay", "interpolation")
 
 
 def run_tasks(
@@ -44,8 +44,8 @@ def run_tasks(
 
     Args:
         tasks: names of tasks or groups, or paths of YAML files that define them.
-        columns: settings of the dial by name, {"half": {"strength": 0.5}}; also adapter_weights, max_kl and
-            decay. The base, strength 0, is always the first column and need not be given.
+        columns: settings of the dial by name, {"half": {"strength": 0.5}}; also adapter_weights, max_kl,
+            decay and interpolation. The base, strength 0, is always the first column and need not be given.
         limit: items of each task, its first ones; None for all.
         seed: of the examples in the prompts, of sampling, and of bootstrap intervals.
         progress: opens a bar for each column and kind of request.

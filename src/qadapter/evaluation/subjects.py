@@ -32,10 +32,10 @@ class Subject:
 
     def temperatures(self, column: Column) -> Temperatures | None:
         """α̃, α₀ and the discount of the only adapter with a weight in a column; None for a composition and for none."""
-        adapters = column.direction(self.model).adapters
+        adapters = list(column.weights(self.model))
         if len(adapters) != 1:
             return None
-        config = self.model.configs[adapters[0][0]]
+        config = self.model.configs[adapters[0]]
         return Temperatures(config.alpha_tilde, config.alpha_0, config.gamma, config.discount_floor)
 
     def base_identity(self) -> dict[str, Any]:

@@ -79,7 +79,11 @@ def run_sweep(
                 }
                 for task, figures in results["tasks"].items()
             },
-            "dial": {"decay": columns[0].decay, "cap": columns[0].max_kl},
+            "dial": {
+                "decay": columns[0].decay,
+                "cap": columns[0].max_kl,
+                "interpolation": columns[0].interpolation,
+            },
             "budget": {"max_kl": limits.max_kl, "max_drop": dict(limits.max_drop)},
             "points": points,
             "recommended": recommend(results, columns, limits),

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape as plain
 
-from qadapter.evaluation.columns import BASE
+from qadapter.evaluation.columns import BASE, interpolated
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import OF_THE_BASE, Row, print_columns, short, whole_tasks, written
@@ -85,7 +85,8 @@ def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
 def fixed(sweep: Mapping[str, Any]) -> str:
     """The settings that all points share, as words to follow others; "" where they are the usual ones."""
     decay, cap = sweep["dial"]["decay"], sweep["dial"]["cap"]
-    return ("" if decay == 1 else f", decay {decay:g}") + ("" if cap is None else f", KL cap {cap:g}")
+    words = ("" if decay == 1 else f", decay {decay:g}") + ("" if cap is None else f", KL cap {cap:g}")
+    return words + interpolated(sweep["dial"])
 
 
 def rows_of(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:

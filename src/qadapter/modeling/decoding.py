@@ -21,8 +21,10 @@ from qadapter.modeling.mixing import (
     checked_weights,
     evaluated,
     finite,
+    refuse_changing,
 )
 from qadapter.modeling.stacked import streams_in
+from qadapter.modeling.streams import kind_of
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
@@ -38,13 +40,15 @@ class PolicyGenerationMixin(GenerationMixin):
         adapter_weights: AdapterWeights | None = None,
         max_kl: float | Tensor | None = None,
         decay: float | None = None,
+        interpolation: str | None = None,
         output_strengths: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Token ids (B, prompt and answer), or what else `GenerationMixin.generate` returns, of the customised policy.
 
         Args:
-            strength, adapter_weights, max_kl: as of `QAdapterForCausalLM.forward`, a row of the given inputs.
+            strength, adapter_weights, max_kl, interpolation: as of `QAdapterForCausalLM.forward`, a row of the given
+                inputs.
             decay: factor ρ of the strength from one token of the answer to the next, 0 < ρ ≤ 1: λ ρᵗ at the t-th. The
                 first tokens settle what the base then continues by itself (docs/dial.md); None takes the model's own
                 `decay`, which is 1.
@@ -55,7 +59,8 @@ class PolicyGenerationMixin(GenerationMixin):
             ConfigError: a setting that is not finite or has the wrong shape; a callable strength, a decay or
                 `output_strengths` where a step is not one token of one row (assisted decoding, beams) or sees a piece
                 of the prompt (`prefill_chunk_size`); a callable strength, a decay or weights a row with
-                `guidance_scale`; `assistant_early_exit`; a cache that another call has filled with other streams.
+                `guidance_scale`; `assistant_early_exit`; a cache that another call has filled with other streams; with
+                `interpolation="weights"` a strength that changes along the answer, or adapters it cannot scale.
         """
         prompt = kwargs.get("input_ids", inputs)
         given = kwargs.get("inputs_embeds") if prompt is None else prompt
@@ -70,6 +75,9 @@ class PolicyGenerationMixin(GenerationMixin):
         if isinstance(strength, float) and strength == 0.0:
             decay = 1.0  # the base alone, for which one stream is enough
         changing = "a callable strength" if callable(strength) else "a decay" if decay < 1 else ""
+        interpolation = self.checked_interpolation(interpolation)
+        if interpolation == "weights":
+            refuse_changing(changing)
         config = args[0] if args else kwargs.get("generation_config")
         setting = partial(generation_setting, kwargs, (config, self.generation_config))
         refuse_unsupported(changing, output_strengths, setting)
@@ -79,23 +87,24 @@ class PolicyGenerationMixin(GenerationMixin):
             raise ConfigError(f"{what} cannot be used with guidance_scale: its second pass is not told of them.")
         record: list[Tensor] | None = [] if output_strengths else None
         settings = {
-            **self._free_of_numbers(strength, adapter_weights, rows),
+            **self._free_of_numbers(strength, adapter_weights, interpolation, rows),
             "max_kl": cap,
             "strength_record": record,
             "prompt_length": int(given is None) if prompt is None else prompt.shape[1],  # 1: generate begins with BOS
             "decay": decay if decay < 1 else None,
+            "interpolation": interpolation if interpolation != self.interpolation else None,
         }
         # Only what differs from the defaults goes into the loop: fewer arguments to guard when compiled.
         settings = {name: value for name, value in settings.items() if value is not None}
         if output_strengths:
             kwargs["return_dict_in_generate"] = True
         if kwargs.get("assistant_model") is not None:  # it would be handed every argument of the loop
-            with self.defaults(strength, adapter_weights, cap):
+            with self.defaults(strength, adapter_weights, cap, interpolation):
                 return super().generate(inputs, *args, **kwargs)
         # The pass without the prompt that guidance makes is not handed the loop's arguments, but its rows.
         texts = max(setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
         own = [v.repeat_interleave(texts) if isinstance(v, Tensor) else v for v in (strength, cap)]
-        with self.defaults(own[0], adapter_weights, own[1]) if guided else nullcontext():
+        with self.defaults(own[0], adapter_weights, own[1], interpolation) if guided else nullcontext():
             output = super().generate(inputs, *args, **kwargs, **settings)
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
@@ -113,7 +122,9 @@ class PolicyGenerationMixin(GenerationMixin):
         # generate repeats tensors row by row
         return strength.reshape(()).expand(rows) if strength.numel() == 1 else strength
 
-    def _free_of_numbers(self: Any, strength: Strength, weights: AdapterWeights, rows: int) -> dict[str, Any]:
+    def _free_of_numbers(
+        self: Any, strength: Strength, weights: AdapterWeights, interpolation: str, rows: int
+    ) -> dict[str, Any]:
         """Both as tensors (B,) and (B, K), unless more streams would run then.
 
         A number is compiled into the step, which is then compiled anew for another one.
@@ -122,7 +133,11 @@ class PolicyGenerationMixin(GenerationMixin):
             return {"strength": strength, "adapter_weights": weights}
         strengths = torch.full((rows,), strength, device=self.device) if isinstance(strength, float) else strength
         columns = stacked_columns(weights, rows, self.device)
-        if set(self.stream_coefficients(strength, weights)) != set(self.stream_coefficients(strengths, columns)):
+        as_given, as_tensors = (
+            set(map(kind_of, self.stream_coefficients(*dial, interpolation)))
+            for dial in ((strength, weights), (strengths, columns))
+        )
+        if as_given != as_tensors:
             return {"strength": strength, "adapter_weights": weights}
         return {"strength": strengths, "adapter_weights": columns}
 
@@ -138,16 +153,18 @@ class PolicyGenerationMixin(GenerationMixin):
         )
 
     @contextmanager
-    def defaults(self: Any, strength: Any, adapter_weights: Any, max_kl: Any) -> Iterator[None]:
+    def defaults(
+        self: Any, strength: Any, adapter_weights: Any, max_kl: Any, interpolation: str = "logits"
+    ) -> Iterator[None]:
         """Within the context, these settings are the model's own."""
-        before = self.strength, self.adapter_weights, self.max_kl
-        self.strength, self.max_kl = strength, max_kl
+        before = self.strength, self.adapter_weights, self.max_kl, self.interpolation
+        self.strength, self.max_kl, self.interpolation = strength, max_kl, interpolation
         self.adapter_weights = dict(zip(self.adapters, adapter_weights[0].tolist(), strict=True)) if isinstance(
             adapter_weights, Tensor) else dict(adapter_weights)  # fmt: skip
         try:
             yield
         finally:
-            self.strength, self.adapter_weights, self.max_kl = before
+            self.strength, self.adapter_weights, self.max_kl, self.interpolation = before
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self: Any,

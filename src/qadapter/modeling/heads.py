@@ -112,7 +112,7 @@ class Head:
     ) -> TokenStatistics:
         """Per-token statistics (N,) of the trained policy, from hidden states (N, H) of both streams."""
         if not self.fused:
-            hidden = {adapter: adapter_hidden, None: base_hidden}
+            hidden: dict[Stream, Tensor] = {adapter: adapter_hidden, None: base_hidden}
             logits = self.mixed_logits(hidden, {adapter: coefficients.adapter, None: coefficients.base}, plan)
             with torch.no_grad():
                 (base_logits,) = self.stream_logits({None: base_hidden}, plan)

@@ -60,6 +60,7 @@ def load(
     verify: bool = True,
     revision: str | None = None,
     token: str | None = None,
+    interpolation: str = "logits",
     **model_kwargs: Any,
 ) -> QAdapterForCausalLM:
     """The policy stored in an adapter folder, or composed of several folders, in eval mode.
@@ -73,6 +74,7 @@ def load(
         tokenizer: instead of the one in the folder or the base; only checked, not kept.
         verify: refuse another base, chat template or adapter than the ones trained with. Without it, a warning
             is given instead.
+        interpolation: the model's own, "logits" or "weights", as of `QAdapterForCausalLM.forward`.
         model_kwargs: passed to AutoModelForCausalLM.from_pretrained for the base (dtype, device_map, ...). A base that
             was quantised for the training is quantised in the same way; quantization_config=None loads it unquantised.
 
@@ -94,6 +96,7 @@ def load(
         for name, weight in checked_weights(adapter_weights, dict.fromkeys(stored, 0.0)).items()
     }
     model = _assemble(stored, base_model, tokenizer, verify, model_kwargs)
+    model.interpolation = model.checked_interpolation(interpolation)
     if adapter_weights is not None:
         model.adapter_weights = weights
     elif adapters is None:

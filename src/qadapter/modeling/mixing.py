@@ -63,6 +63,15 @@ def checked_decay(value: Any) -> float:
     return number
 
 
+def refuse_changing(what: str) -> None:
+    """Raise ConfigError if something makes a strength change along a text, where weights are interpolated."""
+    if what:
+        raise ConfigError(
+            f'{what} cannot be used with interpolation="weights", whose cache holds what the strength made of the text '
+            'so far: give a number, or one a row, or take "logits".'
+        )
+
+
 def check_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> None:
     """Refuse a tensor of several numbers that has none of the shapes, of which the first is one number a row.
 

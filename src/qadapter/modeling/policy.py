@@ -31,6 +31,7 @@ from qadapter.modeling.mixing import (
     evaluated,
     kept_columns,
     last_strength,
+    refuse_changing,
 )
 from qadapter.modeling.passes import TrainingPasses
 from qadapter.modeling.quantised import check_trainable_files
@@ -54,7 +55,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     Use `from_base` to start training and `from_pretrained` to load an adapter folder; then `generate`, `forward`,
     `score` (how good an adapter finds given answers) and `merged` (strength 1 without the LoRA's products).
 
-    The attributes `strength`, `adapter_weights`, `max_kl` and `decay` are the dial of calls that set none.
+    The attributes `strength`, `adapter_weights`, `max_kl`, `decay` and `interpolation` are the dial of calls that set
+    none.
 
     Raises:
         ConfigError: `base` is no plain causal language model, carries an adapter, or cannot be adapted as asked.
@@ -101,6 +103,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         self.strength: Any = 1.0
         self.max_kl: Any = None
         self.decay: float = 1.0  # of `generate` alone: forward does not know where an answer begins
+        self.interpolation = "logits"
         self.adapter_weights: dict[str, float] = dict.fromkeys(names, 1.0)
         # Provenance, filled in by whoever knows it and written into the adapter folder.
         self.base_source = source_of(base)
@@ -194,6 +197,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         strength: Strength | None = None,
         adapter_weights: AdapterWeights | None = None,
         max_kl: float | Tensor | None = None,
+        interpolation: str | None = None,
         strength_record: list[Tensor] | None = None,
         completion_mask: Tensor | None = None,
         gather_indices: Tensor | None = None,
@@ -210,6 +214,9 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
                 name (those not named get 0), or one tensor (B, K); None takes the model's own `adapter_weights`.
             max_kl: cap on KL(policy ‖ base) at each token, in nats, a float or a tensor (B,): the strength is lowered
                 where it would be exceeded.
+            interpolation: what strength and weights are of: "logits", as above, or "weights", W + λ Σ_k w_k B_k A_k,
+                the LoRAs scaled and added up: one stream for any strengths a row, whose cache does depend on them
+                (docs/dial.md). None takes the model's own `interpolation`.
             strength_record: a list to which the strength used at the last position (B,) is appended.
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
@@ -220,7 +227,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         Raises:
             ConfigError: a setting of the dial that is not finite (strengths and weights in tensors are not read, which
                 would hold up every token) or has another number of rows; a cache that holds other streams; `decay`,
-                which is `generate`'s; `output_hidden_states` or `output_attentions`.
+                which is `generate`'s; `output_hidden_states` or `output_attentions`; with `interpolation="weights"` a
+                strength that changes along the text, DoRA, or another form than the residual with α₀ = α̃.
         """
         if gather_indices is not None:
             packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
@@ -240,8 +248,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
-        used, cap = self._dial_of_pass(strength, adapter_weights, max_kl, input_ids, *shape_of(batch))
-        coefficients = self.stream_coefficients(used, adapter_weights)
+        used, cap = self._dial_of_pass(strength, adapter_weights, max_kl, interpolation, input_ids, *shape_of(batch))
+        coefficients = self.stream_coefficients(used, adapter_weights, interpolation)
         streams = list(coefficients) if cap is None else list(dict.fromkeys([*coefficients, None]))
         hidden, cache = self.stacked_pass(streams, batch, past_key_values, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -265,12 +273,17 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         strength: Strength | None,
         adapter_weights: AdapterWeights | None,
         max_kl: float | Tensor | None,
+        interpolation: str | None,
         input_ids: Tensor | None,
         rows: int,
         tokens: int,
     ) -> tuple[float | Tensor, Tensor | None]:
         """The strength and the cap of a pass, the model's own where it gives none; raises ConfigError."""
-        used = evaluated(self.strength if strength is None else strength, StepState(input_ids, 0))  # type: ignore[arg-type]
+        strength = self.strength if strength is None else strength
+        if self.checked_interpolation(interpolation) == "weights":
+            refuse_changing("a callable strength" if callable(strength) else "")
+            check_shape("strength", strength, (rows,))
+        used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
         check_shape("strength", used, (rows,), (rows, tokens))
         if isinstance(adapter_weights, Tensor):
             check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))

@@ -10,8 +10,10 @@ from transformers import DynamicCache
 from qadapter.errors import ConfigError
 from qadapter.functional import composed_coefficients, mix_coefficients
 from qadapter.modeling.mixing import AdapterWeights, checked_number, checked_weights, times
-from qadapter.modeling.streams import Stream, repeat_rows
+from qadapter.modeling.streams import Blend, Stream, kind_of, repeat_rows
 from qadapter.modeling.trunk import ForkRows
+
+INTERPOLATIONS = ("logits", "weights")
 
 
 class StackedPasses:
@@ -24,6 +26,8 @@ class StackedPasses:
     config: Any
     configs: Any
     device: Any
+    interpolation: str
+    peft_model: Any
     plan: Any
     shared_layers: int
     strength: Any
@@ -37,9 +41,14 @@ class StackedPasses:
         }
 
     def stream_coefficients(
-        self, strength: float | Tensor | None = None, adapter_weights: AdapterWeights | None = None
+        self,
+        strength: float | Tensor | None = None,
+        adapter_weights: AdapterWeights | None = None,
+        interpolation: str | None = None,
     ) -> dict[Stream, float | Tensor]:
         """The weight of each stream that the policy needs; streams without weight are left out.
+
+        Where weights are interpolated, that is one stream, whose parts have the factors.
 
         Args are those of `forward`; a callable strength must have been evaluated.
         """
@@ -50,11 +59,31 @@ class StackedPasses:
         given = self.adapter_weights if adapter_weights is None else adapter_weights
         weights = checked_weights(given, dict.fromkeys(self.adapters, 0.0))
         scaled = {name: times(strength, weight) for name, weight in weights.items()}
+        if self.checked_interpolation(interpolation) == "weights":
+            return {blended(scaled): 1.0}
         adapters, base = composed_coefficients(self.trained_coefficients(), scaled)
         coefficients: dict[Stream, float | Tensor] = dict(adapters.items())
         coefficients[None] = base
         needed = {stream: c for stream, c in coefficients.items() if isinstance(c, Tensor) or c != 0.0}
         return needed or {None: 1.0}
+
+    def checked_interpolation(self, interpolation: str | None = None) -> str:
+        """`interpolation`, the model's own if it is None.
+
+        Raises:
+            ConfigError: it is neither "logits" nor "weights", or an adapter's weights cannot be scaled.
+        """
+        interpolation = self.interpolation if interpolation is None else interpolation
+        if interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"interpolation = {interpolation!r}: it must be one of {', '.join(INTERPOLATIONS)}.")
+        if interpolation == "weights":
+            for name, config in self.configs.items():
+                if not config.single_stream or self.peft_model.peft_config[name].use_dora:
+                    raise ConfigError(
+                        f'interpolation="weights" scales LoRAs that are a policy by themselves: {name!r} is DoRA, or '
+                        'not of the residual form with alpha_0 = alpha_tilde. Leave it at "logits".'
+                    )
+        return interpolation
 
     def stacked_pass(
         self, streams: list[Stream], batch: dict[str, Any], cache: Any, use_cache: bool | None
@@ -89,6 +118,15 @@ class StackedPasses:
         return streams > 1 and self.shared_layers > 0 and not flexible
 
 
+def blended(factors: Mapping[str, float | Tensor]) -> Stream:
+    """The one stream of adapters so scaled: the base or a single adapter as it is where that is all."""
+    parts = tuple((name, f) for name, f in factors.items() if isinstance(f, Tensor) or f != 0.0)
+    if not parts:
+        return None
+    name, factor = parts[0]
+    return name if len(parts) == 1 and not isinstance(factor, Tensor) and factor == 1.0 else Blend(parts)
+
+
 def streams_in(cache: Any) -> tuple[Stream, ...] | None:
     """Whose keys and values the cache holds; None for one that no pass of a policy has had."""
     return getattr(cache, "qadapter_streams", None)
@@ -103,8 +141,8 @@ def mark_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
     filled = streams_in(cache)
     if filled is None:  # Filled by the plain base, if at all; compiled code cannot ask how much a static cache holds.
         filled = streams if torch.compiler.is_compiling() else (None,)
-    if filled != streams and cache.get_seq_length() > 0:
-        names = [[stream or "base" for stream in own] for own in (filled, streams)]
+    names = [[kind_of(stream) for stream in own] for own in (filled, streams)]
+    if names[0] != names[1] and cache.get_seq_length() > 0:
         raise ConfigError(
             f"past_key_values holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "
             "cap such that the same ones run (a tensor as the strength runs all), or start without the cache."

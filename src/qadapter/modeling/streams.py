@@ -8,10 +8,10 @@ Python lists in every layer and is limited to eval mode; ours uses slices.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,28 @@ from transformers.pytorch_utils import Conv1D
 
 from qadapter.errors import ConfigError
 
-# A stream is an adapter's name, or None for the base.
-Stream = str | None
+
+class Blend(NamedTuple):
+    """A stream of several adapters, each scaled: W + Σ_k f_k B_k A_k, and f_k a number or one a row (B,)."""
+
+    factors: tuple[tuple[str, float | Tensor], ...]
+
+
+# A stream is an adapter's name, several adapters blended, or None for the base.
+Stream = str | Blend | None
+
+
+def parts_of(stream: Stream) -> Sequence[tuple[str, float | Tensor]]:
+    """The adapters of a stream, each with its factor."""
+    if isinstance(stream, Blend):
+        return stream.factors
+    return () if stream is None else ((stream, 1.0),)
+
+
+def kind_of(stream: Stream) -> str:
+    """What a stream is to those who compare streams; a blend may change its factors, but holds one cache."""
+    return "a blend" if isinstance(stream, Blend) else stream or "base"
+
 
 # LoraConfig's settings that would change the base or need more than the streams' forward, and the ways to start an
 # adapter that leave the base's weights alone (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite them).
@@ -105,9 +125,13 @@ class StreamLinear(LoraLinear):
                 )
             return result
         if len(blocks) == 1:
-            if blocks[0] not in self.narrowed_versions or torch.is_grad_enabled():
-                return self._adapted(result, x, blocks[0])
-            self._adapt_in_place(result, x, str(blocks[0]))
+            parts = [(name, factor) for name, factor in parts_of(blocks[0]) if name in self.lora_A]
+            in_place = not torch.is_grad_enabled() and all(name in self.narrowed_versions for name, _ in parts)
+            for name, factor in parts:
+                if in_place:
+                    self._adapt_in_place(result, x, name, factor)
+                else:
+                    result = self._adapted(result, x, name, factor)
             return result
         if type(self.base_layer) is not nn.Linear:
             result = result.clone()  # quantised layers may hand out a view that must not be written to
@@ -116,23 +140,28 @@ class StreamLinear(LoraLinear):
         for stream, size in zip(blocks, sizes, strict=True):
             block = slice(end, end + size * unit)
             end = block.stop
-            if stream is not None and stream in self.lora_A:
-                self._adapt_in_place(result[block], x[block], stream)
+            for name, factor in parts_of(stream):
+                if name in self.lora_A:
+                    self._adapt_in_place(result[block], x[block], name, factor)
         return result
 
-    def _adapt_in_place(self, result: Tensor, x: Tensor, stream: str) -> None:
+    def _adapt_in_place(self, result: Tensor, x: Tensor, name: str, factor: float | Tensor = 1.0) -> None:
         """Add an adapter's update to a block of rows; decoding takes two kernels for it instead of eight."""
-        lora_a, lora_b = self._decoding_weights(stream, x.dtype)
-        plain = stream not in self.lora_variant and lora_a.dtype == x.dtype == result.dtype
+        lora_a, lora_b = self._decoding_weights(name, x.dtype)
+        plain = name not in self.lora_variant and lora_a.dtype == x.dtype == result.dtype
         if torch.is_grad_enabled() or self.training or not plain or not result.is_contiguous():
-            result.copy_(self._adapted(result, x, stream))
-        elif self._sums_products(x.shape[:-1].numel(), lora_a.shape[0]):
-            # A kernel for each product this small costs more than the product; sums melt into the kernels around.
-            update = (x.unsqueeze(-2) * lora_a).sum(-1)  # (..., r)
-            result.add_((update.unsqueeze(-2) * lora_b).sum(-1), alpha=self.scaling[stream])
+            result.copy_(self._adapted(result, x, name, factor))
+            return
+        scale = self.scaling[name] * (1.0 if isinstance(factor, Tensor) else factor)
+        sums = self._sums_products(x.shape[:-1].numel(), lora_a.shape[0])
+        # A kernel for each product this small costs more than the product; sums melt into the kernels around.
+        update = (x.unsqueeze(-2) * lora_a).sum(-1) if sums else F.linear(x, lora_a)  # (..., r)
+        if isinstance(factor, Tensor):
+            update = (update * beside(factor, update)).to(x.dtype)
+        if sums:
+            result.add_((update.unsqueeze(-2) * lora_b).sum(-1), alpha=scale)
         else:
-            update = F.linear(x, lora_a).flatten(0, -2)
-            result.flatten(0, -2).addmm_(update, lora_b.t(), alpha=self.scaling[stream])
+            result.flatten(0, -2).addmm_(update.flatten(0, -2), lora_b.t(), alpha=scale)
 
     def _sums_products(self, tokens: int, rank: int) -> bool:
         small = tokens <= MOST_SUMMED_TOKENS and rank <= LARGEST_SUMMED_RANK
@@ -163,14 +192,13 @@ class StreamLinear(LoraLinear):
             self.register_buffer(f"narrow_B_{stream}", lora_b.detach().to(dtype), persistent=False)
         self.narrowed_versions = versions
 
-    def _adapted(self, result: Tensor, x: Tensor, stream: Stream) -> Tensor:
-        if stream is None or stream not in self.lora_A:
-            return result
-        if stream in self.lora_variant:  # DoRA, which PEFT computes in the adapter's dtype
-            variant, x = self.lora_variant[stream], self._cast_input_dtype(x, self.lora_A[stream].weight.dtype)
-            return variant.forward(self, active_adapter=stream, x=x, result=result).to(result.dtype)
-        lora_a, lora_b = self.lora_A[stream], self.lora_B[stream]
-        x, scale = self.lora_dropout[stream](x), self.scaling[stream]
+    def _adapted(self, result: Tensor, x: Tensor, name: str, factor: float | Tensor = 1.0) -> Tensor:
+        if name in self.lora_variant:  # DoRA, which PEFT computes in the adapter's dtype, and which has no factor
+            variant, x = self.lora_variant[name], self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            return variant.forward(self, active_adapter=name, x=x, result=result).to(result.dtype)
+        lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+        x = self.lora_dropout[name](x)
+        scale = self.scaling[name] * (beside(factor, x) if isinstance(factor, Tensor) else factor)
         # Scaled where there are r numbers a token, not where there are as many as the layer gives.
         if x.dtype in HALF_PRECISION:
             # Matmuls in the adapter's float32 would take the hidden states there and run ten times slower.
@@ -179,6 +207,14 @@ class StreamLinear(LoraLinear):
         else:
             update = lora_b(lora_a(self._cast_input_dtype(x, lora_a.weight.dtype)) * scale)
         return (result + update).to(result.dtype)
+
+
+def beside(factor: Tensor, x: Tensor) -> Tensor:
+    """A factor a row (B,) for the states (B, ..., H) of those rows, or of all their tokens (B·T, H)."""
+    factor = factor.reshape(-1)
+    if factor.numel() > 1 and x.shape[0] != factor.shape[0]:
+        factor = factor.repeat_interleave(x.shape[0] // factor.shape[0])
+    return factor.view(-1, *[1] * (x.dim() - 1))
 
 
 def _version(*weights: Tensor) -> tuple[int, ...]:

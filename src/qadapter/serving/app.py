@@ -45,7 +45,7 @@ class Service:
         settings: ServerSettings,
     ) -> None:
         self.settings, self.metrics = settings, Metrics()
-        self.catalogue = Catalogue(models, model.trained_coefficients())
+        self.catalogue = Catalogue(models, model.trained_coefficients(), model.interpolation)
         self.admission = Admission(model, tokenizer, self.catalogue, settings)
         self.engine = Engine(Decoder(model), settings, self.metrics)
         self.started = int(time.time())

@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from qadapter.errors import ConfigError
 from qadapter.functional import MixCoefficients, composed_coefficients
-from qadapter.modeling.streams import Stream
 from qadapter.serving.api_errors import ApiError, bad_request
 from qadapter.serving.schema import MAX_REQUEST_DIAL, QAdapterOptions
 
 BASE_NAME = "base"
+# What the stream of blended adapters is called here, where each row has factors of its own; no adapter's name has a +.
+BLENDED = "+"
 
 
 def require_free_names(names: Collection[str]) -> None:
@@ -27,16 +28,18 @@ class Dial:
     """The policy of one answer: logits Σ_k c_k z_k over its streams, with the KL from the base capped if wanted.
 
     Args:
-        coefficients: c_k of every stream that is needed; None names the base.
+        coefficients: c_k of every stream that is needed; None names the base, `BLENDED` the adapters blended.
         max_kl: cap in nats per token.
         decay: factor ρ of the way from the base from one token of the answer to the next.
+        factors: those of the adapters in the blend.
     """
 
-    coefficients: Mapping[Stream, float]
+    coefficients: Mapping[str | None, float]
     max_kl: float | None = None
     decay: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
 
-    def at(self, stream: Stream, step: int) -> float:
+    def at(self, stream: str | None, step: int) -> float:
         """c_k of a stream at the answer's `step`-th token: the base's is 1 and the others' 0 once nothing is left."""
         share, coefficient = self.decay**step, self.coefficients[stream]
         return share * coefficient + (1 - share if stream is None else 0.0)
@@ -49,10 +52,12 @@ class Catalogue:
     Args:
         models: {served name: {adapter of the loaded model: weight}}.
         trained: (c_θ, c_b) of each adapter's trained policy.
+        interpolation: of "logits" or of "weights", as of `QAdapterForCausalLM.forward`.
     """
 
     models: Mapping[str, Mapping[str, float]]
     trained: Mapping[str, MixCoefficients]
+    interpolation: str = "logits"
 
     def __post_init__(self) -> None:
         require_free_names(self.models)
@@ -108,6 +113,10 @@ class Catalogue:
         if any(abs(weight) > MAX_REQUEST_DIAL for weight in weights.values()):
             raise bad_request(f"strength times weight exceeds {MAX_REQUEST_DIAL:g}.", "qadapter.weights")
         decay = 1.0 if options.decay is None else options.decay
+        if self.interpolation == "weights":
+            if decay < 1:
+                raise bad_request("decay needs a server that interpolates logits: leave it out.", "qadapter.decay")
+            return _blended(weights, options.max_kl)
         coefficients = self._coefficients(weights, base_needed=options.max_kl is not None or decay < 1)
         return Dial(coefficients, options.max_kl, decay if len(coefficients) > 1 else 1.0)
 
@@ -122,11 +131,19 @@ class Catalogue:
                 weights[adapter] += weight * share
         return weights
 
-    def _coefficients(self, weights: Mapping[str, float], base_needed: bool) -> dict[Stream, float]:
+    def _coefficients(self, weights: Mapping[str, float], base_needed: bool) -> dict[str | None, float]:
         adapters, base = composed_coefficients(self.trained, weights)
-        needed: dict[Stream, float] = {name: float(c) for name, c in adapters.items() if c != 0.0}
+        needed: dict[str | None, float] = {name: float(c) for name, c in adapters.items() if c != 0.0}
         if not needed:
             return {None: 1.0}
         if base != 0.0 or base_needed:
             needed[None] = float(base)
         return needed
+
+
+def _blended(weights: Mapping[str, float], max_kl: float | None) -> Dial:
+    """The dial of one stream of scaled adapters; a cap needs the base's, too."""
+    factors = {name: float(weight) for name, weight in weights.items() if weight != 0.0}
+    if not factors:
+        return Dial({None: 1.0})
+    return Dial({BLENDED: 1.0} if max_kl is None else {BLENDED: 1.0, None: 0.0}, max_kl, factors=factors)

@@ -1,8 +1,8 @@
 """All that touches the model: feed tokens to a batch whose rows follow different policies, and get their logits.
 
 A row that needs K streams has K lanes, one a stream. Rows bring only the lanes they need: a row of the base has one,
-a row of one adapter one or two, however many adapters are loaded. Lanes of one stream stand together, so that a LoRA
-layer works on one slice a stream; the base's weights are read once for all lanes.
+a row of one adapter one or two, however many adapters are loaded, and one where weights are interpolated. Lanes of one
+stream stand together, so that a LoRA layer works on one slice a stream; the base's weights are read once for all lanes.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from torch import Tensor
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.mixing import capped_logits
-from qadapter.modeling.streams import Stream
+from qadapter.modeling.streams import Blend, Stream
 from qadapter.serving.cache import LaneCache, Part, assembled
-from qadapter.serving.catalogue import Dial
+from qadapter.serving.catalogue import BLENDED, Dial
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Called with the first of some columns that were fed, and the logits (R, C, V) of what follows each of them.
@@ -40,11 +40,14 @@ class RowBatch:
         self.dials, self.lengths, self.steps, self.cache = list(dials), list(lengths), list(steps), cache
         pairs = [(row, stream) for row, dial in enumerate(dials) for stream in dial.coefficients]
         # Adapters by name, then the base.
-        self.lanes: list[tuple[int, Stream]] = sorted(pairs, key=lambda lane: (lane[1] is None, lane[1] or "", lane[0]))
+        self.lanes: list[tuple[int, str | None]] = sorted(
+            pairs, key=lambda lane: (lane[1] is None, lane[1] or "", lane[0])
+        )
         self.lane_rows = self.tensor([row for row, _ in self.lanes])
         self.decaying = any(dial.decay < 1 for dial in dials)
         coefficients = [dials[row].coefficients[stream] for row, stream in self.lanes]
         self._constant = self.tensor(coefficients, like.dtype).unsqueeze(-1)  # (L, 1)
+        self._blend = self._blended()
         # Each row's one lane is its policy as it stands: nothing to mix.
         self.plain = len(self.lanes) == len(dials) and all(c == 1.0 for c in coefficients)
 
@@ -67,13 +70,23 @@ class RowBatch:
         values = [self.dials[row].at(stream, self.steps[row]) for row, stream in self.lanes]
         return self.tensor(values, self.like.dtype).unsqueeze(-1)
 
-    def lanes_of(self, stream: Stream) -> list[int]:
-        """The places of a stream's lanes."""
-        return [place for place, (_, own) in enumerate(self.lanes) if own == stream]
+    def lanes_of(self, name: str | None) -> list[int]:
+        """The places of a stream's lanes, by its name."""
+        return [place for place, (_, own) in enumerate(self.lanes) if own == name]
+
+    def stream(self, name: str | None) -> Stream:
+        """The stream of that name: the blend with the factors (L,) of its lanes."""
+        return self._blend if name == BLENDED else name
+
+    def _blended(self) -> Blend:
+        factors = [self.dials[self.lanes[place][0]].factors for place in self.lanes_of(BLENDED)]
+        adapters = sorted({name for own in factors for name in own})
+        columns = ([own.get(name, 0.0) for own in factors] for name in adapters)
+        return Blend(tuple(zip(adapters, (self.tensor(column, self.like.dtype) for column in columns), strict=True)))
 
     def stream_blocks(self) -> list[tuple[Stream, int]]:
         """The stream and number of lanes of each block."""
-        return [(stream, len(list(run))) for stream, run in groupby(stream for _, stream in self.lanes)]
+        return [(self.stream(name), len(list(run))) for name, run in groupby(name for _, name in self.lanes)]
 
 
 class Decoder:
@@ -157,9 +170,9 @@ class Decoder:
         """The mix of logits, for heads that do not let hidden states be mixed (`Head.shared`)."""
         mixed: Tensor | None = None
         coefficients = batch.coefficients()
-        for stream in dict.fromkeys(stream for _, stream in batch.lanes):
-            lanes = batch.tensor(batch.lanes_of(stream))
-            part = _beside(coefficients[lanes], hidden) * self._stream_logits(hidden[lanes], stream)
+        for name in dict.fromkeys(name for _, name in batch.lanes):
+            lanes = batch.tensor(batch.lanes_of(name))
+            part = _beside(coefficients[lanes], hidden) * self._stream_logits(hidden[lanes], batch.stream(name))
             mixed = part.new_zeros(len(batch), *part.shape[1:]) if mixed is None else mixed
             mixed.index_add_(0, batch.lane_rows[lanes], part)
         assert mixed is not None
