@@ -48,7 +48,7 @@ LLAMA_8B = {
 VARIANTS = (
     "base", "policy, strength 0", "base + plain LoRA", "policy, strength 1, alpha_0 = alpha_tilde",
     "policy, strength 1, merged", "policy", "policy, LoRA by matmuls", "policy, upper half", "policy, two adapters",
-    "two naive passes",
+    "weights interpolated", "weights interpolated, two adapters", "two naive passes",
 )  # fmt: skip
 
 HELD = ExitStack()  # contexts that last as long as the benchmark: one that nothing holds ends at once
