@@ -255,7 +255,11 @@ class Evaluation:
     # -- what the parts share ----------------------------------------------------------------------------------
 
     def _inputs(self) -> list[Any]:
-        columns = [asdict(column) for column in self.columns]
+        # Without "logits", which columns stored before there was another interpolation lack.
+        columns = [
+            {name: value for name, value in asdict(column).items() if (name, value) != ("interpolation", "logits")}
+            for column in self.columns
+        ]
         return [self.identity, columns, [column.name for column in self.detailed], self.workload.seed]
 
     def _drift_part(self, name: str, title: str, texts: Sequence[Text]) -> dict[str, Any]:
