@@ -16,7 +16,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qadapter.modeling.bases import load_gguf
 
 # A turn a line; the model's end of text ends an answer.
 PLAIN_CHAT = (
@@ -29,14 +30,7 @@ PLAIN_CHAT = (
 
 def write_base(gguf: Path, folder: Path) -> None:
     """Write the file's model, rounded to bfloat16, and its tokenizer as a folder that transformers loads."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The loaded model carries a quantization_config that blocks save_pretrained: copy into a fresh one.
-    facts = loaded.config.to_dict()
-    facts = {name: facts[name] for name in facts if name not in ("quantization_config", "_model_name_or_path")}
-    model = type(loaded)(type(loaded.config).from_dict(facts))
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
+    model, tokenizer = load_gguf(gguf)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -150,16 +150,22 @@ def _packaged_gguf() -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
+    model, tokenizer = load_gguf(gguf)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def load_gguf(gguf: Path) -> tuple[PreTrainedModel, Any]:
+    """The model in a GGUF file, dequantised to float32 and free to be saved, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The loaded model carries a quantization_config that blocks save_pretrained: copy into a fresh one.
     config = type(loaded.config).from_dict({**loaded.config.to_dict(), "quantization_config": None})
     del config.quantization_config
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    return model, tokenizer
 
 
 def load_config(source: BaseSource) -> Any:
