@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -33,6 +34,12 @@ def test_info_refuses_weights_that_have_changed(adapter, tmp_path):
     content[-3] ^= 1
     weights.write_bytes(content)
     assert_refused(qadapter("info", folder), "the weights of adapter 'default' have changed since they were saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        described = qadapter("info", folder, "--no-verify")
+    assert "adapters" in succeeded(described)
+    assert described.err.startswith("warning: ")
+    assert described.err.endswith("the weights of adapter 'default' have changed since they were saved.\n")
 
 
 def test_data_check_accepts_good_pairs(pairs):

@@ -2,11 +2,12 @@
 
 import threading
 import time
+from contextlib import contextmanager
 
 import models
 import pytest
 
-from qadapter import QAdapterForCausalLM
+from qadapter import QAdapterConfig, QAdapterForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,31 @@ def policy():
 
 
 @pytest.fixture(scope="module")
+def plain_policy():
+    """One whose weights can be interpolated."""
+    base = models.tiny_base(max_position_embeddings=256)
+    configs = dict.fromkeys(("concise", "polite"), QAdapterConfig())
+    policy = QAdapterForCausalLM(base, configs, {"concise": models.lora(), "polite": models.lora(r=2)}).eval()
+    return models.train_randomly(policy, scale=0.25)
+
+
+@pytest.fixture(scope="module")
 def address(policy):
     """The address of a running playground; ends with the module."""
+    with running(policy) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def plain_address(plain_policy):
+    """Likewise, of `plain_policy`."""
+    with running(plain_policy) as url:
+        yield url
+
+
+@contextmanager
+def running(policy):
+    """The address of a playground that runs within the context."""
     uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     from qadapter.playground.app import create_app

@@ -337,3 +337,18 @@ def test_a_strength_between_the_sliders_steps_is_kept(address, browser):
         assert float(page.find("strength").get_attribute("value")) == asked
         browser.execute_script("arguments[0].value = 0", page.find("strength"))
         assert float(page.find("strength").get_attribute("value")) == 0
+
+
+def test_the_strength_is_of_weights_where_they_can_be_interpolated(address, plain_address, browser):
+    page = Page(browser, address)
+    assert not page.find("interpolation").is_displayed()
+    page = Page(browser, plain_address)
+    page.find("strength").send_keys(RIGHT * 10)
+    page.send("what is it")
+    by_logits, select = page.text("policy-answer"), page.find("interpolation")
+    select.send_keys("w")
+    page.wait(lambda: page.text("policy-answer") not in ("", by_logits))
+    assert not page.find("decay").is_enabled()
+    select.send_keys("l")
+    page.wait(lambda: page.text("policy-answer") == by_logits)
+    assert page.find("decay").is_enabled()

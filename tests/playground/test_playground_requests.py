@@ -11,6 +11,7 @@ from playground_client import ask
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
+from qadapter.generation import encode  # noqa: E402
 from qadapter.playground.app import added_texts, create_app  # noqa: E402  of the extra
 
 
@@ -34,8 +35,6 @@ def test_strength_zero_is_the_base_and_moves_no_token(address):
 def test_the_views_equal_the_policy_own_distributions(address, policy):
     tokenizer = models.tiny_tokenizer()
     views = ask(address, strength=0.6)[-1]["tokens"]
-    from qadapter.generation import encode
-
     ids = encode(tokenizer, ["hello"])["input_ids"]
     for view in views:
         with torch.no_grad():
@@ -56,8 +55,6 @@ def test_a_cap_bounds_the_kl_of_every_token_and_lowers_the_strength(address):
 def test_a_decaying_strength_is_shown_at_every_token(address, policy, max_kl):
     tokenizer = models.tiny_tokenizer()
     views = ask(address, strength=1.5, decay=0.7, max_kl=max_kl)[-1]["tokens"]
-    from qadapter.generation import encode
-
     ids = encode(tokenizer, ["hello"])["input_ids"]
     for step, view in enumerate(views):
         assert view["strength"] <= 1.5 * 0.7**step + 1e-6
@@ -167,3 +164,28 @@ def test_the_page_needs_nothing_from_outside(address):
         assert "http://" not in text
         assert "https://" not in text
     assert httpx.get(f"{address}/../secret").status_code == 404
+
+
+@pytest.mark.parametrize("max_kl", [None, 0.05])
+def test_tokens_of_interpolated_weights_are_those_of_the_policy(plain_address, plain_policy, max_kl):
+    dial = {"strength": 1.5, "interpolation": "weights", "max_kl": max_kl}
+    views = ask(plain_address, **dial, weights={"concise": 0.8, "polite": 0.4})[-1]["tokens"]
+    tokenizer, weights = models.tiny_tokenizer(), {"concise": 0.8, "polite": 0.4}
+    ids = encode(tokenizer, ["hello"])["input_ids"]
+    for view in views:
+        with torch.no_grad():
+            logps = plain_policy(ids, adapter_weights=weights, **dial).logits[0, -1].log_softmax(-1)
+        token = int(logps.argmax())
+        assert view["text"] == tokenizer.decode([token])
+        assert view["logp"] == pytest.approx(float(logps[token]), abs=1e-4)
+        assert view["strength"] == pytest.approx(1.5) if max_kl is None else view["strength"] < 1.5
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+@pytest.mark.parametrize("server", ["address", "plain_address"])
+def test_an_interpolation_that_cannot_be_is_refused(request, server):
+    body = {"prompt": "hello", "interpolation": "weights", "decay": 0.9}
+    response = httpx.post(f"{request.getfixturevalue(server)}/api/answer", json=body)
+    assert response.status_code == 400
+    told = {"address": "not of the residual form", "plain_address": "a decay cannot be used"}
+    assert told[server] in response.json()["error"]

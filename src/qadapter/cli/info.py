@@ -11,11 +11,14 @@ def run(arguments: list[str]) -> int:
     parser = command_parser("info", "Say what an adapter folder holds, after checking its files.")
     parser.add_argument("adapter", help="adapter folder or hub id")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--no-verify", action="store_true", help="only warn of weights that are not those saved")
     options = parser.parse_args(arguments)
 
+    from qadapter.cli.policies import quiet_libraries
     from qadapter.modeling.loading import local_folder
 
-    facts = describe(local_folder(options.adapter))
+    with quiet_libraries():
+        facts = describe(local_folder(options.adapter), not options.no_verify)
     if options.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -24,13 +27,13 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def describe(folder: Path) -> dict:
-    """Facts of an adapter folder, read from its files, whose weights must be those that were saved."""
+def describe(folder: Path, verify: bool = True) -> dict:
+    """Facts of an adapter folder, read from its files, whose weights must be those that were saved if `verify`."""
     from qadapter.modeling.loading import read_folder
     from qadapter.modeling.lora_files import WEIGHTS_NAME
     from qadapter.modeling.quantised import described
 
-    stored = read_folder(folder)
+    stored = read_folder(folder, verify)
     manifest = next(iter(stored.values())).manifest
     adapters = {
         name: {

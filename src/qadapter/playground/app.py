@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequenc
 from dataclasses import asdict
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio
 import torch
@@ -21,6 +21,7 @@ from qadapter.errors import ConfigError, QAdapterError
 from qadapter.generation import Sampling, encode, stream_text
 from qadapter.inspection import inspect_tokens
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.mixing import refuse_changing
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 1024
@@ -48,6 +49,7 @@ class AnswerRequest(BaseModel):
     weights: dict[str, Dial] | None = None
     max_kl: float | None = Field(default=None, ge=0)
     decay: float = Field(default=1.0, gt=0, le=1)
+    interpolation: Literal["logits", "weights"] = "logits"
     max_new_tokens: int = Field(default=128, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=5)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -59,6 +61,7 @@ class AnswerRequest(BaseModel):
             "adapter_weights": self.weights,
             "max_kl": self.max_kl,
             "decay": self.decay,
+            "interpolation": self.interpolation,
         }
 
 
@@ -94,6 +97,7 @@ def create_app(
             "adapters": dict(model.adapter_weights),
             "labels": dict(labels),
             "strength": strength,
+            "interpolations": interpolations_of(model),
             "max_new_tokens": MAX_NEW_TOKENS,
         }
 
@@ -118,9 +122,20 @@ def create_app(
     return app
 
 
+def interpolations_of(model: QAdapterForCausalLM) -> list[str]:
+    """What the strength can be of, the default first."""
+    try:
+        model.checked_interpolation("weights")
+    except ConfigError:
+        return ["logits"]
+    return ["logits", "weights"]
+
+
 def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> None:
-    """Raise QAdapterError for unknown adapters and for a prompt that is refused or leaves no room for an answer."""
-    model.stream_coefficients(body.strength, body.weights)
+    """Raise QAdapterError for a dial that cannot be, and a prompt that is refused or leaves no room for an answer."""
+    model.stream_coefficients(body.strength, body.weights, body.interpolation)
+    if body.interpolation == "weights":
+        refuse_changing("a decay" if body.decay < 1 else "")
     length = encode(tokenizer, [body.prompt])["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length + body.max_new_tokens > limit:

@@ -25,12 +25,13 @@ function question() {
 function dial() {
   const weights = {};
   for (const slider of document.querySelectorAll("[data-adapter]")) weights[slider.dataset.adapter] = Number(slider.value);
-  const strength = Number(element("strength").value);
+  const strength = Number(element("strength").value), interpolation = element("interpolation").value;
   return {
     strength,
+    interpolation,
     weights: Object.keys(weights).length ? weights : null,
     max_kl: strength === 0 ? null : capValue(),
-    decay: Number(element("decay").value),
+    decay: interpolation === "weights" ? 1 : Number(element("decay").value),
   };
 }
 
@@ -222,6 +223,7 @@ function hideTip() { element("tip").hidden = true; }
 
 let waiting = null;
 function dialMoved() {
+  element("decay").disabled = element("interpolation").value === "weights";
   const cap = capValue(), decay = Number(element("decay").value);
   show(element("strength"), Number(element("strength").value).toFixed(2));
   show(element("cap"), cap === null ? "off" : cap.toPrecision(2));
@@ -269,7 +271,7 @@ element("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); answer(); }
 });
 element("stop").addEventListener("click", () => { if (running) running.abort(); });
-for (const id of ["strength", "cap", "decay"]) element(id).addEventListener("input", dialMoved);
+for (const id of ["strength", "cap", "decay", "interpolation"]) element(id).addEventListener("input", dialMoved);
 element("measure").addEventListener("change", shadeAll);
 // A field that is not seen cannot say what is wrong with it.
 element("sampling").addEventListener("invalid", () => { element("sampling").open = true; }, true);
@@ -286,5 +288,6 @@ fetch("api/policy").then((response) => response.json()).then((policy) => {
   setStrength(policy.strength);
   legend(element("measure").value);
   addWeights(policy.adapters, policy.labels);
+  element("interpolation").parentElement.hidden = policy.interpolations.length < 2;
   dialMoved();
 });
