@@ -2,7 +2,8 @@
 
     python benchmarks/serve_load.py --model builtin [--requests 16] [--concurrency 8] [--max-tokens 16]
 
-Starts `qadapter serve` on a free port of this machine, with a random adapter on the model. For each case it asks every
+Starts `qadapter serve` on a free port of this machine, with a random adapter on the model, and again with its weights
+interpolated. For each case it asks every
 prompt alone and then all prompts at once, greedily, over streams. An answer that differs from its single run counts as
 mixed up, unless the two likeliest tokens were within --tie nats where they part: batches of another size add floats in
 another order. Ends with exit code 1 if an answer is lost or mixed up.
@@ -34,13 +35,22 @@ RESULT = Path(__file__).parent / "results" / "serve_load.json"
 COMMAND = "import sys; from qadapter.cli.serve import run; sys.exit(run(sys.argv[1:]))"
 PACKAGES = ("torch", "transformers", "peft", "fastapi", "uvicorn", "openai")
 TOPICS = ("rain", "bread", "chess", "tides", "violins", "maps", "ants", "glass", "trains", "salt", "clocks")
-# The cases: (model, strength) of each request in turn. At full strength this adapter needs one stream, else two.
-CASES = {
-    "base": [("base", None)],
-    "policy, strength 1": [("random", 1.0)],
-    "policy, strength 0.7": [("random", 0.7)],
-    "all mixed": [("base", None), ("random", 1.0), ("random", 0.7), ("random", -0.5)],
+ALL = [("base", None), ("random", 1.0), ("random", 0.7), ("random", -0.5)]
+# By what a server interpolates, its cases: (model, strength) of each request in turn. Between strength 0 and 1 logits
+# need two streams.
+SERVERS = {
+    "logits": {
+        "base": ALL[:1],
+        "policy, strength 1": ALL[1:2],
+        "policy, strength 0.7": ALL[2:3],
+        "all mixed": ALL,
+    },
+    "weights": {
+        "weights, strength 0.7": ALL[2:3],
+        "weights, all mixed": ALL,
+    },
 }
+CASES = [name for cases in SERVERS.values() for name in cases]
 
 
 @dataclass
@@ -154,6 +164,26 @@ def environment() -> dict:
     }
 
 
+def measure_server(
+    adapter: Path, interpolation: str, cases: dict[str, list[tuple[str, float | None]]], options: argparse.Namespace
+) -> dict[str, dict]:
+    """The figures of the cases, by a server of their own."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(adapter), "--port", "0", "--dtype", options.dtype,
+         "--interpolation", interpolation, "--max-batch", str(max(options.concurrency, 8))],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        ready = re.search(r"http://\S+", server.stdout.readline() if server.stdout else "")
+        if ready is None:
+            raise SystemExit("the server did not start.")
+        with openai.OpenAI(base_url=ready.group(), api_key="none", max_retries=0, timeout=300) as client:
+            return {name: report(name, measure(client, case, options)) for name, case in cases.items()}
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin")
@@ -166,22 +196,13 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    cases = {}
     with tempfile.TemporaryDirectory() as scratch:
         make_adapter(options.model, Path(scratch) / "random", options.seed)
-        server = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, str(Path(scratch) / "random"), "--port", "0", "--dtype", options.dtype,
-             "--max-batch", str(max(options.concurrency, 8))],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        try:
-            ready = re.search(r"http://\S+", server.stdout.readline() if server.stdout else "")
-            if ready is None:
-                raise SystemExit("the server did not start.")
-            with openai.OpenAI(base_url=ready.group(), api_key="none", max_retries=0, timeout=300) as client:
-                cases = {name: report(name, measure(client, CASES[name], options)) for name in options.cases}
-        finally:
-            server.terminate()
-            server.wait(60)
+        for interpolation, own in SERVERS.items():
+            wanted = {name: case for name, case in own.items() if name in options.cases}
+            if wanted:
+                cases.update(measure_server(Path(scratch) / "random", interpolation, wanted, options))
     settings = {name: value for name, value in vars(options).items() if name != "output"}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({**environment(), "settings": settings, "cases": cases}, indent=2) + "\n")
