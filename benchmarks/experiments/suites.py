@@ -264,19 +264,33 @@ def scales_small() -> Suite:
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
 
 
-def other_base_small() -> Suite:
-    """The default and DPO on whatever base `--base` names, small enough for a CPU and a large vocabulary."""
+def short_setting(name: str) -> Setting:
+    """A setting with an epoch of 128 short pairs, and strengths down to those that hardly drift."""
     measuring = replace(
         CPU_MEASURING, strengths=(0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0),
         sampled_strengths=(0.125, 0.25, 0.5, 1.0, 2.0), sampled_prompts=48,
     )  # fmt: skip
-    settings = tuple(
-        replace(
-            cpu_settings()[name], max_length=128, train_pairs=128, eval_pairs=60, measuring=measuring,
-            training=replace(CPU_TRAINING, packed=True),
-        )
-        for name in ("polite", "dsp-entertainment")
-    )  # fmt: skip
+    training = replace(CPU_TRAINING, packed=True)
+    return replace(
+        cpu_settings()[name], max_length=128, train_pairs=128, eval_pairs=60, measuring=measuring, training=training
+    )
+
+
+def noise_small() -> Suite:
+    """The default and DPO on a preference that shows in every answer, with ever more of the pairs swapped."""
+    polite = short_setting("polite")
+    noisy = (
+        replace(polite, name=f"polite-noise-{noise:g}", training=replace(polite.training, label_noise=noise))
+        for noise in (0.3, 0.15)
+    )
+    knobs: dict[str, list[dict[str, Any]]] = {"qadapter": [{"beta": 10.0}], "dpo": [{"beta": 0.1}]}
+    purpose = "Does the lead over DPO need pairs that agree? With a share of the answers swapped; for a CPU."
+    return Suite((polite, *noisy), knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
+
+
+def other_base_small() -> Suite:
+    """The default and DPO on whatever base `--base` names, small enough for a CPU and a large vocabulary."""
+    settings = tuple(map(short_setting, ("polite", "dsp-entertainment")))
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [{"beta": 10.0}, {"beta": 3.0}],
         "dpo": [{"beta": 0.1}, {"beta": 0.3}],
@@ -318,6 +332,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "dsp-small": dsp_small,
     "cpu": cpu,
     "scales-small": scales_small,
+    "noise-small": noise_small,
     "other-base-small": other_base_small,
     "ablations-small": ablations_small,
     "kl-small": kl_small,
