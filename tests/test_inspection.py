@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 
+from qadapter import ConfigError, QAdapterConfig
 from qadapter.inspection import inspect_tokens
 
 PROMPT = torch.tensor(models.token_ids(5))
@@ -44,3 +45,12 @@ def test_a_view_tells_the_strength_and_the_log_probability_of_each_token(setting
     written = made.sequences[0, LENGTH:].tolist()
     expected = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, written, strict=True)]
     assert [view.logp for view in views] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.9, 1.0])
+def test_a_strength_that_changes_is_refused_where_weights_are_interpolated(decay):
+    policy = models.tiny_policy(config=QAdapterConfig())
+    policy.interpolation, policy.decay = "weights", decay
+    policy.strength = 1.0 if decay < 1 else alternating
+    with pytest.raises(ConfigError, match='cannot be used with interpolation="weights"'):
+        inspect_tokens(policy, models.tiny_tokenizer(), PROMPT, LENGTH - 2, {})

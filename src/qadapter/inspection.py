@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qadapter.functional import kl_divergence
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.mixing import StepState, Strength, evaluated
+from qadapter.modeling.mixing import StepState, Strength, evaluated, refuse_changing
 
 ALTERNATIVES = 5
 
@@ -49,6 +49,9 @@ def inspect_tokens(
         return []
     own = {"strength": model.strength, "max_kl": model.max_kl, "decay": model.decay}
     settings = own | {name: value for name, value in settings.items() if value is not None}
+    if model.checked_interpolation(settings.get("interpolation")) == "weights":
+        changing = "a callable strength" if callable(settings["strength"]) else "a decay"
+        refuse_changing(changing if callable(settings["strength"]) or settings["decay"] < 1 else "")
     asked = _asked(settings["strength"], settings.pop("decay"), ids, prompt_length)
     if callable(settings["strength"]) or not torch.equal(asked, asked[:1].expand_as(asked)):
         settings["strength"] = torch.zeros(ids.shape)

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
+from qadapter.export.distil import _student
 from qadapter.functional import kl_divergence
 
 IDS = torch.tensor(models.token_ids(9, 9, 9))
@@ -82,6 +83,16 @@ def test_rows_of_mixed_strengths_equal_single_runs_and_0_the_base_bit_by_bit(bas
         assert torch.equal(mixed[0], base(IDS).logits[0])
     for row, strength in enumerate(strengths.tolist()):
         torch.testing.assert_close(mixed[row], logits(policy, strength=strength)[row], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.long])
+def test_a_strength_and_weights_of_any_dtype(composed, dtype):
+    dial = {"strength": torch.tensor([0, 1, 2]), "adapter_weights": torch.tensor([[1, 0], [0, 1], [1, 1]])}
+    given = {name: value.to(dtype) for name, value in dial.items()}
+    expected = logits(composed, **{name: value.float() for name, value in dial.items()})
+    torch.testing.assert_close(logits(composed, **given), expected)
+    texts = composed.generate(IDS, **given, interpolation="weights", do_sample=False, max_new_tokens=3)
+    assert torch.equal(texts[:, :9], IDS)
 
 
 @pytest.mark.parametrize("weights", [(0.8, 0.4), (1.0, -0.5), (0.0, 1.0)])
@@ -287,9 +298,58 @@ def test_a_cache_of_other_streams_is_refused(policy):
         policy(IDS[:, :1], strength=0.5, interpolation="weights", past_key_values=first.past_key_values)
 
 
+def test_a_cache_of_another_strength_is_refused(policy):
+    with torch.no_grad():
+        first = policy(IDS, strength=0.3, interpolation="weights", use_cache=True)
+        with pytest.raises(ConfigError, match="holds what LoRAs scaled by .0.3. made of the text"):
+            policy(IDS[:, :1], strength=0.9, interpolation="weights", past_key_values=first.past_key_values)
+
+
+def test_adapters_without_weight_do_not_run(composed):
+    seen = []
+    layers = [layer for layer in composed.base.modules() if isinstance(layer, LoraLayer) and "concise" in layer.lora_A]
+    hooks = [layer.lora_A["concise"].register_forward_hook(lambda *_: seen.append(1)) for layer in layers]
+    for weights in ({"polite": 1.0}, {"polite": 1.0, "concise": 0.5}):
+        dial = {"strength": 0.7, "adapter_weights": weights, "interpolation": "weights"}
+        composed.generate(**PROMPTS, **dial, max_new_tokens=2)
+        assert bool(seen) is ("concise" in weights)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_adapters_may_have_the_names_of_other_streams(base):
+    names = {"base": models.lora(), "a blend": models.lora(r=2)}
+    model = QAdapterForCausalLM(copy.deepcopy(base), dict.fromkeys(names, PLAIN), names)
+    models.train_randomly(model.eval())
+    dial = {"adapter_weights": {"base": 1.0}, "use_cache": True}
+    with torch.no_grad():
+        cache = model(IDS, strength=1.0, **dial).past_key_values
+        with pytest.raises(ConfigError, match="holds the streams"):
+            model(IDS[:, :1], strength=0.0, past_key_values=cache, **dial)
+        cache = model(IDS, strength=1.0, adapter_weights={"a blend": 1.0}, use_cache=True).past_key_values
+        with pytest.raises(ConfigError, match="holds the streams"):
+            model(IDS[:, :1], strength=0.5, interpolation="weights", past_key_values=cache, **dial)
+
+
+def test_a_plus_is_no_adapters_name(base):
+    with pytest.raises(ConfigError, match=r"adapter name '\+'"):
+        QAdapterForCausalLM(copy.deepcopy(base), {"+": PLAIN}, {"+": models.lora()})
+
+
+def test_a_distilled_lora_begins_where_the_policy_is(policy, base, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    policy.save_pretrained(tmp_path / "adapter")
+    model = QAdapterForCausalLM.from_pretrained(
+        tmp_path / "adapter", base_model=tmp_path / "base", interpolation="weights"
+    )
+    with torch.no_grad():
+        student = _student(model, 0.5).eval()(IDS).logits
+    torch.testing.assert_close(student, logits(policy, strength=0.5), rtol=1e-4, atol=1e-4)
+
+
 def test_a_merged_policy_runs_at_strength_1(policy):
     model = copy.deepcopy(policy)
     with model.merged(), torch.no_grad():
         torch.testing.assert_close(logits(model, strength=1.0), logits(policy, strength=1.0), rtol=1e-4, atol=1e-4)
-        with pytest.raises(ConfigError, match="merged"):
+        with pytest.raises(ConfigError, match=r"merged: .*not the streams \['a blend'\]"):
             logits(model, strength=0.5)

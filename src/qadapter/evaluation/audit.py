@@ -19,7 +19,8 @@ from qadapter.evaluation.workload import Workload
 
 SCHEMA_VERSION = 1
 POLICY = "policy"
-# The trade-off curve in the report costs next to nothing: all strengths share one pass (drift.py).
+# The trade-off curve in the report costs next to nothing, as all strengths share one pass, and where weights are
+# interpolated a pass each (drift.py).
 CURVE_SHARES = (0.25, 0.5, 0.75, 1.25, 1.5)
 
 

@@ -53,7 +53,9 @@ class Column:
         if self.interpolation == "weights":
             refuse_changing("a decay" if self.decay != 1.0 else "")
             if self.alpha_0 is not None:
-                raise ConfigError(f'alpha_0 = {self.alpha_0!r} mixes logits: leave it out, or interpolation="weights".')
+                raise ConfigError(
+                    f'alpha_0 = {self.alpha_0!r} mixes logits: it goes with interpolation="logits" alone.'
+                )
         checked_number(self.strength, "strength")
         checked_decay(self.decay)
         for name, value in (("max_kl", self.max_kl), ("alpha_0", self.alpha_0)):

@@ -15,7 +15,7 @@ from qadapter.functional import kl_divergence
 from qadapter.generation import Sampling, encode, end_tokens
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_base
-from qadapter.modeling.streams import StreamLinear
+from qadapter.modeling.streams import StreamLinear, parts_of
 
 HELD_OUT_SHARE = 0.2
 
@@ -139,10 +139,15 @@ def _gap(model: QAdapterForCausalLM, student: nn.Module, batches: Sequence[Any],
 def _student(model: QAdapterForCausalLM, strength: float) -> Any:
     """A plain LoRA on a copy of the base that starts as the sum of the policy's adapters, scaled by the dial.
 
-    To first order in the adapters' updates that is the policy already: distilling mends the rest.
+    To first order in the adapters' updates that is the policy already, and where weights are interpolated exactly:
+    distilling mends the rest.
     """
     modules = {name: module for name, module in model.base.named_modules() if isinstance(module, StreamLinear)}
-    coefficients = model.stream_coefficients(strength)
+    factors = {
+        name: float(coefficient) * float(factor)
+        for stream, coefficient in model.stream_coefficients(strength).items()
+        for name, factor in parts_of(stream)
+    }
     rank = sum(max(module.r.get(name, 0) for module in modules.values()) for name in model.adapters)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(modules), task_type="CAUSAL_LM")
     student = get_peft_model(load_base(model.base_source, dtype=model.dtype), config).to(model.device)
@@ -154,7 +159,7 @@ def _student(model: QAdapterForCausalLM, strength: float) -> Any:
         for adapter, lora_a in module.lora_A.items():
             if adapter not in module.lora_variant:  # DoRA's magnitudes have no place in a plain LoRA
                 part = slice(row, row + module.r[adapter])
-                scale = module.scaling[adapter] * float(coefficients.get(adapter, 0.0))
+                scale = module.scaling[adapter] * factors.get(adapter, 0.0)
                 target.lora_A["default"].weight[part] = lora_a.weight
                 target.lora_B["default"].weight[:, part] = module.lora_B[adapter].weight * scale
                 row = part.stop

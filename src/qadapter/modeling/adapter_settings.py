@@ -19,6 +19,8 @@ def check_adapter_names(names: list[str]) -> None:
             raise ConfigError(f"adapter name {name!r} is an attribute of PyTorch's modules: choose another.")
         if name in "lora_" or "lora_" in name or "." in name:
             raise ConfigError(f"adapter name {name!r} cannot be told from PEFT's parameter names: choose another.")
+        if "+" in name:
+            raise ConfigError(f"adapter name {name!r}: a + stands for several adapters, choose another.")
 
 
 def warn_of_missing_targets(peft_config: LoraConfig, base: PreTrainedModel) -> None:

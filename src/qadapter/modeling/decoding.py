@@ -24,7 +24,7 @@ from qadapter.modeling.mixing import (
     refuse_changing,
 )
 from qadapter.modeling.stacked import streams_in
-from qadapter.modeling.streams import kind_of
+from qadapter.modeling.streams import Blend, parts_of
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
@@ -134,8 +134,11 @@ class PolicyGenerationMixin(GenerationMixin):
         strengths = torch.full((rows,), strength, device=self.device) if isinstance(strength, float) else strength
         columns = stacked_columns(weights, rows, self.device)
         as_given, as_tensors = (
-            set(map(kind_of, self.stream_coefficients(*dial, interpolation)))
-            for dial in ((strength, weights), (strengths, columns))
+            {(isinstance(stream, Blend), name) for stream in streams for name, _ in parts_of(stream) or ((None, 1.0),)}
+            for streams in (
+                self.stream_coefficients(strength, weights, interpolation),
+                self.stream_coefficients(strengths, columns, interpolation),
+            )
         )
         if as_given != as_tensors:
             return {"strength": strength, "adapter_weights": weights}

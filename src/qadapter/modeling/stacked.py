@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from qadapter.errors import ConfigError
 from qadapter.functional import composed_coefficients, mix_coefficients
 from qadapter.modeling.mixing import AdapterWeights, checked_number, checked_weights, times
-from qadapter.modeling.streams import Blend, Stream, kind_of, repeat_rows
+from qadapter.modeling.streams import Blend, Stream, parts_of, repeat_rows, title_of
 from qadapter.modeling.trunk import ForkRows
 
 INTERPOLATIONS = ("logits", "weights")
@@ -141,11 +141,22 @@ def mark_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
     filled = streams_in(cache)
     if filled is None:  # Filled by the plain base, if at all; compiled code cannot ask how much a static cache holds.
         filled = streams if torch.compiler.is_compiling() else (None,)
-    names = [[kind_of(stream) for stream in own] for own in (filled, streams)]
-    if names[0] != names[1] and cache.get_seq_length() > 0:
+    kinds, others = (
+        tuple(Blend if isinstance(stream, Blend) else stream for stream in own) for own in (filled, streams)
+    )
+    if kinds != others and cache.get_seq_length() > 0:
+        names = [[title_of(stream) for stream in own] for own in (filled, streams)]
         raise ConfigError(
             f"past_key_values holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "
             "cap such that the same ones run (a tensor as the strength runs all), or start without the cache."
+        )
+    numbers = [
+        [f for stream in own for _, f in parts_of(stream) if not isinstance(f, Tensor)] for own in (filled, streams)
+    ]
+    if all(numbers) and numbers[0] != numbers[1] and cache.get_seq_length() > 0:
+        raise ConfigError(
+            f"past_key_values holds what LoRAs scaled by {numbers[0]} made of the text, and this call scales them by "
+            f"{numbers[1]}: keep strength and weights, or start without the cache."
         )
     cache.qadapter_streams = streams
 

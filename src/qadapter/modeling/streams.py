@@ -41,8 +41,8 @@ def parts_of(stream: Stream) -> Sequence[tuple[str, float | Tensor]]:
     return () if stream is None else ((stream, 1.0),)
 
 
-def kind_of(stream: Stream) -> str:
-    """What a stream is to those who compare streams; a blend may change its factors, but holds one cache."""
+def title_of(stream: Stream) -> str:
+    """What messages call a stream."""
     return "a blend" if isinstance(stream, Blend) else stream or "base"
 
 
@@ -120,18 +120,18 @@ class StreamLinear(LoraLinear):
         if self.merged:
             if list(blocks) != self.merged_adapters:
                 raise ConfigError(
-                    f"the adapter is merged: only its own policy at strength 1 can run, not the streams {list(blocks)} "
-                    "(None is the base). Leave `policy.merged()` first."
+                    "the adapter is merged: only its own policy at strength 1 can run, not the streams "
+                    f"{[title_of(stream) for stream in blocks]}. Leave `policy.merged()` first."
                 )
             return result
         if len(blocks) == 1:
-            parts = [(name, factor) for name, factor in parts_of(blocks[0]) if name in self.lora_A]
-            in_place = not torch.is_grad_enabled() and all(name in self.narrowed_versions for name, _ in parts)
-            for name, factor in parts:
-                if in_place:
-                    self._adapt_in_place(result, x, name, factor)
-                else:
+            for name, factor in parts_of(blocks[0]):
+                if name not in self.lora_A:
+                    continue
+                if name not in self.narrowed_versions or torch.is_grad_enabled():
                     result = self._adapted(result, x, name, factor)
+                else:
+                    self._adapt_in_place(result, x, name, factor)
             return result
         if type(self.base_layer) is not nn.Linear:
             result = result.clone()  # quantised layers may hand out a view that must not be written to
@@ -198,14 +198,17 @@ class StreamLinear(LoraLinear):
             return variant.forward(self, active_adapter=name, x=x, result=result).to(result.dtype)
         lora_a, lora_b = self.lora_A[name], self.lora_B[name]
         x = self.lora_dropout[name](x)
-        scale = self.scaling[name] * (beside(factor, x) if isinstance(factor, Tensor) else factor)
         # Scaled where there are r numbers a token, not where there are as many as the layer gives.
+        if isinstance(factor, Tensor):
+            factor = beside(factor, x).to(torch.promote_types(lora_a.weight.dtype, torch.float32))
+        scale = self.scaling[name] * factor
         if x.dtype in HALF_PRECISION:
             # Matmuls in the adapter's float32 would take the hidden states there and run ten times slower.
             with torch.autocast(x.device.type, x.dtype):
                 update = lora_b(lora_a(x) * scale)
         else:
-            update = lora_b(lora_a(self._cast_input_dtype(x, lora_a.weight.dtype)) * scale)
+            update = lora_a(self._cast_input_dtype(x, lora_a.weight.dtype)) * scale
+            update = lora_b(update.to(lora_b.weight.dtype))
         return (result + update).to(result.dtype)
 
 
