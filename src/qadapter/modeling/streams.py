@@ -128,10 +128,14 @@ class StreamLinear(LoraLinear):
             for name, factor in parts_of(blocks[0]):
                 if name not in self.lora_A:
                     continue
-                if name not in self.narrowed_versions or torch.is_grad_enabled():
-                    result = self._adapted(result, x, name, factor)
-                else:
+                # A whole adapter in float32 is added as PEFT does, to the last bit.
+                fast = name in self.narrowed_versions or (
+                    isinstance(factor, Tensor) and type(self.base_layer) is nn.Linear
+                )
+                if fast and not torch.is_grad_enabled():
                     self._adapt_in_place(result, x, name, factor)
+                else:
+                    result = self._adapted(result, x, name, factor)
             return result
         if type(self.base_layer) is not nn.Linear:
             result = result.clone()  # quantised layers may hand out a view that must not be written to
