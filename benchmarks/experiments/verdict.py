@@ -87,13 +87,12 @@ def in_root(variants: Sequence[Variant], gain: str, drift: str) -> list[Contest]
 
 
 def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
-    """Whether each of the variants has a point with both the gain and the drift: some are younger than some results."""
+    """Whether each seed of each variant has a point with both: some yardsticks are younger than some results."""
     measures = GAINS[yardstick[0]], DRIFTS[yardstick[1]]
     return all(
-        any(
-            all(measure.read(point) for measure in measures) for result in variant.results for point in result["points"]
-        )
+        any(all(measure.read(point) for measure in measures) for point in result["points"])
         for variant in variants
+        for result in variant.results
     )
 
 

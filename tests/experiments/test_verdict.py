@@ -294,3 +294,11 @@ def test_a_command_is_shown_without_the_places_of_the_machine():
 def test_gains_that_were_not_measured_are_not_spoken_of():
     points = [{"dial": "strength", "value": 1.0, "pairs": {"margin_gain": [0.1, 0.2], "kl": [0.01, 0.02]}, "texts": {}}]
     assert measured_gains([Variant("qadapter", "{}", ({"points": points},))]) == ["margin"]
+
+
+def test_a_gain_that_one_seed_lacks_is_not_spoken_of():
+    seeds = tuple(result("qadapter", seed, 1.0) for seed in (0, 1))
+    assert "margin" in measured_gains([Variant("qadapter", "{}", seeds)])
+    for point in seeds[1]["points"]:
+        del point["pairs"]["margin_gain"]
+    assert measured_gains([Variant("qadapter", "{}", seeds)]) == ["score"]
