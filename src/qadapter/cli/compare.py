@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, weights_of
+from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, dial_of
 from qadapter.cli.sweep import check_folder
 from qadapter.errors import ConfigError
 
@@ -31,8 +31,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--strengths {options.strengths!r} names the base only: add one that is not 0.")
     if options.output_dir is not None:
         check_folder(options.output_dir)
-    dial = {"max_kl": options.cap, "decay": options.decay, "interpolation": options.interpolation}
-    settings = {"adapter_weights": weights_of(options), **dial}
+    settings = dial_of(options)
     columns = [strength_columns(name, strengths, **settings) for name in unique_names(options.adapters)]
     with measuring() as track:
         comparison = run_comparison(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qadapter.cli.options import weights_of
+from qadapter.cli.options import dial_of
 from qadapter.cli.policies import loading_options, quiet_datasets, quiet_libraries
 from qadapter.data.columns import parse_columns
 from qadapter.devices import default_device
@@ -45,7 +45,7 @@ def store_of(options: argparse.Namespace) -> PartStore:
 
 def column_of(options: argparse.Namespace) -> Column:
     """The column among a command's options."""
-    return Column(POLICY, options.strength, weights_of(options), options.cap, options.decay, options.interpolation)
+    return Column(POLICY, options.strength, **dial_of(options))
 
 
 def subject_of(path: str, options: argparse.Namespace) -> Subject:

@@ -147,6 +147,12 @@ def weights_of(options: argparse.Namespace) -> dict[str, float] | None:
     return weights
 
 
+def dial_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the dial besides the strength among a command's options, as a `Column` takes them."""
+    settings = {"max_kl": options.cap, "decay": options.decay, "interpolation": options.interpolation}
+    return {"adapter_weights": weights_of(options), **settings}
+
+
 def require(value: Any, option: str, example: str) -> Any:
     """`value`, refused if it is missing."""
     if value is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, weights_of
+from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, dial_of
 from qadapter.errors import ConfigError
 from qadapter.evaluation.gate import parse_drops
 from qadapter.new_folders import require_writable
@@ -65,8 +65,7 @@ def columns_of(options: argparse.Namespace) -> "list[Column]":
     from qadapter.evaluation.columns import Column, parse_strengths
 
     strengths = parse_strengths(options.strengths)
-    dial = {"max_kl": options.cap, "decay": options.decay, "interpolation": options.interpolation}
-    settings = {"adapter_weights": weights_of(options), **dial}
+    settings = dial_of(options)
     columns = [Column(f"{strength:g}", strength, **settings) for strength in strengths if strength != 0.0]
     for alpha_0 in dict.fromkeys(options.alpha_0):
         columns += [
