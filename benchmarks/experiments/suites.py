@@ -288,6 +288,26 @@ def noise_small() -> Suite:
     return Suite((polite, *noisy), knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
 
 
+def longer_small() -> Suite:
+    """Answers twice as long as in `discount_small`, and twice as much of them judged: does `early` lead there, too?"""
+    settings = tuple(
+        replace(
+            setting, max_length=320, train_pairs=96, eval_pairs=80,
+            measuring=replace(
+                setting.measuring, sampled_strengths=(0.25, 0.5, 1.0, 1.5), sampled_prompts=48, max_new_tokens=112
+            ),
+        )
+        for setting in discount_small().settings
+        if setting.name.startswith("dsp-")
+    )  # fmt: skip
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [{"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25}, {"beta": 10.0}],
+        "dpo": [{"beta": 0.1, "training.epochs": 1.0}],
+    }
+    purpose = "The discount with a floor on answers twice as long as in discount-small, beside the default and DPO."
+    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
+
+
 def other_base_small() -> Suite:
     """The default and DPO on whatever base `--base` names, small enough for a CPU and a large vocabulary."""
     settings = tuple(map(short_setting, ("polite", "dsp-entertainment")))
@@ -333,6 +353,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "cpu": cpu,
     "scales-small": scales_small,
     "noise-small": noise_small,
+    "longer-small": longer_small,
     "other-base-small": other_base_small,
     "ablations-small": ablations_small,
     "kl-small": kl_small,
