@@ -87,11 +87,12 @@ def _train(
 
 
 def qadapter(
-    context: Context, preset: str = "default", alpha: float | None = None, rejected: str = "given", **options: Any
+    context: Context, preset: str = "undiscounted", alpha: float | None = None, rejected: str = "given", **options: Any
 ) -> Trained:
     """The package's objective.
 
     Args:
+        preset: of the settings that the options leave open. It is the default of the first results, not the package's.
         alpha: sets alpha_tilde and alpha_0 both.
         rejected: "own" puts the base's own sampled answers in place of the rejected ones.
         options: settings of the method, or options of `losses.qadapter`.

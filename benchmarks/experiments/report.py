@@ -38,7 +38,7 @@ from qadapter.modeling.bases import BUILTIN_MODEL
 from qadapter.plots import line_chart
 
 # (gain, drift) of the folded tables; those of the verdict stand in front of them.
-FURTHER = (("win", "kl"), ("margin", "kl-prose"), ("score", "kl-samples"))
+FURTHER = (("win", "kl"), ("score", "kl-samples"))
 SERIES_A_PLOT = 6
 LEGEND = 24  # characters
 PLACES = ("--data", "--work", "--results", "--threads")  # of files on the machine that ran: no matter to a reader
@@ -68,6 +68,8 @@ less ½ (figures up to 2026-11-28 were cut at blanks alone: words joined by line
 log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the answers' ends.
 Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the score that
 benchmarks lost, up to 0.04.
+
+Options of Q-Adapter change its preset `undiscounted`, the package's default until 2026-11-29: `beta = 10` has γ = 1.
 
 A method's knob is chosen on one half of the prompts and measured on the other, both ways round. "Dial" is the strength
 dial z_b + λ (z̃ − z_b), given to every method (on a DPO LoRA it is DeRa); "scaled" averages weights with the base's

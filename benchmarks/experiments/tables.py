@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.ablations import ABLATIONS
-from benchmarks.experiments.contests import against_rival, gains_at, variant_difference
+from benchmarks.experiments.contests import OWN, against_rival, gains_at, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, Measure, curve, drift_for, gain_at, interval
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
@@ -20,7 +20,7 @@ from benchmarks.experiments.summary import (
     scaled_gain,
     variant_areas,
 )
-from benchmarks.experiments.verdict import bracketed, default_of, measured_gains
+from benchmarks.experiments.verdict import bracketed, measured_gains
 
 LEVELS = (0.04, 0.12, 0.25, 1.0)  # shares of the drift limit
 
@@ -105,8 +105,8 @@ def equal_lines(found: Sequence[Variant], gain: str, draws: Draws) -> Iterator[s
 def ablation_table(
     names: Sequence[str], found: Sequence[Variant], usual: Mapping[str, Any], draws: Draws
 ) -> Iterator[str]:
-    """The variants of each ablation, and how their areas differ from the default's on the seeds that both have."""
-    default, gains = default_of(found), measured_gains(found)
+    """The variants of each ablation, and how their areas differ from those of what they change, on common seeds."""
+    unchanged, gains = next((v for v in found if v.method == OWN and v.options == "{}"), None), measured_gains(found)
     lines = []
     for name in names:
         for method, options in ABLATIONS[name]:
@@ -119,13 +119,13 @@ def ablation_table(
             for gain in gains:
                 measures = GAINS[gain], DRIFTS["kl"]
                 cells.append(bracketed(interval(variant_areas(variant, "dial", *measures, draws)[0])))
-                same = default is None or variant is default
-                value = None if same else variant_difference(variant, default, *measures)
+                same = unchanged is None or variant is unchanged
+                value = None if same else variant_difference(variant, unchanged, *measures)
                 cells.append("–" if value is None else bracketed(value))
             lines.append("| " + " | ".join(cells) + " |")
     if lines:
-        yield "Ablations: areas against KL along the dial, and their difference from the default's.\n"
-        columns = "".join(f" area: {gain} | − default's |" for gain in gains)
+        yield "Ablations of the preset `undiscounted`: areas against KL along the dial, less its own beside them.\n"
+        columns = "".join(f" area: {gain} | − its own |" for gain in gains)
         yield f"| ablation | method | variant | seeds |{columns}"
         yield "|---" * (4 + 2 * len(gains)) + "|"
         yield from lines

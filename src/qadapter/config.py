@@ -8,13 +8,21 @@ from typing import Any
 from qadapter.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The package's defaults: the residual form, started exactly at the base.
+    # The package's defaults: the residual form, started exactly at the base. An answer's first tokens, which settle
+    # the rest, count most, and late ones a quarter (docs/results.md, suite discount-small).
     "default": {},
-    # An answer's first tokens, which settle the rest, count most, and late ones a quarter (docs/results.md, suite
-    # discount-small): without the floor what shows late is hardly learnt.
-    "early": {"gamma": 0.95, "discount_floor": 0.25},
+    # All of an answer's tokens count alike, as in the paper: for what shows late, or nowhere in particular.
+    "undiscounted": {"gamma": 1.0, "discount_floor": 0.0},
     # Returns a token and the KL from the base as the penalty (docs/results.md, suite kl-small).
-    "kl": {"alpha_tilde": 3.0, "alpha_0": 3.0, "beta": 1.0, "penalty": "kl", "length_normalised": True},
+    "kl": {
+        "alpha_tilde": 3.0,
+        "alpha_0": 3.0,
+        "gamma": 1.0,
+        "beta": 1.0,
+        "penalty": "kl",
+        "length_normalised": True,
+        "discount_floor": 0.0,
+    },
     # The numbers of the paper and its released scripts, in their parametrisation. The released loss itself differs
     # further (method.md lists how); it lives in the tests and benchmarks as a named baseline.
     "authors": {
@@ -24,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gamma": 1.0,
         "beta": 0.1,
         "length_normalised": True,
+        "discount_floor": 0.0,
     },
 }
 # Settings that came after the first adapter folders, with the value that those were trained with.
@@ -39,7 +48,8 @@ class QAdapterConfig:
         alpha_tilde: α̃ > 0, temperature of the customised policy.
         alpha_0: α₀ ≥ 0, weight of the base policy. Equal to alpha_tilde in the residual form, the untrained policy
             is the base and the trained one needs a single stream.
-        gamma: discount γ, 0 < γ ≤ 1: below 1 an answer's first tokens, which settle the rest, count most.
+        gamma: discount γ, 0 < γ ≤ 1: below 1 an answer's first tokens, which settle the rest, count most; at 1 all
+            count alike, as in the paper.
         beta: weight β ≥ 0 of the penalty, which limits the drift from the base.
         penalty: what β weighs: "reward" (mean of r², the paper's) or "kl" (mean KL from the base a response token).
         length_normalised: divide a response's sum of rewards by its own length.
@@ -53,12 +63,12 @@ class QAdapterConfig:
     parametrisation: str = "residual"
     alpha_tilde: float = 0.1
     alpha_0: float = 0.1
-    gamma: float = 1.0
+    gamma: float = 0.95
     beta: float = 10.0
     penalty: str = "reward"
     length_normalised: bool = False
     label_smoothing: float = 0.0
-    discount_floor: float = 0.0
+    discount_floor: float = 0.25
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -91,7 +101,7 @@ class QAdapterConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "QAdapterConfig":
-        """The settings of a named preset ("default", "early", "kl", "authors"), with `overrides` on top.
+        """The settings of a named preset ("default", "undiscounted", "kl", "authors"), with `overrides` on top.
 
         Raises:
             ConfigError: an unknown preset, or a value outside its range.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from qadapter.config import QAdapterConfig
+from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
 from qadapter.modeling.quantised import require_bitsandbytes
@@ -104,7 +104,7 @@ class AdapterArguments:
 class RunArguments:
     """Presets and the output folder."""
 
-    preset: str = field(default="default", metadata={"help": "Settings of the method: default, early, kl or authors."})
+    preset: str = field(default="default", metadata={"help": f"Settings of the method: {', '.join(PRESETS)}."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that the output folder holds."})
 
 

@@ -112,7 +112,7 @@ def test_data_check_of_a_missing_file_is_one_line():
         (("--per-device-train-batch-size", "0"), "per_device_train_batch_size = 0: must be at least 1"),
         (("--gradient-accumulation-steps", "0"), "gradient_accumulation_steps.*0"),
         (("--max-steps", "-1", "--num-train-epochs", "0"), "num_train_epochs = 0.0: must be above 0"),
-        (("--preset", "author"), "preset 'author' is unknown: choose one of default, early, kl, authors"),
+        (("--preset", "author"), "preset 'author' is unknown: choose one of default, undiscounted, kl, authors"),
         (("--columns", "prompt"), "--columns 'prompt': write NAME=YOUR_COLUMN"),
         (("--columns", "prompt=a", "chosen=b", "prompt=c"), "--columns names 'prompt' twice: keep one"),
         (("--max-rows", "0"), "max_rows is 0; it has to be at least 1"),

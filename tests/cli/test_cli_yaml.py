@@ -66,10 +66,11 @@ def test_the_authors_preset_is_the_papers_numbers(settings):
         "gamma": 1.0,
         "beta": 0.1,
         "length_normalised": True,
+        "discount_floor": 0.0,
     }
     assert {name: found[name] for name in paper} == paper
     assert PRESETS["authors"] == paper
-    assert QAdapterConfig.preset("early") == QAdapterConfig(gamma=0.95, discount_floor=0.25)
+    assert QAdapterConfig.preset("undiscounted") == QAdapterConfig(gamma=1.0, discount_floor=0.0)
 
 
 def test_the_file_beats_the_preset(settings):
@@ -160,7 +161,7 @@ def test_null_takes_a_limit_away(train_yaml, write_pairs, long_base):
         ("lora_target_modules: [q_proj, [v_proj]]\n", "lora_target_modules = .* has the wrong type"),
         ("length_normalised: maybe\n", "length_normalised = 'maybe' has the wrong type"),
         ("eval_strategy: sometimes\n", "eval_strategy = 'sometimes': choose one of no, steps, epoch"),
-        ("preset: author\n", "preset 'author' is unknown: choose one of default, early, kl, authors"),
+        ("preset: author\n", "preset 'author' is unknown: choose one of default, undiscounted, kl, authors"),
         ("beta: [1\n", "run.yaml is not valid YAML"),
     ],
 )

@@ -1,6 +1,7 @@
 """The baselines' losses: TRL's own numbers on whole models, and the definitions on full logits."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_the_package_objective_is_the_default_of_ours(policy, batch, penalty):
 
 
 def test_variants_of_the_objective_change_what_they_say(policy, batch):
-    config = QAdapterConfig(alpha_tilde=0.5, alpha_0=0.2, beta=3.0)
+    config = QAdapterConfig.preset("undiscounted", alpha_tilde=0.5, alpha_0=0.2, beta=3.0)
     policy.configs["default"] = config
     statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
     q = 0.5 * statistics.logits - 0.2 * statistics.base_logits
@@ -152,7 +153,7 @@ def test_variants_of_the_objective_change_what_they_say(policy, batch):
     found = losses.qadapter(statistics, mask, config, value_at="current", penalty="advantage", margin=0.4)
     torch.testing.assert_close(found, expected)
     residual = losses.qadapter(statistics, mask, config, penalty="residual")
-    plain = losses.qadapter(statistics, mask, QAdapterConfig(alpha_tilde=0.5, alpha_0=0.2, beta=0.0))
+    plain = losses.qadapter(statistics, mask, replace(config, beta=0.0))
     q_squares = ((q * mask) ** 2).sum(-1).chunk(2)
     torch.testing.assert_close(residual - plain, 3 * (q_squares[0] + q_squares[1]) / (counts[0] + counts[1]))
 
@@ -197,7 +198,7 @@ def test_the_kl_penalty_and_its_gradient_are_those_of_full_logits(base, policy, 
 
 @pytest.mark.parametrize("alpha", [0.1, 3.0])
 def test_length_normalised_dpo_is_the_package_objective_without_a_penalty(policy, batch, alpha):
-    config = QAdapterConfig(alpha_tilde=alpha, alpha_0=alpha, beta=0.0, length_normalised=True)
+    config = QAdapterConfig.preset("undiscounted", alpha_tilde=alpha, alpha_0=alpha, beta=0.0, length_normalised=True)
     policy.configs["default"] = config
     statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
     found = losses.dpo(statistics, mask, alpha, length_normalised=True)
@@ -215,7 +216,7 @@ def test_label_smoothing_of_dpo_mixes_both_labels():
 
 
 def test_returns_over_the_pair_s_mean_length_weigh_the_tokens_of_both_answers_alike(policy, batch):
-    config = QAdapterConfig(alpha_tilde=1.0, alpha_0=1.0, beta=0.0)
+    config = QAdapterConfig.preset("undiscounted", alpha_tilde=1.0, alpha_0=1.0, beta=0.0)
     policy.configs["default"] = config
     statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
     chosen, rejected = ((statistics.logps - statistics.base_logps) * mask).sum(-1).chunk(2)
@@ -248,7 +249,7 @@ def test_the_chosen_answers_nll_is_added_a_token(base, policy, batch):
 
 @pytest.mark.parametrize("alpha", [0.1, 2.0])
 def test_discounted_returns_are_those_of_the_token_mdp(policy, batch, alpha):
-    config = QAdapterConfig(alpha_tilde=alpha, alpha_0=alpha, gamma=0.9, beta=0.0)
+    config = QAdapterConfig(alpha_tilde=alpha, alpha_0=alpha, gamma=0.9, beta=0.0, discount_floor=0.0)
     statistics, mask = TokenStatistics(*policy(**batch)), objectives.response_mask(batch)
     _, values, rewards, _ = implied(statistics, mask, config)
     returns = []

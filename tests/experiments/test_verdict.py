@@ -12,7 +12,6 @@ from benchmarks.experiments.summary import Variant, method_areas, seed_mean, var
 from benchmarks.experiments.tables import ablation_table, is_usual
 from benchmarks.experiments.verdict import measured_gains, pooled_default_lines, verdict_lines, word
 from qadapter import QAdapterConfig
-from qadapter.config import ADDED_LATER
 
 PAIRS = 12
 # The mean height of √KL over √(KL / 0.25), where straight lines in KL join the points below.
@@ -241,20 +240,30 @@ def test_results_from_before_a_setting_came_are_the_default_s_still():
     own = [result("qadapter", 0, height, {"beta": beta}) for beta, height in ((10.0, 1), (1.0, 2))]
     own[1]["policy"] = QAdapterConfig(beta=1.0).to_dict()
     for cell in own:
-        for name in ADDED_LATER:
-            del cell["policy"][name]
+        del cell["policy"]["penalty"]
     page = text([*own, result("dpo", 0, 1.0)])
     assert "best of 1 other variants is beta = 1;" in page
+
+
+def test_without_a_discount_it_is_not_the_default():
+    own = [result("qadapter", 0, height, {"beta": beta}) for beta, height in ((10.0, 1), (1.0, 2))]
+    for cell, beta in zip(own, (10.0, 1.0), strict=True):
+        cell["policy"] = QAdapterConfig.preset("undiscounted", beta=beta).to_dict()
+    page = text([*own, result("dpo", 0, 1.0)])
+    assert "**The default** is" not in page
 
 
 def test_variants_are_compared_with_the_default_in_the_mean_over_domains():
     def domain(height, seeds=(0, 1)):
         default = [result("qadapter", seed, 1.0) for seed in seeds]
-        return variants([*default, *(result("qadapter", seed, height, {"gamma": 0.95}) for seed in seeds)], TRAINING)
+        others = [result("qadapter", seed, height, {"gamma": 0.9}) for seed in seeds]
+        for other in others:
+            other["policy"] = QAdapterConfig(gamma=0.9).to_dict()
+        return variants([*default, *others], TRAINING)
 
     settings = {("s", "dsp-a"): domain(1.2), ("s", "dsp-b"): domain(1.4), ("s", "polite"): domain(0.1)}
-    (row,) = [line for line in pooled_default_lines(settings) if "gamma = 0.95" in line]
-    assert row.startswith(f"| s | 2 | gamma = 0.95 | 2 | {0.3 * AREA * 1.005:.3f} [")
+    (row,) = [line for line in pooled_default_lines(settings) if "gamma = 0.9" in line]
+    assert row.startswith(f"| s | 2 | gamma = 0.9 | 2 | {0.3 * AREA * 1.005:.3f} [")
     assert row.count("| better |") == 2
     one = {("s", "dsp-a"): domain(1.2), ("s", "polite"): domain(0.1)}
     assert not list(pooled_default_lines(one))
@@ -271,7 +280,7 @@ def test_without_a_rival_there_is_no_verdict():
     assert text([result("qadapter", 0, 1.0)]) == ""
 
 
-def test_an_ablation_is_compared_with_the_default():
+def test_an_ablation_is_compared_with_what_it_changes():
     rows = [result("qadapter", 0, 1.0), result("qadapter", 0, 1.5, {"gamma": 0.9}), result("authors", 0, 0.5)]
     lines = list(ablation_table(["gamma", "parametrisation"], variants(rows, TRAINING), TRAINING, Draws()))
     (gamma,) = [line for line in lines if "gamma = 0.9" in line]

@@ -22,7 +22,7 @@ PAIRS = [
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "phi"])
 def test_residual_loss_and_gradients_equal_those_of_trl(architecture, tmp_path):
     base = tiny_base(architecture, dtype=torch.float64)
-    config = QAdapterConfig(alpha_tilde=KAPPA, alpha_0=KAPPA, beta=0.0)
+    config = QAdapterConfig.preset("undiscounted", alpha_tilde=KAPPA, alpha_0=KAPPA, beta=0.0)
     policy = tiny_policy(base, config)
     # TRL takes the adapter as it comes for the reference: an untrained one is the base. Then it gets the policy's.
     trainer = trl.DPOTrainer(
