@@ -16,6 +16,7 @@ from foreign_folders import (
     LLAMA_FACTORY_FILES,
     LLAMA_FACTORY_TEMPLATE,
     PEFT_0_6,
+    PEFT_0_15,
     save_tokenizer,
     save_with_base,
     write_lora,
@@ -74,6 +75,20 @@ def test_a_foreign_folder_is_peft_s_model_at_strength_1_and_the_base_at_0(foreig
     wrapped, original = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "wrapped", foreign))
     assert wrapped.chat_template == original.chat_template is not None
     assert wrapped("Question 3?</s>").input_ids == original("Question 3?</s>").input_ids
+
+
+def test_the_returns_of_a_wrapped_lora_are_dpo_s_implied_reward(base, tmp_path):
+    write_lora(tmp_path / "foreign", base, PEFT_0_15 | {"target_modules": ["q_proj"]})
+    policy, _ = wrap(tmp_path / "foreign", base)
+    mask = torch.zeros_like(IDS)
+    mask[:, 3:] = 1
+    logps, base_logps = (
+        policy(input_ids=IDS, strength=strength).logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None]).squeeze(-1)
+        for strength in (1.0, 0.0)
+    )
+    alpha = policy.configs["default"].alpha_tilde
+    expected = alpha * ((logps - base_logps) * mask[:, 1:]).sum(-1)
+    torch.testing.assert_close(policy.score(IDS, torch.ones_like(IDS), mask).returns, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrapped_folder_is_mixed_with_a_trained_one(base, adapter, tmp_path):

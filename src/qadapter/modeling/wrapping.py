@@ -65,7 +65,9 @@ def wrap(
             base = load_base(source, **model_kwargs)
         _require_frozen(base, base_weights, folder)
         _warn_of_unknown_tokens(base, tokenizer, folder)
-        model = QAdapterForCausalLM(base, {DEFAULT_ADAPTER: QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
+        # What other trainers optimise discounts nothing: DPO's implied reward is the plain sum.
+        config = QAdapterConfig.preset("undiscounted")
+        model = QAdapterForCausalLM(base, {DEFAULT_ADAPTER: config}, {DEFAULT_ADAPTER: peft_config})
         load_tensors(model, DEFAULT_ADAPTER, tensors, folder)
     model.base_source = source
     return model.eval(), tokenizer
