@@ -225,5 +225,6 @@ def test_stored_samples_can_be_judged_later(tmp_path):
 def test_the_kl_penalty_of_the_suites_is_the_preset():
     alpha = KL_PENALTY["alpha"]
     expected = {"alpha_tilde": alpha, "alpha_0": alpha, "penalty": "kl", "length_normalised": True, "beta": 1.0}
+    expected |= {"gamma": 1.0, "discount_floor": 0.0}
     assert PRESETS["kl"] == expected
     assert {name: KL_PENALTY[name] for name in KL_PENALTY if name != "alpha"}.items() <= expected.items()

@@ -80,6 +80,28 @@ def test_training_moves_the_adapter_and_no_quantised_weight(base, bits, tmp_path
     assert torch.equal(layer(policy).weight, before)
 
 
+def test_gradients_are_the_same_after_an_evaluation(base):
+    """bitsandbytes repacks weights on some CPUs as they are first used in evaluation, for a kernel without backward."""
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantising(4))
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    for module in layers:
+        module.support_avx512bf16_for_cpu = True  # as on such a CPU
+    policy = QAdapterForCausalLM.from_base(model, QAdapterConfig(), lora())
+    assert layers
+    assert not any(module.support_avx512bf16_for_cpu for module in layers)
+    train_randomly(policy, scale=0.05)
+
+    def gradients():
+        policy.zero_grad()
+        policy.train()(IDS).logits.square().mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in policy.adapter_parameters().items()}
+
+    before = gradients()
+    logits(policy.eval())
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, before[name], msg=name)
+
+
 def test_in_4_bits_strength_0_is_the_quantised_base_and_between_lie_the_mixes(base):
     policy = quantised_policy(base)
     zero, half, one = (logits(policy, strength) for strength in (0.0, 0.5, 1.0))

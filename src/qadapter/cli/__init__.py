@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import io
+import logging
 import os
 import re
 import sys
@@ -102,6 +103,8 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}. Commands: {', '.join(COMMANDS)}.")
+    # PEFT imports bitsandbytes, which warns on CPUs with bfloat16 instructions of a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     command = import_module(f"qadapter.cli.{name}")
     return command.run(arguments[1:])
 

@@ -34,7 +34,7 @@ from qadapter.modeling.mixing import (
     refuse_changing,
 )
 from qadapter.modeling.passes import TrainingPasses
-from qadapter.modeling.quantised import check_trainable_files
+from qadapter.modeling.quantised import check_trainable_files, keep_layout
 from qadapter.modeling.stacked import StackedPasses, shape_of
 from qadapter.modeling.streams import (
     StreamPlan,
@@ -85,6 +85,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         super().__init__(base.config)
         base.requires_grad_(False)
         disable_dropout(base)
+        keep_layout(base)
         self.head = Head.of(base)
         self.head.check(base)
         self.configs = dict(configs)

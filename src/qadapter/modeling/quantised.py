@@ -58,6 +58,17 @@ def check_trainable(base: PreTrainedModel, name: str) -> None:
         _refuse(name, _method(quantiser.quantization_config))
 
 
+def keep_layout(base: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking the base's 4-bit weights at their first pass in evaluation.
+
+    It does so on CPUs with bfloat16 instructions, for a kernel that has no backward: from then on no gradient would come
+    through those layers (0.50.2).
+    """
+    for module in base.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def quantisation_of(base: PreTrainedModel) -> dict[str, Any] | None:
     """The SETTINGS with which bitsandbytes quantised a base as it was loaded.
 
