@@ -61,7 +61,7 @@ def check_trainable(base: PreTrainedModel, name: str) -> None:
 def keep_layout(base: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking the base's 4-bit weights at their first pass in evaluation.
 
-    It does so on CPUs with bfloat16 instructions, for a kernel that has no backward: from then on no gradient would come
+    It does so on CPUs with bfloat16 instructions, for a kernel that has no backward: from then on no gradient comes
     through those layers (0.50.2).
     """
     for module in base.modules():
