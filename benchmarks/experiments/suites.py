@@ -144,7 +144,7 @@ def kl_small() -> Suite:
         ],
     }
     purpose = (
-        "The KL from the base as the penalty, on returns a token, beside the default and DPO; and the base's own "
+        "The KL from the base as the penalty, on returns a token, beside that on rewards and DPO; and the base's own "
         "answers in place of the rejected ones; for a CPU."
     )
     return Suite(settings, knobs, (0, 1), purpose, first=("qadapter", "dpo"))
@@ -187,7 +187,7 @@ def epochs_small() -> Suite:
         "sft-kl": [{"weight": 1.0}],
         "sft": [{}],
     }
-    purpose = "Three epochs of short pairs: the KL from the base as the penalty, the default and DPO; for a CPU."
+    purpose = "Three epochs of short pairs: the KL from the base as the penalty, that on rewards, and DPO; for a CPU."
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
 
 
@@ -230,7 +230,7 @@ def discount_small() -> Suite:
         "sft": [once],
         "ipo": [{"beta": 0.3, **once}],
     }
-    purpose = "Discounted returns, with which the first tokens of an answer count most, beside the default and DPO."
+    purpose = "Discounted returns, with which the first tokens of an answer count most, beside γ = 1 and DPO."
     return Suite((*settings, harmless), knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
 
 
@@ -277,7 +277,7 @@ def short_setting(name: str) -> Setting:
 
 
 def noise_small() -> Suite:
-    """The default and DPO on a preference that shows in every answer, with ever more of the pairs swapped."""
+    """`undiscounted` and DPO on a preference that shows in every answer, with ever more of the pairs swapped."""
     polite = short_setting("polite")
     noisy = (
         replace(polite, name=f"polite-noise-{noise:g}", training=replace(polite.training, label_noise=noise))
@@ -304,12 +304,12 @@ def longer_small() -> Suite:
         "qadapter": [{"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25}, {"beta": 10.0}],
         "dpo": [{"beta": 0.1, "training.epochs": 1.0}],
     }
-    purpose = "The discount with a floor on answers twice as long as in discount-small, beside the default and DPO."
+    purpose = "The discount with a floor on answers over twice as long as in discount-small, beside γ = 1 and DPO."
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
 
 
 def other_base_small() -> Suite:
-    """The default and DPO on whatever base `--base` names, small enough for a CPU and a large vocabulary."""
+    """`undiscounted` and DPO on whatever base `--base` names, small enough for a CPU and a large vocabulary."""
     settings = tuple(map(short_setting, ("polite", "dsp-entertainment")))
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [{"beta": 10.0}, {"beta": 3.0}],
