@@ -355,8 +355,9 @@ def test_texts_cannot_leave_the_page(audited):
     assert "<img" not in page(audit)
 
 
-def test_a_plain_lora_folder_is_wrapped_in_memory(adapter, base, tmp_path):
+def test_a_plain_lora_folder_is_wrapped_in_memory(base, tmp_path):
     lora = tmp_path / "lora"
+    adapter = write_adapter(tmp_path / "own", base, config=QAdapterConfig.preset("undiscounted"))
     shutil.copytree(adapter / "adapters" / "default", lora)
     subject = open_subject(str(lora), str(base), dtype=next(open_policy(base).parameters()).dtype, device="cpu")
     ours = open_subject(str(adapter), None, subject.model.dtype, "cpu")

@@ -90,7 +90,8 @@ def test_compare_joins_adapters_and_plain_loras(run, adapter, untouched, base, t
     assert "answered by all" in (tmp_path / "out" / "compare.html").read_text()
 
 
-def test_a_wrapped_lora_is_audited_to_the_end_as_the_adapter_it_was_is(run, own, base, tokenizer, tmp_path):
+def test_a_wrapped_lora_is_audited_to_the_end_as_the_adapter_it_was_is(run, base, tokenizer, tmp_path):
+    own = write_adapter(tmp_path / "own", base, config=QAdapterConfig.preset("undiscounted"))
     policy, _ = wrap(own / "adapters" / "default", base, tokenizer)
     policy.save_pretrained(tmp_path / "wrapped", tokenizer=tokenizer)
     audits = []
