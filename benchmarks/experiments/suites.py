@@ -302,7 +302,7 @@ def longer_small() -> Suite:
     )  # fmt: skip
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [{"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25}, {"beta": 10.0}],
-        "dpo": [{"beta": 0.1, "training.epochs": 1.0}],
+        "dpo": [{"beta": 0.1, "training.epochs": 1.0}, {"beta": 0.1}, {"beta": 0.3, "training.epochs": 1.0}],
     }
     purpose = "The discount with a floor on answers over twice as long as in discount-small, beside γ = 1 and DPO."
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
