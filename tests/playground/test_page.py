@@ -38,7 +38,7 @@ def wait_until(condition, seconds=30):
 
 
 ENTER, TAB, ESCAPE, CONTROL = "\ue007", "\ue004", "\ue00c", "\ue009"
-END, HOME, LEFT, RIGHT = "\ue010", "\ue011", "\ue012", "\ue014"
+END, HOME, LEFT, UP, RIGHT, DOWN = "\ue010", "\ue011", "\ue012", "\ue013", "\ue014", "\ue015"
 
 
 def browser_actions(browser):
@@ -346,9 +346,9 @@ def test_the_strength_is_of_weights_where_they_can_be_interpolated(address, plai
     page.find("strength").send_keys(RIGHT * 10)
     page.send("what is it")
     by_logits, select = page.text("policy-answer"), page.find("interpolation")
-    select.send_keys("w")
+    select.send_keys(DOWN)  # letters typed within a second would be one word
     page.wait(lambda: page.text("policy-answer") not in ("", by_logits))
     assert not page.find("decay").is_enabled()
-    select.send_keys("l")
+    select.send_keys(UP)
     page.wait(lambda: page.text("policy-answer") == by_logits)
     assert page.find("decay").is_enabled()
