@@ -289,7 +289,7 @@ def noise_small() -> Suite:
 
 
 def longer_small() -> Suite:
-    """Answers over twice as long as in `discount_small`, and as much more of them judged: does it lead there, too?"""
+    """Answers over twice as long as in `discount_small`, and as much more of them judged: does the floor hold?"""
     settings = tuple(
         replace(
             setting, max_length=320, train_pairs=96, eval_pairs=80,

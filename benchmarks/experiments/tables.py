@@ -124,8 +124,8 @@ def ablation_table(
                 cells.append("–" if value is None else bracketed(value))
             lines.append("| " + " | ".join(cells) + " |")
     if lines:
-        yield "Ablations of the preset `undiscounted`: areas against KL along the dial, less its own beside them.\n"
-        columns = "".join(f" area: {gain} | − its own |" for gain in gains)
+        yield "Ablations of the preset `undiscounted`: areas against KL along the dial, and the distance to its.\n"
+        columns = "".join(f" area: {gain} | − its |" for gain in gains)
         yield f"| ablation | method | variant | seeds |{columns}"
         yield "|---" * (4 + 2 * len(gains)) + "|"
         yield from lines

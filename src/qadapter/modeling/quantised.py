@@ -65,8 +65,8 @@ def keep_layout(base: PreTrainedModel) -> None:
     through those layers (0.50.2).
     """
     for module in base.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def quantisation_of(base: PreTrainedModel) -> dict[str, Any] | None:
