@@ -82,6 +82,7 @@ def _train(
         context.seed,
         context.work,
         packed,
+        context.tokenizer if policy.configs[policy.adapters[0]].retention else None,
     )
     return Trained(policy, figures)
 
@@ -111,9 +112,12 @@ def authors(context: Context, **options: Any) -> Trained:
     return _train(context, objectives.authors, QAdapterConfig.preset("authors", **options))
 
 
-def of_loss(loss: Callable[..., Any], context: Context, rejected: str = "given", **options: Any) -> Trained:
-    """A method whose loss needs the statistics of both answers only; `rejected` as for `qadapter`."""
-    return _train(context, objectives.of_statistics(loss, **options), rejected=rejected, packed=True)
+def of_loss(
+    loss: Callable[..., Any], context: Context, rejected: str = "given", retention: float = 0.0, **options: Any
+) -> Trained:
+    """A method whose loss needs the statistics of both answers only; `rejected` and `retention` as for `qadapter`."""
+    config, objective = QAdapterConfig(retention=retention), objectives.of_statistics(loss, **options)
+    return _train(context, objective, config, rejected=rejected, packed=True)
 
 
 def sft(context: Context) -> Trained:

@@ -1,16 +1,19 @@
 """From a batch to losses: which rows a method runs, which tokens it scores, and what it needs besides."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.experiments import losses
+from qadapter.data.retained import RETAINED
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.objective import with_retention
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 # (wrapped model, model, batch) -> loss of each pair (P,); the forward goes through the wrapped one.
 Objective = Callable[[torch.nn.Module, QAdapterForCausalLM, Batch], Tensor]
 
@@ -19,7 +22,9 @@ def of_statistics(loss: Callable[..., Tensor], **options: object) -> Objective:
     """The objective of a loss on the statistics of both answers."""
 
     def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
-        return loss(TokenStatistics(*wrapped(**batch)), response_mask(batch), **options)
+        statistics, mask, retained = run(wrapped, batch)
+        weight = model.configs[model.adapters[0]].retention
+        return with_retention(loss(statistics, mask, **options), statistics, mask, weight, retained)
 
     return objective
 
@@ -29,9 +34,17 @@ def of_settings(loss: Callable[..., Tensor], **options: object) -> Objective:
 
     def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
         config = model.configs[model.adapters[0]]
-        return loss(TokenStatistics(*wrapped(**batch)), response_mask(batch), config, **options)
+        statistics, mask, retained = run(wrapped, batch)
+        return with_retention(loss(statistics, mask, config, **options), statistics, mask, config.retention, retained)
 
     return objective
+
+
+def run(wrapped: torch.nn.Module, batch: Batch) -> tuple[TokenStatistics, Tensor, list[bool] | None]:
+    """Statistics and mask of a batch's response tokens, and which of its rows are texts for the retention."""
+    batch = dict(batch)
+    retained = batch.pop(RETAINED, None)
+    return TokenStatistics(*wrapped(**batch)), response_mask(batch), retained
 
 
 def authors(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:

@@ -210,6 +210,7 @@ def discount_small() -> Suite:
         training=replace(CPU_TRAINING, packed=True),
     )  # one epoch, also of the tuning to helpfulness before
     once = {"training.epochs": 1.0}  # more do DPO no good (epochs-small)
+    floor = {"gamma": 0.95, "discount_floor": 0.25}
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [
             {"beta": 10.0, "gamma": 0.9},
@@ -219,18 +220,25 @@ def discount_small() -> Suite:
             {"beta": 10.0, "gamma": 0.98},
             {"beta": 10.0, "gamma": 0.8},
             {"beta": 30.0, "gamma": 0.9},
+            {**floor, "beta": 10.0, "retention": 1.0, **once},
+            {**floor, "beta": 10.0, **once},
+            {**floor, "beta": 1.0, "retention": 1.0, **once},
         ],
         "dpo": [
             {"beta": 0.1, **once},
             {"beta": 0.1, "discount": 0.9, **once},
             {"beta": 0.3, **once},
             {"beta": 0.1, "discount": 0.9},
+            {"beta": 0.1, "retention": 1.0, **once},
         ],
         "sft-kl": [{"weight": 1.0}],
         "sft": [once],
         "ipo": [{"beta": 0.3, **once}],
     }
-    purpose = "Discounted returns, with which the first tokens of an answer count most, beside γ = 1 and DPO."
+    purpose = (
+        "Discounted returns, with which the first tokens of an answer count most, and retention on texts that the base "
+        "writes, beside γ = 1 and DPO."
+    )
     return Suite((*settings, harmless), knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
 
 

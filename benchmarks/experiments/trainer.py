@@ -69,10 +69,12 @@ def train_pairs(
     seed: int,
     folder: Path,
     packed: bool = False,
+    tokenizer: Any = None,
 ) -> dict[str, float]:
     """Train the policy's adapter on tokenised pairs; steps, the last loss, and seconds.
 
     Args:
+        tokenizer: needed where the policy's settings have a retention.
         packed: the objective runs both answers of each pair as they are, so they may come as `Training.packed` says.
     """
     start = time.perf_counter()
@@ -81,6 +83,7 @@ def train_pairs(
         args=training_arguments(training, seed, folder, packed and training.packed),
         train_dataset=pairs,
         objective=objective,
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     result = trainer.train()

@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # Settings that came after the first adapter folders, with the value that those were trained with.
-ADDED_LATER: dict[str, Any] = {"penalty": "reward", "discount_floor": 0.0}
+ADDED_LATER: dict[str, Any] = {"penalty": "reward", "discount_floor": 0.0, "retention": 0.0}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class QAdapterConfig:
         length_normalised: divide a response's sum of rewards by its own length.
         label_smoothing: assumed share of mislabelled pairs, 0 ≤ ε < 0.5.
         discount_floor: with γ < 1, what a token weighs at least in its answer's return, however late, 0 ≤ f ≤ 1.
+        retention: weight ρ ≥ 0 of the KL from the base on texts that no pair speaks of (`qadapter.retention`); 0 trains
+            on pairs alone.
 
     Raises:
         ConfigError: a value outside its range.
@@ -69,6 +71,7 @@ class QAdapterConfig:
     length_normalised: bool = False
     label_smoothing: float = 0.0
     discount_floor: float = 0.25
+    retention: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -87,6 +90,7 @@ class QAdapterConfig:
             (self.penalty in ("reward", "kl"), "penalty", 'must be "reward" or "kl"'),
             (0 <= self.label_smoothing < 0.5, "label_smoothing", "must lie in [0, 0.5)"),
             (0 <= self.discount_floor <= 1, "discount_floor", "must lie in [0, 1]"),
+            (self.retention >= 0, "retention", "must be 0 or above"),
             (isinstance(self.length_normalised, bool), "length_normalised", "must be true or false"),
         ]
         for holds, name, rule in rules:
@@ -129,6 +133,11 @@ class QAdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return dataclasses.asdict(self)
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss has a KL from the base, which then needs a gradient."""
+        return self.penalty == "kl" or self.retention > 0
 
     @property
     def single_stream(self) -> bool:

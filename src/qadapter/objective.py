@@ -1,5 +1,6 @@
 """From the fused statistics of a batch to rewards and losses, under an adapter's settings."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,14 +31,21 @@ def implied(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -
     return ImpliedRewards(q * mask, values * mask, rewards, returns)
 
 
-def pair_losses(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each pair (P,), and detached quantities for the metrics: per row (B,), pair (P,) or token (B, T)."""
+def pair_losses(
+    statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig, retained: Sequence[bool] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each pair (P,), and detached quantities for the metrics: per row (B,), pair (P,) or token (B, T).
+
+    Args:
+        retained: which of the pairs are texts, see `with_retention`.
+    """
     _, values, rewards, returns = implied(statistics, mask, config)
     if config.penalty == "kl":
         penalty = functional.pair_means(statistics.kl, mask)
     else:
         penalty = functional.reward_penalty(rewards, mask)
     losses = functional.preference_loss(returns, penalty, config.beta, config.label_smoothing)
+    losses = with_retention(losses, statistics, mask, config.retention, retained)
     with torch.no_grad():
         quantities = {
             "losses": losses.detach(),
@@ -49,3 +57,17 @@ def pair_losses(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfi
             "entropy": statistics.entropy,
         }
     return losses, quantities
+
+
+def with_retention(
+    losses: Tensor, statistics: TokenStatistics, mask: Tensor, weight: float, retained: Sequence[bool] | None
+) -> Tensor:
+    """The losses (P,), but of texts `weight` times the mean of KL(π̃ ‖ π_b) over their tokens: no pair speaks of them.
+
+    Args:
+        retained: which of the pairs are texts (`qadapter.data.retained`); None: none is.
+    """
+    if retained is None:
+        return losses
+    drift = functional.pair_means(statistics.kl, mask)
+    return torch.where(torch.tensor(retained, device=losses.device), weight * drift, losses)

@@ -15,7 +15,9 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
+from qadapter.config import QAdapterConfig
 from qadapter.data.base_limits import require_fit
+from qadapter.data.retained import RETAINED
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
@@ -25,6 +27,7 @@ from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
+from qadapter.retention import OWN_TEXTS, read_texts, with_retained_texts
 from qadapter.run_folder import nothing_left_of_refusals
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
@@ -90,6 +93,7 @@ class QAdapterTrainer(Trainer):
             raise DataError(f"train_dataset has the splits {splits}: give one of them, as dataset['train'].")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args, model.config)
+        self._retained_texts = self._texts_to_read(model, args, tokenizer)
         if tokenizer is not None:
             model.remember_tokenizer(tokenizer)
         with nothing_left_of_refusals(Path(str(args.output_dir))):
@@ -100,6 +104,23 @@ class QAdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
+
+    @staticmethod
+    def _texts_to_read(
+        model: QAdapterForCausalLM, args: QAdapterTrainingArguments, tokenizer: Any
+    ) -> list[list[int]] | None:
+        """The texts of `retention` from the file that the arguments name, None if there is none."""
+        given = args.retention_texts != OWN_TEXTS
+        if not model.configs[model.adapters[0]].retention:
+            if given:
+                raise ConfigError(
+                    f"retention_texts = {args.retention_texts!r}, but retention = 0, so they would not be used: set it "
+                    "(QAdapterConfig, --retention), 1 to begin with."
+                )
+            return None
+        if tokenizer is None:
+            raise ConfigError("retention needs processing_class, the base model's tokenizer, for its texts.")
+        return read_texts(args.retention_texts, tokenizer) if given else None
 
     def _check_trainable(self) -> None:
         """Refuse a model without weights to train, and pairs of which no batch is made: no step would be done."""
@@ -120,9 +141,11 @@ class QAdapterTrainer(Trainer):
         """As the Trainer's; with `cache_base_states`, the base's states are computed first, by each process a share.
 
         Raises:
-            ConfigError: there is nothing to train, no batch to train on, or no folder that all processes see.
+            ConfigError: there is nothing to train, no batch to train on, no folder that all processes see, or no way to
+                write the texts that `retention` needs.
         """
         self._check_trainable()
+        self._add_retained_texts()
         where = self.args.cache_base_states
         if where and not isinstance(self.train_dataset, PairsWithStates):
             if where == IN_MEMORY and self.args.world_size > 1:
@@ -136,6 +159,23 @@ class QAdapterTrainer(Trainer):
             )  # fmt: skip
             self.accelerator.wait_for_everyone()
         return super().get_train_dataloader()
+
+    @property
+    def _settings(self) -> QAdapterConfig:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.configs[model.adapters[0]]
+
+    def _add_retained_texts(self) -> None:
+        """Put the texts of `retention` among the pairs, once."""
+        pairs = self.train_dataset
+        if not self._settings.retention or RETAINED in (getattr(pairs, "column_names", None) or ()):
+            return
+        if self._retained_texts is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError("a sharded base cannot write texts before training: give retention_texts a file.")
+        self.train_dataset = with_retained_texts(
+            pairs, self._retained_texts, self.model, self.processing_class, self.args.seed,
+            show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+        )  # fmt: skip
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's; pairs that are given only now may be text, too."""
@@ -195,12 +235,17 @@ class QAdapterTrainer(Trainer):
         micro-batches, adds up to the mean of that step.
         """
         share, places = inputs.pop("share", 1.0), inputs.pop("places", None)
+        retained = inputs.pop(RETAINED, None)
         statistics = TokenStatistics(*model(**inputs))
         mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
-        config = self.accelerator.unwrap_model(self.model).configs[self.model.adapters[0]]
-        losses, quantities = pair_losses(statistics, mask, config)
-        counted = None if model.training else self._read_first(places or range(len(losses)))
-        self._metrics["train" if model.training else "eval"].add(quantities, mask, counted)
+        config = self._settings
+        losses, quantities = pair_losses(statistics, mask, config, retained)
+        if model.training:
+            # Every process adds the same metrics, also where none of its rows is a text.
+            texts = (retained or [False] * len(losses)) if config.retention else None
+            self._metrics["train"].add(quantities, mask, retained=texts)
+        else:
+            self._metrics["eval"].add(quantities, mask, self._read_first(places or range(len(losses))))
         if num_items_in_batch is None:
             loss = losses.mean() * share
         else:

@@ -37,6 +37,8 @@ class QAdapterTrainingArguments(TrainingArguments):
             second epoch on the base does not run (`qadapter.base_states`); None does not.
         micro_batch_tokens: split a batch into parts of at most so many tokens, pairs of similar length together, run
             one after the other; the loss is the same. None runs a batch at once.
+        retention_texts: where `retention` (QAdapterConfig) is above 0: "own", texts that the base writes, or a file of
+            texts, paragraphs or JSONL with `text` (`qadapter.retention`).
     """
 
     torch_compile: bool = field(default=False, metadata={"help": "Compile each decoder layer, and the head."})
@@ -58,6 +60,10 @@ class QAdapterTrainingArguments(TrainingArguments):
     )
     micro_batch_tokens: int | None = field(
         default=None, metadata={"help": "Run a batch in parts of at most so many tokens, sorted by length."}
+    )
+
+    retention_texts: str = field(
+        default="own", metadata={"help": "Texts for --retention: own (the base writes them), or a file of texts."}
     )
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "entropy", "qadapter/penalty", "qadapter/kl", "qadapter/value",
 )  # fmt: skip
+# With retention, of texts between two log entries; an evaluation has none.
+RETAINED_KL = "qadapter/retained_kl"
 # Those of which less is better.
 SMALLER_IS_BETTER = ("loss", "rewards/rejected", "logps/rejected", "qadapter/penalty", "qadapter/kl")
 
@@ -20,14 +22,25 @@ class PairMetrics:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, quantities: dict[str, Tensor], mask: Tensor, counted: list[bool] | None = None) -> None:
+    def add(
+        self,
+        quantities: dict[str, Tensor],
+        mask: Tensor,
+        counted: list[bool] | None = None,
+        retained: list[bool] | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             quantities: those of `objective.pair_losses`, of 2P sequences (chosen first) or a response token each.
             mask: True on response tokens.
             counted: which of the P pairs count; None: all.
+            retained: which are texts, whose mean KL is a metric of its own and which are no pairs; None: no metric.
         """
+        if retained is not None:
+            kl, tokens = (values.view(2, len(retained), -1)[:, retained] for values in (quantities["kl"] * mask, mask))
+            self._add(RETAINED_KL, kl.sum(), tokens.sum())
+            counted = [not is_text for is_text in retained]
         if counted is not None and not all(counted):
             both = len(mask)
             quantities = {
@@ -62,6 +75,6 @@ class PairMetrics:
         if not sums:
             return {}
         pairs = torch.stack([torch.stack([total.double(), weight.double()]) for total, weight in sums.values()])
-        means = summed(pairs)
-        ratios = (means[:, 0] / means[:, 1]).tolist()
-        return dict(zip(sums, ratios, strict=True))
+        totals, weights = summed(pairs).T.tolist()
+        found = zip(sums, totals, weights, strict=True)
+        return {name: total / weight for name, total, weight in found if weight}

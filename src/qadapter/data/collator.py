@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from qadapter.data.retained import retained_of
 from qadapter.errors import ConfigError, DataError
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -16,7 +17,8 @@ class PreferenceCollator:
     """Pads P tokenised pairs to a batch of B = 2P rows: rows [0, P) chosen, [P, 2P) rejected, in one order.
 
     Gives {"input_ids": (B, T) long, "attention_mask": (B, T) long, "completion_mask": (B, T) bool};
-    completion_mask marks the answer's own tokens, its end-of-turn token included.
+    completion_mask marks the answer's own tokens, its end-of-turn token included. Where some of the pairs are texts
+    (`qadapter.data.retained`), "retained" says which.
     """
 
     pad_token_id: int
@@ -31,7 +33,7 @@ class PreferenceCollator:
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; it has to be at least 1, or None")
 
-    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         require_columns(pairs)
         sides = [(pair["prompt_ids"], pair[side]) for side in COLUMNS[1:] for pair in pairs]
         width = self.width(max(len(prompt) + len(answer) for prompt, answer in sides))
@@ -44,7 +46,8 @@ class PreferenceCollator:
             input_ids[row, start : start + length] = torch.tensor([*prompt, *answer])
             attention_mask[row, start : start + length] = 1
             completion_mask[row, start + len(prompt) : start + length] = True
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+        return batch | retained_of(pairs)
 
     def width(self, longest: int) -> int:
         """The longest row, rounded up to a multiple."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qadapter.data.collator import require_columns
+from qadapter.data.retained import retained_of
 
 SIDES = ("chosen_ids", "rejected_ids")
 
@@ -66,6 +67,7 @@ class PackedCollator:
     the longest response C, gives the fields of `PackedSequences` and
         state_indices, target_ids: (N,) long, each response token and where in the row the state before it stands.
         completion_mask: (2P, C) bool, which of the columns each response has.
+        retained: which of the P are texts (`qadapter.data.retained`); only where some are.
     """
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -78,4 +80,5 @@ class PackedCollator:
             "state_indices": torch.cat([s[len(p) - 1 : -1] for s, (p, _) in zip(places, sides, strict=True)]),
             "target_ids": torch.tensor([token for _, answer in sides for token in answer], dtype=torch.long),
             "completion_mask": torch.arange(int(lengths.max())) < lengths.unsqueeze(-1),
+            **retained_of(pairs),
         }

@@ -160,7 +160,7 @@ class TrainingPasses:
             self.trained_coefficients()[adapter],
             targets,
             self.plan,
-            kl_gradient=self.configs[adapter].penalty == "kl",
+            kl_gradient=self.configs[adapter].kl_in_loss,
         )
         return laid_out(flat, mask)
 

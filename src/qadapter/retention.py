@@ -1,0 +1,92 @@
+"""The texts on which a trained policy is to stay with its base: a user's, or what the base itself writes."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from qadapter.data.retained import retained_rows, with_retained_rows
+from qadapter.errors import ConfigError
+from qadapter.evaluation.texts import neutral_texts
+from qadapter.generation import end_tokens
+from qadapter.modeling import QAdapterForCausalLM
+
+OWN_TEXTS = "own"
+TEXT_TOKENS = 128
+# Different texts at most; larger data sees each of them more than once an epoch.
+MOST_TEXTS = 256
+BATCH = 16
+
+
+def read_texts(path: str, tokenizer: Any) -> list[list[int]]:
+    """Token ids of the texts in a file, of no more than `TEXT_TOKENS` each.
+
+    Raises:
+        DataError: unreadable, or no text of two tokens in it.
+    """
+    texts = neutral_texts(tokenizer, Path(path), max_length=TEXT_TOKENS)
+    return [[*text.context, *text.answer] for text in texts]
+
+
+def own_texts(
+    model: QAdapterForCausalLM, tokenizer: Any, count: int, seed: int, show_progress: bool = True
+) -> list[list[int]]:
+    """Token ids of texts that the base samples, each after another ordinary token of the vocabulary.
+
+    So no data is needed beside the model, as in data-free distillation (arXiv 2305.17888). The same seed gives the same
+    texts on the same machine; the state of torch's generators is left as it was.
+
+    Args:
+        count: how many texts.
+        seed: of the first tokens and of the sampling.
+    """
+    first = random.Random(seed).choices(_ordinary_tokens(tokenizer), k=count)
+    ends, training, texts = end_tokens(model, tokenizer), model.training, []
+    progress = tqdm(total=count, unit="text", desc="texts of the base", disable=not show_progress)
+    with progress, torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model.eval()
+        for start in range(0, count, BATCH):
+            ids = torch.tensor(first[start : start + BATCH], device=model.device).unsqueeze(1)
+            written = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), strength=0.0, max_new_tokens=TEXT_TOKENS - 1,
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends, pad_token_id=ends[0],
+            ).tolist()  # fmt: skip
+            texts += [_until_end(text, ends) for text in written]
+            progress.update(len(written))
+        model.train(training)
+    return texts
+
+
+def with_retained_texts(
+    pairs: Any, texts: list[list[int]] | None, model: QAdapterForCausalLM, tokenizer: Any, seed: int, **options: Any
+) -> Dataset:
+    """The tokenised pairs with rows of texts among them.
+
+    Args:
+        texts: None lets the base write them.
+        options: of `own_texts`.
+
+    Raises:
+        ConfigError: a stream, whose length is not known.
+    """
+    if not isinstance(pairs, Dataset):
+        raise ConfigError("retention needs a dataset of known length: leave streaming out.")
+    if texts is None:
+        texts = own_texts(model, tokenizer, min(MOST_TEXTS, retained_rows(len(pairs))), seed, **options)
+    return with_retained_rows(pairs, texts)
+
+
+def _ordinary_tokens(tokenizer: Any) -> list[int]:
+    """The ids of the vocabulary but for special and added ones."""
+    unusual = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(set(tokenizer.get_vocab().values()) - unusual)
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """The ids up to the first of the ends, which belongs to them."""
+    end = next((place for place, token in enumerate(ids[1:], 1) if token in ends), len(ids))
+    return ids[: end + 1]
