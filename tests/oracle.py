@@ -25,6 +25,12 @@ def value(z_theta, z_base, parametrisation, alpha_tilde, alpha_0):
     return alpha_tilde * log_sum_exp(policy_logits(z_theta, z_base, parametrisation, alpha_tilde, alpha_0))
 
 
+def kl(logits, reference):
+    """KL(softmax(logits) ‖ softmax(reference)) of one state."""
+    lse, reference_lse = log_sum_exp(logits), log_sum_exp(reference)
+    return sum(math.exp(x - lse) * (x - lse - y + reference_lse) for x, y in zip(logits, reference, strict=True))
+
+
 def weight(t, gamma, floor):
     """What the reward of the token at t = 0, 1, ... counts."""
     return max(gamma**t, floor)

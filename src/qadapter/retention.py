@@ -13,21 +13,35 @@ from qadapter.errors import ConfigError
 from qadapter.evaluation.texts import neutral_texts
 from qadapter.generation import end_tokens
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.training_arguments import OWN_TEXTS
 
-OWN_TEXTS = "own"
 TEXT_TOKENS = 128
 # Different texts at most; larger data sees each of them more than once an epoch.
 MOST_TEXTS = 256
 BATCH = 16
 
 
-def read_texts(path: str, tokenizer: Any) -> list[list[int]]:
-    """Token ids of the texts in a file, of no more than `TEXT_TOKENS` each.
+def given_texts(weight: float, source: str, tokenizer: Any) -> list[list[int]] | None:
+    """Token ids of the texts in a file, of no more than `TEXT_TOKENS` each; None where the base is to write them.
+
+    Args:
+        weight: of the retention; without one no texts are needed.
+        source: the file, or `OWN_TEXTS`.
 
     Raises:
-        DataError: unreadable, or no text of two tokens in it.
+        ConfigError: a file that would not be used, or no tokenizer.
+        DataError: an unreadable file, or no text of two tokens in it.
     """
-    texts = neutral_texts(tokenizer, Path(path), max_length=TEXT_TOKENS)
+    if not weight and source != OWN_TEXTS:
+        raise ConfigError(
+            f"retention_texts = {source!r}, but retention = 0, so they would not be used: set it (QAdapterConfig, "
+            "--retention), 1 to begin with."
+        )
+    if weight and tokenizer is None:
+        raise ConfigError("retention needs processing_class, the base model's tokenizer, for its texts.")
+    if source == OWN_TEXTS:
+        return None
+    texts = neutral_texts(tokenizer, Path(source), max_length=TEXT_TOKENS)
     return [[*text.context, *text.answer] for text in texts]
 
 

@@ -12,7 +12,7 @@ from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
 from qadapter.modeling.quantised import require_bitsandbytes
-from qadapter.training_arguments import QAdapterTrainingArguments
+from qadapter.training_arguments import OWN_TEXTS, QAdapterTrainingArguments
 from qadapter.training_metrics import METRICS
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
@@ -127,7 +127,7 @@ def _require_rules(settings: Any, *rules: tuple[str, bool, str]) -> None:
             raise ConfigError(f"{name} = {getattr(settings, name)!r}: {rule}.")
 
 
-def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> None:
+def check_settings(data: DataArguments, training: QAdapterTrainingArguments, method: QAdapterConfig) -> None:
     """Refuse settings with which nothing can be trained.
 
     Raises:
@@ -141,6 +141,8 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
         raise ConfigError("eval_fraction cannot split a streamed dataset: give --eval-dataset.")
     if data.streaming and training.cache_base_states:
         raise ConfigError("cache_base_states needs a dataset of known length: leave --streaming out.")
+    if data.streaming and method.retention:
+        raise ConfigError("retention needs a dataset of known length: leave --streaming out.")
     if data.streaming and training.max_steps <= 0:
         raise ConfigError("the length of a streamed dataset is not known: give --max-steps.")
     best = training.metric_for_best_model
@@ -150,6 +152,11 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments) -> 
             "metric_for_best_model",
             best is None or best.removeprefix("eval_") in METRICS,
             f"choose one of {', '.join(METRICS)}",
+        ),
+        (
+            "retention_texts",
+            training.retention_texts == OWN_TEXTS or os.path.isfile(training.retention_texts),
+            f'must be "{OWN_TEXTS}" or a file of texts',
         ),
         ("per_device_train_batch_size", training.per_device_train_batch_size >= 1, "must be at least 1"),
         ("per_device_eval_batch_size", training.per_device_eval_batch_size >= 1, "must be at least 1"),

@@ -27,7 +27,7 @@ from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
-from qadapter.retention import OWN_TEXTS, read_texts, with_retained_texts
+from qadapter.retention import given_texts, with_retained_texts
 from qadapter.run_folder import nothing_left_of_refusals
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
@@ -93,7 +93,8 @@ class QAdapterTrainer(Trainer):
             raise DataError(f"train_dataset has the splits {splits}: give one of them, as dataset['train'].")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args, model.config)
-        self._retained_texts = self._texts_to_read(model, args, tokenizer)
+        weight = model.configs[model.adapters[0]].retention
+        self._retained_texts = given_texts(weight, args.retention_texts, tokenizer)
         if tokenizer is not None:
             model.remember_tokenizer(tokenizer)
         with nothing_left_of_refusals(Path(str(args.output_dir))):
@@ -104,23 +105,6 @@ class QAdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self.add_callback(TrainingLogCallback())
-
-    @staticmethod
-    def _texts_to_read(
-        model: QAdapterForCausalLM, args: QAdapterTrainingArguments, tokenizer: Any
-    ) -> list[list[int]] | None:
-        """The texts of `retention` from the file that the arguments name, None if there is none."""
-        given = args.retention_texts != OWN_TEXTS
-        if not model.configs[model.adapters[0]].retention:
-            if given:
-                raise ConfigError(
-                    f"retention_texts = {args.retention_texts!r}, but retention = 0, so they would not be used: set it "
-                    "(QAdapterConfig, --retention), 1 to begin with."
-                )
-            return None
-        if tokenizer is None:
-            raise ConfigError("retention needs processing_class, the base model's tokenizer, for its texts.")
-        return read_texts(args.retention_texts, tokenizer) if given else None
 
     def _check_trainable(self) -> None:
         """Refuse a model without weights to train, and pairs of which no batch is made: no step would be done."""
@@ -225,7 +209,7 @@ class QAdapterTrainer(Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:

@@ -98,7 +98,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     """
     # What is cheap to check comes first.
     checkpoint = checkpoint_to_resume(run.training, run.overwrite)
-    check_settings(run.data, run.training)
+    check_settings(run.data, run.training, run.method)
     name, options, lora = base_name(run.model), model_options(run.model), run.adapter.to_peft()
     source = resolve_base(name, run.model.revision)
     check_trainable_files(source)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from qadapter.errors import ConfigError
 from qadapter.training_metrics import SMALLER_IS_BETTER
 
+OWN_TEXTS = "own"
 # Arguments of transformers that do not fit pairs or passes: the values that leave them off, and what to do instead.
 UNFIT: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_compile_backend": ((None,), "use torch_compile = true alone; leave it out."),
@@ -63,7 +64,7 @@ class QAdapterTrainingArguments(TrainingArguments):
     )
 
     retention_texts: str = field(
-        default="own", metadata={"help": "Texts for --retention: own (the base writes them), or a file of texts."}
+        default=OWN_TEXTS, metadata={"help": "Texts for --retention: own (the base writes them), or a file of texts."}
     )
 
     def __post_init__(self) -> None:

@@ -64,6 +64,17 @@ def test_a_list_given_in_two_options_is_warned_of(train, pairs):
     assert "warning" not in train("--max-steps", 1, "--overwrite").err
 
 
+def test_the_policy_is_held_to_the_base_on_texts(train, tmp_path):
+    """Those of a file, and those that the base writes."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Text {number} of no preference."}) + "\n" for number in range(3)))
+    for given in ((), ("--retention-texts", texts)):
+        succeeded(train("--retention", 2, "--max-steps", 3, *given, "--overwrite"))
+        assert adapter_settings(tmp_path / "run")["retention"] == 2.0
+        assert any("qadapter/retained_kl" in entry for entry in read_log(tmp_path / "run" / "training_log.jsonl"))
+    assert_refused(train("--retention-texts", texts, "--overwrite"), "retention_texts = .*, but retention = 0")
+
+
 def test_held_out_pairs_are_reported(train):
     assert re.search(r"held out: accuracy [01]\.\d{3}, KL from the base \d", succeeded(train("--eval-fraction", 0.3)))
 

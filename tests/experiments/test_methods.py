@@ -13,6 +13,7 @@ from benchmarks.experiments.runner import Runner
 from benchmarks.experiments.suites import SUITES, make_suite
 from qadapter import QAdapterConfig
 from qadapter.data import PreferenceCollator
+from qadapter.data.retained import with_retained_rows
 from qadapter.errors import ConfigError
 from qadapter.generation import Answer
 
@@ -64,7 +65,7 @@ def test_every_variant_of_every_suite_has_a_loss(context, monkeypatch):
     batch = PreferenceCollator(pad_token_id=0)(list(context.pools.train_ids)[:2])
     policy = context.new_policy()
 
-    def first_losses(policy, pairs, objective, training, seed, work, packed):
+    def first_losses(policy, pairs, objective, *_):
         with torch.no_grad():
             return {"losses": objective(policy, policy, batch)}
 
@@ -80,14 +81,39 @@ def test_every_variant_of_every_suite_has_a_loss(context, monkeypatch):
         assert losses.isfinite().all(), cell.name
 
 
+@pytest.mark.parametrize(("method", "options"), [("qadapter", {"beta": 1.0}), ("dpo", {"beta": 0.1})])
+def test_a_rival_may_hold_to_the_base_on_texts_as_well(context, monkeypatch, method, options):
+    """Of a text's row each method's loss is the same: the weight times its KL."""
+    rows = list(with_retained_rows(context.pools.train_ids.select(range(3)), [[5, 6, 7, 8]]))
+    batch, found = PreferenceCollator(pad_token_id=0)(rows), []
+
+    def losses(policy, pairs, objective, *_):
+        with torch.no_grad():
+            for weights in policy.adapter_parameters().values():
+                weights.fill_(0.05)
+            found.append(objective(policy, policy, batch))
+        return {}
+
+    monkeypatch.setattr(methods, "train_pairs", losses)
+    for weight in (1.0, 3.0):
+        methods.train(method, context, options | {"retention": weight})
+    once, thrice = found
+    assert torch.equal(once[:3], thrice[:3])
+    assert once[3] > 0
+    assert thrice[3] == pytest.approx(3 * once[3])
+
+
 def test_settings_of_the_method_reach_its_config(context, monkeypatch):
     monkeypatch.setattr(methods, "train_pairs", lambda *arguments: {})
-    options = {"beta": 3.0, "gamma": 0.9, "discount_floor": 0.25, "penalty": "kl"}
+    options = {"beta": 3.0, "gamma": 0.9, "discount_floor": 0.25, "penalty": "kl", "retention": 2.0}
     config = methods.train("qadapter", context, dict(options)).policy.configs["default"]
     assert {name: getattr(config, name) for name in options} == options
 
 
-@pytest.mark.parametrize(("method", "options"), [("qadapter", {"preset": "kl"}), ("dpo", {"beta": 0.1})])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("qadapter", {"preset": "kl"}), ("dpo", {"beta": 0.1}), ("dpo", {"beta": 0.1, "retention": 1.0})],
+)
 def test_packed_rows_with_the_base_s_states_kept_train_the_same_adapter(context, method, options):
     trained = []
     for packed in (False, True):
@@ -95,7 +121,7 @@ def test_packed_rows_with_the_base_s_states_kept_train_the_same_adapter(context,
         found = methods.train(method, replace(context, setting=replace(context.setting, training=training)), options)
         trained.append((found.figures, found.policy.adapter_parameters()))
     (padded, slow), (packed_figures, fast) = trained
-    assert packed_figures["steps"] == padded["steps"] == 4
+    assert packed_figures["steps"] == padded["steps"] == (6 if "retention" in options else 4)
     assert packed_figures["last_loss"] == pytest.approx(padded["last_loss"], rel=1e-4)
     start = context.new_policy().adapter_parameters()
     for name, parameter in slow.items():

@@ -1,69 +1,12 @@
 """The trainer's loss and metrics, in training and in evaluation, against the loops of the oracle."""
 
-import math
-
-import oracle
 import pytest
-import torch
 from datasets import Dataset
-from models import plain_peft, tiny_tokenizer, tiny_trainer, token_pairs, two_passes
-from trainer_examples import CONFIG, METRICS
+from models import plain_peft, tiny_tokenizer, tiny_trainer, token_pairs
+from trainer_examples import METRICS, expected_metrics
 
 from qadapter import training_metrics
 from qadapter.data import tokenise_preferences
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def expected_metrics(plain, pairs, config=CONFIG):
-    """Loss and metrics of one batch of pairs, a token at a time in plain Python."""
-    settings = (config.parametrisation, config.alpha_tilde, config.alpha_0)
-    sides = {"chosen": [], "rejected": []}
-    tokens = []
-    for pair in pairs:
-        for side, results in sides.items():
-            prompt, answer = pair["prompt_ids"], pair[f"{side}_ids"]
-            z_theta, z_base = two_passes(plain, input_ids=torch.tensor([prompt + answer]))
-            states = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-            z_theta, z_base = ([z[0, state].tolist() for state in states] for z in (z_theta, z_base))
-            rewards = oracle.rewards(z_theta, z_base, answer, *settings, config.gamma)
-            logps = []
-            for t, b, action in zip(z_theta, z_base, answer, strict=True):
-                policy = oracle.policy_logits(t, b, *settings)
-                policy_lse, base_lse = oracle.log_sum_exp(policy), oracle.log_sum_exp(b)
-                distribution = [
-                    (math.exp(p - policy_lse), p - policy_lse, q - base_lse) for p, q in zip(policy, b, strict=True)
-                ]
-                logps.append(policy[action] - policy_lse)
-                tokens.append(
-                    {
-                        "entropy": -sum(p * logp for p, logp, _ in distribution),
-                        "qadapter/kl": sum(p * (logp - base_logp) for p, logp, base_logp in distribution),
-                        "qadapter/value": oracle.value(t, b, *settings),
-                    }
-                )
-            results.append(((rewards, oracle.value(z_theta[0], z_base[0], *settings)), sum(logps)))
-    chosen, rejected = sides["chosen"], sides["rejected"]
-    returns = [[oracle.discounted_return(*side, config.gamma) for side, _ in results] for results in (chosen, rejected)]
-    margins = [c - r for c, r in zip(*returns, strict=True)]
-    return {
-        "loss": mean(
-            oracle.pair_loss(c, r, config.gamma, config.beta) for (c, _), (r, _) in zip(chosen, rejected, strict=True)
-        ),
-        "rewards/chosen": mean(returns[0]),
-        "rewards/rejected": mean(returns[1]),
-        "rewards/accuracies": mean(float(margin > 0) for margin in margins),
-        "rewards/margins": mean(margins),
-        "logps/chosen": mean(logps for _, logps in chosen),
-        "logps/rejected": mean(logps for _, logps in rejected),
-        "qadapter/penalty": mean(
-            mean(r * r for r in c + j) for ((c, _), _), ((j, _), _) in zip(chosen, rejected, strict=True)
-        ),
-        **{name: mean(token[name] for token in tokens) for name in tokens[0]},
-    }
 
 
 @pytest.mark.parametrize("accumulation", [1, 5])

@@ -11,7 +11,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from two_processes import in_two_processes, run_command, train, train_sharded, train_with_kept_states, trained
+from two_processes import (
+    in_two_processes,
+    run_command,
+    train,
+    train_sharded,
+    train_with_kept_states,
+    trained,
+    trained_retaining,
+)
 
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter.cli import main
@@ -60,6 +68,13 @@ def test_two_processes_share_the_work_of_keeping_the_bases_states(tmp_path):
     options = {"cache_base_states": str(tmp_path / "states")}
     in_two_processes(train_with_kept_states, tmp_path, tmp_path / "two", 2, options)
     trained(tmp_path / "one", 4)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_hold_to_the_base_on_the_same_texts(tmp_path):
+    """Also in a step of which only one of them has a text."""
+    in_two_processes(trained_retaining, tmp_path, tmp_path / "two", 2)
+    trained_retaining(tmp_path / "one", 4)
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 

@@ -3,9 +3,10 @@
 import contextlib
 import multiprocessing
 import os
+from dataclasses import replace
 
 import torch
-from models import APART, tiny_base, tiny_policy, tiny_trainer, token_pairs
+from models import APART, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
 
 from qadapter import QAdapterConfig
 
@@ -54,6 +55,15 @@ def trained(folder, batch_size, new=False, **options):
 
 def train(folder, batch_size, options):
     trained(folder, batch_size, **options)
+
+
+def trained_retaining(folder, batch_size):
+    """As `trained`, with texts of the base."""
+    policy = tiny_policy(tiny_base(num_hidden_layers=3), replace(APART, retention=2.0))
+    sizes = {"per_device_train_batch_size": batch_size, "max_steps": 3}
+    trainer = tiny_trainer(policy, folder, token_pairs(9), processing_class=tiny_tokenizer(), **sizes)
+    trainer.train()
+    trainer.save_model()
 
 
 def train_with_kept_states(folder, batch_size, options):

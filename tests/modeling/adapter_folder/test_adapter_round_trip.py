@@ -125,7 +125,7 @@ def test_two_adapters_are_saved_and_loaded_together(tmp_path):
         load(tmp_path, base_model=tiny_base())
 
 
-@pytest.mark.parametrize(("name", "meant"), [("penalty", "reward"), ("discount_floor", 0.0)])
+@pytest.mark.parametrize(("name", "meant"), [("penalty", "reward"), ("discount_floor", 0.0), ("retention", 0.0)])
 def test_a_folder_from_before_a_setting_means_what_it_was_trained_with(folder, name, meant):
     content = json.loads((folder / MANIFEST_NAME).read_text())
     del content["adapters"]["default"][name]
