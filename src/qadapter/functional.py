@@ -12,6 +12,7 @@ optimum of both. With z_b the base model's logits and z_θ the logits with the a
     return    R = Σ_t w_t r_t − V(s_0), or that over the response's length (`length_normalised`)
     loss      −log σ(R(chosen) − R(rejected)) + β · mean over the pair's response tokens of r_t²,
               or of KL(π̃(·|s_t) ‖ π_b(·|s_t)) instead (`penalty: kl`; not in the paper)
+    retention ρ · mean of KL(π̃ ‖ π_b) over the tokens of a text that no pair speaks of (not in the paper)
 
     residual: Q = α̃ (z_θ − z_b),  policy logits = z_θ + (α₀/α̃ − 1) z_b
     logits:   Q = z_θ,            policy logits = (z_θ + α₀ z_b) / α̃     (the paper's and the authors' form)

@@ -18,7 +18,7 @@ from qadapter.training_arguments import OWN_TEXTS
 TEXT_TOKENS = 128
 # Different texts at most; larger data sees each of them more than once an epoch.
 MOST_TEXTS = 256
-BATCH = 16
+BATCH = 64
 
 
 def given_texts(weight: float, source: str, tokenizer: Any) -> list[list[int]] | None:
