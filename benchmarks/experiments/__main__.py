@@ -8,7 +8,8 @@ from pathlib import Path
 
 from benchmarks.experiments.ablations import ABLATIONS
 from benchmarks.experiments.cells import Cell
-from benchmarks.experiments.suites import SUITES, Suite, make_suite, narrowed
+from benchmarks.experiments.suite import Suite
+from benchmarks.experiments.suites import SUITES, make_suite, narrowed
 from qadapter.errors import ConfigError, QAdapterError
 
 ROOT = Path(__file__).parents[2]
