@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
 from qadapter.config import QAdapterConfig
 from qadapter.data import load_preference_dataset, tokenise_preferences
+from qadapter.data.retained import with_retained_rows
 from qadapter.evaluation.intervals import Interval, wilson
 from qadapter.evaluation.progress import progress_bar
 from qadapter.evaluation.report import REPORT_FILES, QuickstartResult
@@ -24,13 +25,15 @@ from qadapter.evaluation.scoring import drift_summary, pair_summary, score_pairs
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import BUILTIN_MODEL, BaseSource, load_tokenizer, resolve_base
+from qadapter.retention import MOST_TEXTS, own_texts
 from qadapter.run_folder import remove_run
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
+from qadapter.training_batches import tokenised_pairs
 
 # Found on SmolLM2-135M-Instruct and two CPU cores; benchmarks/LOG.md has the runs. A smaller beta than the package's
 # default lets the style show after one short pass; they were found without a discount.
-METHOD = QAdapterConfig.preset("undiscounted", beta=1.0)
+METHOD = QAdapterConfig.preset("undiscounted", beta=1.0, retention=1.0)
 FIRST_ADAPTED_LAYER = 15  # of 30: half of the second stream, and of the backward pass
 LORA_RANK = 8
 LEARNING_RATE = 1e-3
@@ -139,10 +142,12 @@ def train_adapter(
         dataloader_pin_memory=False,
     )
     remove_previous(folder)
+    task = progress.add_task("Texts that the base writes", total=MOST_TEXTS)
+    texts = own_texts(policy, tokenizer, MOST_TEXTS, SEED, lambda done: progress.advance(task, done))
     trainer = QAdapterTrainer(
         model=policy,
         args=arguments,
-        train_dataset=pairs,
+        train_dataset=with_retained_rows(tokenised_pairs(pairs, tokenizer, arguments)[0], texts),
         processing_class=tokenizer,
         callbacks=[ProgressCallback(progress)],
     )

@@ -1,6 +1,7 @@
 """The texts on which a trained policy is to stay with its base: a user's, or what the base itself writes."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from qadapter.modeling import QAdapterForCausalLM
 from qadapter.training_arguments import OWN_TEXTS
 
 TEXT_TOKENS = 128
-# Different texts at most; larger data sees each of them more than once an epoch.
-MOST_TEXTS = 256
-BATCH = 64
+# Different texts at most: with more than three times as many pairs each comes more than once an epoch.
+MOST_TEXTS = 64
+BATCH = 32
 
 
 def given_texts(weight: float, source: str, tokenizer: Any) -> list[list[int]] | None:
@@ -46,7 +47,11 @@ def given_texts(weight: float, source: str, tokenizer: Any) -> list[list[int]] |
 
 
 def own_texts(
-    model: QAdapterForCausalLM, tokenizer: Any, count: int, seed: int, show_progress: bool = True
+    model: QAdapterForCausalLM,
+    tokenizer: Any,
+    count: int,
+    seed: int,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """Token ids of texts that the base samples, each after another ordinary token of the vocabulary.
 
@@ -56,11 +61,11 @@ def own_texts(
     Args:
         count: how many texts.
         seed: of the first tokens and of the sampling.
+        progress: is told how many more are written.
     """
     first = random.Random(seed).choices(_ordinary_tokens(tokenizer), k=count)
     ends, training, texts = end_tokens(model, tokenizer), model.training, []
-    progress = tqdm(total=count, unit="text", desc="texts of the base", disable=not show_progress)
-    with progress, torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model.eval()
         for start in range(0, count, BATCH):
@@ -70,19 +75,25 @@ def own_texts(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends, pad_token_id=ends[0],
             ).tolist()  # fmt: skip
             texts += [_until_end(text, ends) for text in written]
-            progress.update(len(written))
+            if progress:
+                progress(len(written))
         model.train(training)
     return texts
 
 
 def with_retained_texts(
-    pairs: Any, texts: list[list[int]] | None, model: QAdapterForCausalLM, tokenizer: Any, seed: int, **options: Any
+    pairs: Any,
+    texts: list[list[int]] | None,
+    model: QAdapterForCausalLM,
+    tokenizer: Any,
+    seed: int,
+    show_progress: bool = True,
 ) -> Dataset:
     """The tokenised pairs with rows of texts among them.
 
     Args:
         texts: None lets the base write them.
-        options: of `own_texts`.
+        seed, show_progress: of what the base writes.
 
     Raises:
         ConfigError: a stream, whose length is not known.
@@ -90,7 +101,9 @@ def with_retained_texts(
     if not isinstance(pairs, Dataset):
         raise ConfigError("retention needs a dataset of known length: leave streaming out.")
     if texts is None:
-        texts = own_texts(model, tokenizer, min(MOST_TEXTS, retained_rows(len(pairs))), seed, **options)
+        count = min(MOST_TEXTS, retained_rows(len(pairs)))
+        with tqdm(total=count, unit="text", desc="texts of the base", disable=not show_progress) as bar:
+            texts = own_texts(model, tokenizer, count, seed, bar.update)
     return with_retained_rows(pairs, texts)
 
 

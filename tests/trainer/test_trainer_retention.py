@@ -154,11 +154,11 @@ def test_the_base_writes_texts_of_its_own(monkeypatch):
     policy, tokenizer = tiny_policy(), tiny_tokenizer()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    texts = retention.own_texts(policy.train(), tokenizer, 20, seed=1, show_progress=False)
+    texts = retention.own_texts(policy.train(), tokenizer, 20, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert policy.training
-    assert texts == retention.own_texts(tiny_policy(trained=False), tokenizer, 20, seed=1, show_progress=False)
-    assert texts != retention.own_texts(policy, tokenizer, 20, seed=2, show_progress=False)
+    assert texts == retention.own_texts(tiny_policy(trained=False), tokenizer, 20, seed=1)
+    assert texts != retention.own_texts(policy, tokenizer, 20, seed=2)
     ends = end_tokens(policy, tokenizer)
     assert len(texts) == 20
     for text in texts:
