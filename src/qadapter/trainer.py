@@ -152,7 +152,8 @@ class QAdapterTrainer(Trainer):
     def _add_retained_texts(self) -> None:
         """Put the texts of `retention` among the pairs, once."""
         pairs = self.train_dataset
-        if not self._settings.retention or RETAINED in (getattr(pairs, "column_names", None) or ()):
+        with_texts = isinstance(pairs, PairsWithStates) or RETAINED in (getattr(pairs, "column_names", None) or ())
+        if not self._settings.retention or with_texts:
             return
         if self._retained_texts is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError("a sharded base cannot write texts before training: give retention_texts a file.")

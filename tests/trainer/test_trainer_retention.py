@@ -183,8 +183,16 @@ def test_without_a_file_training_takes_the_bases_own_texts(tmp_path, monkeypatch
     assert len(texts) == 3
     assert texts[0] == texts[2] != texts[1]
     assert all(entry[RETAINED_KL] > 0 for entry in trainer.state.log_history if RETAINED_KL in entry)
-    assert trainer.get_train_dataloader() is not None
-    assert len(trainer.train_dataset) == 12  # they are added once
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_base_states": "memory"}])
+def test_texts_are_added_once(tmp_path, text_file, options):
+    trainer = text_trainer(
+        retaining(tiny_policy()), tmp_path, token_pairs(9), retention_texts=str(text_file), **options
+    )
+    for _ in range(2):
+        trainer.train()
+        assert len(trainer.train_dataset) == 12
 
 
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
