@@ -43,7 +43,8 @@ def ipo(statistics: TokenStatistics, mask: Tensor, beta: float) -> Tensor:
 
 def simpo(statistics: TokenStatistics, mask: Tensor, beta: float, margin: float) -> Tensor:
     """SimPO (arXiv 2405.14734): log-probabilities a token, no reference, a target margin γ."""
-    chosen, rejected = ((statistics.logps * mask).sum(-1) / mask.sum(-1)).chunk(2)
+    # An answer without a token is that of a text (`qadapter.data.retained`), whose loss is another.
+    chosen, rejected = ((statistics.logps * mask).sum(-1) / mask.sum(-1).clamp(min=1)).chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected) - margin)
 
 
@@ -144,5 +145,5 @@ def log_ratio_margins(statistics: TokenStatistics, mask: Tensor, per_token: bool
         mask: (B, T) which tokens count, or with what weight.
     """
     ratios = functional.log_ratios(statistics.logps, statistics.base_logps, mask)
-    chosen, rejected = (ratios / mask.sum(-1) if per_token else ratios).chunk(2)
+    chosen, rejected = (ratios / mask.sum(-1).clamp(min=1) if per_token else ratios).chunk(2)
     return chosen - rejected

@@ -109,6 +109,8 @@ def qadapter(
 
 def authors(context: Context, **options: Any) -> Trained:
     """The authors' released loss; measured as the policy that the paper defines."""
+    if options.get("retention"):
+        raise ConfigError("retention is not of the authors' loss: leave it out.")
     return _train(context, objectives.authors, QAdapterConfig.preset("authors", **options))
 
 

@@ -137,7 +137,7 @@ def generate_texts(
         batch = encode(tokenizer, prompts[start : start + batch_size])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         _warn_beyond_context(model, batch["input_ids"].shape[1])
-        arguments: dict[str, Any] = {**batch, **_arguments(ends, tokenizer), **sampling.to_kwargs()}
+        arguments: dict[str, Any] = {**batch, **ending_arguments(ends, tokenizer), **sampling.to_kwargs()}
         output = model.generate(**arguments, strength=strength)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             cut = next((index for index, token in enumerate(row) if token in ends), None)
@@ -159,7 +159,8 @@ def _warn_beyond_context(model: QAdapterForCausalLM, length: int) -> None:
         )
 
 
-def _arguments(ends: list[int], tokenizer: Any) -> dict[str, Any]:
+def ending_arguments(ends: list[int], tokenizer: Any) -> dict[str, Any]:
+    """What `generate` is told of the ids that end an answer, and of the padding behind it."""
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
     return {"eos_token_id": ends or None, "pad_token_id": pad}
 
@@ -219,7 +220,7 @@ def stream_text(
     cancelled, failure = _Cancelled(), []
     arguments: dict[str, Any] = {
         **batch,
-        **_arguments(ends, tokenizer),
+        **ending_arguments(ends, tokenizer),
         **sampling.to_kwargs(),
         "streamer": streamer,
         "stopping_criteria": [cancelled],

@@ -60,7 +60,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """The latest loss and accuracy beside the bar."""
-        if logs and "loss" in logs:
+        if logs and "loss" in logs and "rewards/accuracies" in logs:
             text = f"Training (loss {logs['loss']:.3f}, accuracy {logs['rewards/accuracies']:.2f})"
             self.progress.update(self.task, description=text)
 
@@ -143,7 +143,7 @@ def train_adapter(
     )
     remove_previous(folder)
     task = progress.add_task("Texts that the base writes", total=MOST_TEXTS)
-    texts = own_texts(policy, tokenizer, MOST_TEXTS, SEED, lambda done: progress.advance(task, done))
+    texts = own_texts(policy, tokenizer, MOST_TEXTS, lambda done: progress.advance(task, done))
     trainer = QAdapterTrainer(
         model=policy,
         args=arguments,

@@ -12,25 +12,26 @@ from tqdm.auto import tqdm
 from qadapter.data.retained import retained_rows, with_retained_rows
 from qadapter.errors import ConfigError
 from qadapter.evaluation.texts import neutral_texts
-from qadapter.generation import end_tokens
+from qadapter.generation import Sampling, end_tokens, ending_arguments
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.training_arguments import OWN_TEXTS
 
 TEXT_TOKENS = 128
 # Different texts at most: with more than three times as many pairs each comes more than once an epoch.
 MOST_TEXTS = 64
-BATCH = 32
+BATCH, SEED = 32, 0
 
 
-def given_texts(weight: float, source: str, tokenizer: Any) -> list[list[int]] | None:
+def given_texts(weight: float, source: str, tokenizer: Any, config: Any) -> list[list[int]] | None:
     """Token ids of the texts in a file, of no more than `TEXT_TOKENS` each; None where the base is to write them.
 
     Args:
         weight: of the retention; without one no texts are needed.
         source: the file, or `OWN_TEXTS`.
+        config: the base's.
 
     Raises:
-        ConfigError: a file that would not be used, or no tokenizer.
+        ConfigError: a file that would not be used, no file, or no tokenizer.
         DataError: an unreadable file, or no text of two tokens in it.
     """
     if not weight and source != OWN_TEXTS:
@@ -42,7 +43,9 @@ def given_texts(weight: float, source: str, tokenizer: Any) -> list[list[int]] |
         raise ConfigError("retention needs processing_class, the base model's tokenizer, for its texts.")
     if source == OWN_TEXTS:
         return None
-    texts = neutral_texts(tokenizer, Path(source), max_length=TEXT_TOKENS)
+    if not Path(source).is_file():
+        raise ConfigError(f'retention_texts = {source!r}: must be "{OWN_TEXTS}" or a file of texts.')
+    texts = neutral_texts(tokenizer, Path(source), max_length=_text_tokens(config))
     return [[*text.context, *text.answer] for text in texts]
 
 
@@ -50,31 +53,35 @@ def own_texts(
     model: QAdapterForCausalLM,
     tokenizer: Any,
     count: int,
-    seed: int,
     progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
-    """Token ids of texts that the base samples, each after another ordinary token of the vocabulary.
+    """Token ids of texts that the base samples, each after a token drawn from the vocabulary.
 
-    So no data is needed beside the model, as in data-free distillation (arXiv 2305.17888). The same seed gives the same
-    texts on the same machine; the state of torch's generators is left as it was.
+    So no data is needed beside the model, as in data-free distillation (arXiv 2305.17888). They are the same texts each
+    time on the same machine; the state of torch's generators is left as it was.
 
     Args:
         count: how many texts.
-        seed: of the first tokens and of the sampling.
         progress: is told how many more are written.
     """
-    first = random.Random(seed).choices(_ordinary_tokens(tokenizer), k=count)
+    beginning = _beginning(tokenizer)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ordinary = [token for token in _ordinary_tokens(tokenizer) if token < vocabulary]
+    openings = [[*beginning, first] for first in random.Random(SEED).choices(ordinary, k=count)]
     ends, training, texts = end_tokens(model, tokenizer), model.training, []
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    sampling = Sampling(_text_tokens(model.config) - len(openings[0]), temperature=1.0)
+    devices = [model.device] if model.device.type == "cuda" else []
+    # Compiled layers (torch_compile) would be compiled for shapes that do not come again.
+    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(SEED)
         model.eval()
         for start in range(0, count, BATCH):
-            ids = torch.tensor(first[start : start + BATCH], device=model.device).unsqueeze(1)
+            ids = torch.tensor(openings[start : start + BATCH], device=model.device)
             written = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), strength=0.0, max_new_tokens=TEXT_TOKENS - 1,
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends, pad_token_id=ends[0],
+                input_ids=ids, attention_mask=torch.ones_like(ids), strength=0.0, num_return_sequences=1,
+                return_dict_in_generate=False, **ending_arguments(ends, tokenizer), **sampling.to_kwargs(),
             ).tolist()  # fmt: skip
-            texts += [_until_end(text, ends) for text in written]
+            texts += [_until_end(text, ends, len(beginning) + 1) for text in written]
             if progress:
                 progress(len(written))
         model.train(training)
@@ -86,14 +93,13 @@ def with_retained_texts(
     texts: list[list[int]] | None,
     model: QAdapterForCausalLM,
     tokenizer: Any,
-    seed: int,
     show_progress: bool = True,
 ) -> Dataset:
     """The tokenised pairs with rows of texts among them.
 
     Args:
         texts: None lets the base write them.
-        seed, show_progress: of what the base writes.
+        show_progress: whether to draw a bar while it writes them.
 
     Raises:
         ConfigError: a stream, whose length is not known.
@@ -103,7 +109,7 @@ def with_retained_texts(
     if texts is None:
         count = min(MOST_TEXTS, retained_rows(len(pairs)))
         with tqdm(total=count, unit="text", desc="texts of the base", disable=not show_progress) as bar:
-            texts = own_texts(model, tokenizer, count, seed, bar.update)
+            texts = own_texts(model, tokenizer, count, bar.update)
     return with_retained_rows(pairs, texts)
 
 
@@ -113,7 +119,20 @@ def _ordinary_tokens(tokenizer: Any) -> list[int]:
     return sorted(set(tokenizer.get_vocab().values()) - unusual)
 
 
-def _until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """The ids up to the first of the ends, which belongs to them."""
-    end = next((place for place, token in enumerate(ids[1:], 1) if token in ends), len(ids))
+def _beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token where the tokenizer puts one before a text."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def _text_tokens(config: Any) -> int:
+    """How long a text may be on a base of this config."""
+    return min(
+        TEXT_TOKENS, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or TEXT_TOKENS
+    )
+
+
+def _until_end(ids: list[int], ends: list[int], opening: int) -> list[int]:
+    """The ids up to the first of the ends after the opening tokens, which belongs to them."""
+    end = next((place for place, token in enumerate(ids[opening:], opening) if token in ends), len(ids))
     return ids[: end + 1]

@@ -94,7 +94,7 @@ class QAdapterTrainer(Trainer):
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args, model.config)
         weight = model.configs[model.adapters[0]].retention
-        self._retained_texts = given_texts(weight, args.retention_texts, tokenizer)
+        self._retained_texts = given_texts(weight, args.retention_texts, tokenizer, model.config)
         if tokenizer is not None:
             model.remember_tokenizer(tokenizer)
         with nothing_left_of_refusals(Path(str(args.output_dir))):
@@ -107,13 +107,16 @@ class QAdapterTrainer(Trainer):
         self.add_callback(TrainingLogCallback())
 
     def _check_trainable(self) -> None:
-        """Refuse a model without weights to train, and pairs of which no batch is made: no step would be done."""
+        """Refuse a model without weights to train."""
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError(
                 "no weight of the model can be trained: from_pretrained loads an adapter for use, and "
                 "LoraConfig.inference_mode freezes a new one. Make a new one with from_base, or go on with the loaded "
                 "one after `for weight in model.adapter_parameters().values(): weight.requires_grad_(True)`."
             )
+
+    def _check_batch(self) -> None:
+        """Refuse pairs, with the texts among them, that fill no batch where the last one is dropped."""
         pairs, batch = self.train_dataset, self.args.train_batch_size * self.args.world_size
         if pairs is not None and self.args.dataloader_drop_last and has_length(pairs) and len(pairs) < batch:
             raise ConfigError(
@@ -130,6 +133,7 @@ class QAdapterTrainer(Trainer):
         """
         self._check_trainable()
         self._add_retained_texts()
+        self._check_batch()
         where = self.args.cache_base_states
         if where and not isinstance(self.train_dataset, PairsWithStates):
             if where == IN_MEMORY and self.args.world_size > 1:
@@ -153,14 +157,13 @@ class QAdapterTrainer(Trainer):
         """Put the texts of `retention` among the pairs, once."""
         pairs = self.train_dataset
         with_texts = isinstance(pairs, PairsWithStates) or RETAINED in (getattr(pairs, "column_names", None) or ())
-        if not self._settings.retention or with_texts:
+        if pairs is None or not self._settings.retention or with_texts:
             return
         if self._retained_texts is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError("a sharded base cannot write texts before training: give retention_texts a file.")
-        self.train_dataset = with_retained_texts(
-            pairs, self._retained_texts, self.model, self.processing_class, self.args.seed,
-            show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
-        )  # fmt: skip
+        show = self.is_world_process_zero() and not self.args.disable_tqdm
+        both = with_retained_texts(pairs, self._retained_texts, self.model, self.processing_class, show)
+        self.train_dataset = require_fit(both, self.model.config)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the Trainer's; pairs that are given only now may be text, too."""
@@ -230,7 +233,10 @@ class QAdapterTrainer(Trainer):
             texts = (retained or [False] * len(losses)) if config.retention else None
             self._metrics["train"].add(quantities, mask, retained=texts)
         else:
-            self._metrics["eval"].add(quantities, mask, self._read_first(places or range(len(losses))))
+            counted = self._read_first(places or range(len(losses)))
+            if retained:  # pairs that were trained on, with texts among them
+                counted = [first and not is_text for first, is_text in zip(counted, retained, strict=True)]
+            self._metrics["eval"].add(quantities, mask, counted)
         if num_items_in_batch is None:
             loss = losses.mean() * share
         else:

@@ -73,6 +73,8 @@ class QAdapterTrainingArguments(TrainingArguments):
         for name, (fitting, instead) in UNFIT.items():
             if (value := getattr(self, name)) not in fitting:
                 raise ConfigError(f"{name} = {value!r}: {instead}")
+        if not isinstance(self.retention_texts, str) or not self.retention_texts:
+            raise ConfigError(f'retention_texts = {self.retention_texts!r}: must be "{OWN_TEXTS}" or a file of texts.')
         best = str(self.metric_for_best_model).removeprefix("eval_")
         # transformers' own default takes more of anything but a loss for better.
         if self.greater_is_better is None and best in SMALLER_IS_BETTER:

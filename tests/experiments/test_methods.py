@@ -81,17 +81,29 @@ def test_every_variant_of_every_suite_has_a_loss(context, monkeypatch):
         assert losses.isfinite().all(), cell.name
 
 
-@pytest.mark.parametrize(("method", "options"), [("qadapter", {"beta": 1.0}), ("dpo", {"beta": 0.1})])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("qadapter", {"beta": 1.0}),
+        ("dpo", {"beta": 0.1}),
+        ("dpo", {"beta": 3.0, "length_normalised": True}),
+        ("ipo", {"beta": 0.3}),
+        ("simpo", {"beta": 2.0, "margin": 1.0}),
+    ],
+)
 def test_a_rival_may_hold_to_the_base_on_texts_as_well(context, monkeypatch, method, options):
-    """Of a text's row each method's loss is the same: the weight times its KL."""
+    """Of a text's row each method's loss is the same, the weight times its KL, and its gradient is a number."""
     rows = list(with_retained_rows(context.pools.train_ids.select(range(3)), [[5, 6, 7, 8]]))
     batch, found = PreferenceCollator(pad_token_id=0)(rows), []
 
     def losses(policy, pairs, objective, *_):
+        parameters = list(policy.adapter_parameters().values())
         with torch.no_grad():
-            for weights in policy.adapter_parameters().values():
+            for weights in parameters:
                 weights.fill_(0.05)
-            found.append(objective(policy, policy, batch))
+        values = objective(policy, policy, batch)
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(values.sum(), parameters))
+        found.append(values.detach())
         return {}
 
     monkeypatch.setattr(methods, "train_pairs", losses)

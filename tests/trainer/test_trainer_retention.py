@@ -6,10 +6,11 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import plain_peft, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs, two_passes
+from tokenizers.processors import TemplateProcessing
 from trainer_examples import CONFIG, METRICS, TEXT_PAIRS, expected_metrics
 
 from qadapter import QAdapterConfig, QAdapterTrainer, QAdapterTrainingArguments, retention
@@ -154,11 +155,10 @@ def test_the_base_writes_texts_of_its_own(monkeypatch):
     policy, tokenizer = tiny_policy(), tiny_tokenizer()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    texts = retention.own_texts(policy.train(), tokenizer, 20, seed=1)
+    texts = retention.own_texts(policy.train(), tokenizer, 20)
     assert torch.equal(torch.get_rng_state(), before)
     assert policy.training
-    assert texts == retention.own_texts(tiny_policy(trained=False), tokenizer, 20, seed=1)
-    assert texts != retention.own_texts(policy, tokenizer, 20, seed=2)
+    assert texts == retention.own_texts(tiny_policy(trained=False), tokenizer, 20)
     ends = end_tokens(policy, tokenizer)
     assert len(texts) == 20
     for text in texts:
@@ -170,8 +170,8 @@ def test_the_base_writes_texts_of_its_own(monkeypatch):
 
 
 def test_an_end_token_closes_a_text():
-    assert retention._until_end([7, 3, 2, 5], [2, 9]) == [7, 3, 2]
-    assert retention._until_end([7, 3, 5], [2, 9]) == [7, 3, 5]
+    assert retention._until_end([7, 3, 2, 5], [2, 9], 1) == [7, 3, 2]
+    assert retention._until_end([7, 3, 5], [2, 9], 1) == [7, 3, 5]
 
 
 def test_without_a_file_training_takes_the_bases_own_texts(tmp_path, monkeypatch):
@@ -205,6 +205,68 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
     )
     for name, weight in once.adapter_parameters().items():
         torch.testing.assert_close(resumed.adapter_parameters()[name], weight, rtol=0, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.*generation flags")
+def test_what_the_base_writes_is_drawn_from_it_alone(monkeypatch):
+    """Whatever else its generation config asks for (Qwen 2.5: a repetition penalty)."""
+    monkeypatch.setattr(retention, "TEXT_TOKENS", 12)
+    policy, tokenizer = tiny_policy(), tiny_tokenizer()
+    expected = retention.own_texts(policy, tokenizer, 4)
+    asked = {"repetition_penalty": 3.0, "min_p": 0.5, "num_beams": 2, "return_dict_in_generate": True, "top_k": 2}
+    for name, value in asked.items():
+        setattr(policy.generation_config, name, value)
+    assert retention.own_texts(policy, tokenizer, 4) == expected
+
+
+def test_texts_begin_as_the_tokenizer_begins_them(monkeypatch):
+    monkeypatch.setattr(retention, "TEXT_TOKENS", 12)
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "</s>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    assert tokenizer("ab")["input_ids"][0] == 1
+    texts = retention.own_texts(tiny_policy(), tokenizer, 8)
+    assert all(text[0] == 1 and text[1] not in tokenizer.all_special_ids for text in texts)
+    assert max(map(len, texts)) == 12
+
+
+def test_texts_are_no_longer_than_the_base_can_read(tmp_path, text_file):
+    short = tiny_base(max_position_embeddings=16)
+    trainer = text_trainer(retaining(tiny_policy(short)), tmp_path, token_pairs(3), retention_texts=str(text_file))
+    trainer.train()
+    assert max(len(row["prompt_ids"] + row["chosen_ids"]) for row in trainer.train_dataset if row[RETAINED]) == 16
+    assert max(map(len, retention.own_texts(tiny_policy(short), tiny_tokenizer(), 8))) <= 16
+
+
+def test_pairs_of_few_bits_leave_room_for_every_token():
+    narrow = Features(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), List(Value("int8"))))
+    rows = with_retained_rows(Dataset.from_list(token_pairs(3), features=narrow), [[300, 40_000]])
+    assert rows[3]["chosen_ids"] == [40_000]
+
+
+def test_a_column_of_the_users_is_not_ours(base, policy, tmp_path):
+    expected = expected_metrics(plain_peft(base, policy), token_pairs(4))
+    pairs = [pair | {"retained": True} for pair in token_pairs(4)]
+    trainer = tiny_trainer(policy, tmp_path, pairs, max_steps=1, per_device_train_batch_size=4)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_an_evaluation_on_what_was_trained_on_counts_no_texts(base, policy, tmp_path, text_file):
+    pairs, options = token_pairs(9), {"learning_rate": 0.0, "per_device_eval_batch_size": 5}
+    expected = expected_metrics(plain_peft(base, policy), pairs)
+    trainer = text_trainer(retaining(policy), tmp_path, pairs, retention_texts=str(text_file), max_steps=1, **options)
+    trainer.train()
+    found = trainer.evaluate(trainer.train_dataset)
+    assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_may_be_filled_by_a_text(tmp_path, text_file):
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 4, "max_steps": 1}
+    trainer = text_trainer(
+        retaining(tiny_policy()), tmp_path, token_pairs(3), retention_texts=str(text_file), **options
+    )
+    assert trainer.train().global_step == 1
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
@@ -245,8 +307,14 @@ def test_files_without_texts_are_refused(policy, tmp_path, content):
     path = tmp_path / "texts.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match="texts.txt"):
+    with pytest.raises((ConfigError, DataError), match="texts.txt"):
         text_trainer(retaining(policy), tmp_path, retention_texts=str(path))
+
+
+@pytest.mark.parametrize("value", [None, "", 3])
+def test_no_name_of_a_file(tmp_path, value):
+    with pytest.raises(ConfigError, match='retention_texts = .*: must be "own" or a file of texts'):
+        QAdapterTrainingArguments(output_dir=str(tmp_path), retention_texts=value, use_cpu=True)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, True, "1"])

@@ -1,16 +1,16 @@
 """Texts that no pair speaks of, as rows among the pairs: on them the policy is to stay with the base.
 
 Such a row is a pair whose prompt is the text's first token, whose chosen answer is the rest and whose rejected answer
-is empty, with True in the column `retained`. So whatever batches, packs and counts pairs has them, too.
+is empty, with True in a column of its own. So whatever batches, packs and counts pairs has them, too.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, List, Value, concatenate_datasets
 
-RETAINED = "retained"
+RETAINED = "qadapter_retained"  # a name that no data of a user's has
 # Pairs to a text: more texts make an epoch dearer, and the retention's weight does the rest.
 PAIRS_A_TEXT = 3
 
@@ -21,6 +21,9 @@ def with_retained_rows(pairs: Dataset, texts: Sequence[Sequence[int]]) -> Datase
     Args:
         texts: token ids of each, at least two.
     """
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):  # some hold no token of a large vocabulary
+        if pairs.features[name] not in (List(Value("int32")), List(Value("int64"))):
+            pairs = pairs.cast_column(name, List(Value("int64")))
     names = pairs.column_names
     rows = [
         dict.fromkeys(names) | {"prompt_ids": list(ids[:1]), "chosen_ids": list(ids[1:]), "rejected_ids": []}
