@@ -10,8 +10,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from qadapter.data.retained import retained_rows, with_retained_rows
-from qadapter.errors import ConfigError
-from qadapter.evaluation.texts import neutral_texts
+from qadapter.data.texts import read_texts
+from qadapter.errors import ConfigError, DataError
 from qadapter.generation import Sampling, end_tokens, ending_arguments
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.training_arguments import OWN_TEXTS
@@ -45,8 +45,10 @@ def given_texts(weight: float, source: str, tokenizer: Any, config: Any) -> list
         return None
     if not Path(source).is_file():
         raise ConfigError(f'retention_texts = {source!r}: must be "{OWN_TEXTS}" or a file of texts.')
-    texts = neutral_texts(tokenizer, Path(source), max_length=_text_tokens(config))
-    return [[*text.context, *text.answer] for text in texts]
+    texts = [tokenizer(text)["input_ids"][: _text_tokens(config)] for text, _ in read_texts(Path(source))]
+    if not any(len(ids) > 1 for ids in texts):
+        raise DataError(f"{source}: there is no text of at least two tokens in it.")
+    return [ids for ids in texts if len(ids) > 1]
 
 
 def own_texts(

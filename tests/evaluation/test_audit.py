@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
+from qadapter.data.texts import excerpt
 from qadapter.evaluation import benchmarks, evaluate
 from qadapter.evaluation.audit import run_audit, without_environment
 from qadapter.evaluation.audit_report import page, print_audit, write_audit
@@ -23,7 +24,6 @@ from qadapter.evaluation.judges.models import RewardJudge
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
 from qadapter.evaluation.tables import headline
-from qadapter.evaluation.texts import excerpt
 from qadapter.evaluation.workload import Workload
 from qadapter.generation import Answer
 

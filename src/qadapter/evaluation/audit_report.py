@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape as plain
 
+from qadapter.data.texts import excerpt
 from qadapter.evaluation.audit import curve
 from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, missing_lines, verdict_line
 from qadapter.evaluation.columns import BASE, dial_title
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import headline, print_lines, print_table, written, written_number
-from qadapter.evaluation.texts import excerpt
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "audit.json", "audit.html"

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
+from qadapter.data.texts import read_utf8
 from qadapter.errors import DataError
 from qadapter.evaluation.columns import BASE, dial_title
 from qadapter.evaluation.judging import missing_reason
 from qadapter.evaluation.part_store import write_whole
 from qadapter.evaluation.tables import headline, markdown_table, written
-from qadapter.evaluation.texts import read_utf8
 from qadapter.modeling.lora_files import CONFIG_NAME
 from qadapter.modeling.manifest import MANIFEST_NAME
 from qadapter.run_folder import CARD_NAME, CERTIFICATE

@@ -16,11 +16,10 @@ from qadapter.data import RowError, tokenise_preferences
 from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.formats import value_at
 from qadapter.data.sources import existing_path, open_source, pair_features, pair_or_error
+from qadapter.data.texts import CATEGORY, excerpt, label, objects, read_objects, read_texts, read_utf8
 from qadapter.errors import ConfigError, DataError
 from qadapter.evaluation.workload import BUILTIN
 from qadapter.generation import Answer, Message, encode
-
-CATEGORY = "category"
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def load_pairs(
             raise pair
         rows.append(pair)
         assert not isinstance(raw.content, RowError)
-        categories.append(_label(value_at(raw.content, category_column)))
+        categories.append(label(value_at(raw.content, category_column)))
     if category_column != CATEGORY and not any(categories):
         raise DataError(f"{source}: --columns maps category to {category_column!r}, under which no row has anything.")
     kept = sample(len(rows), max_pairs, seed)
@@ -137,10 +136,6 @@ def load_pairs(
     return HeldOutPairs(pairs, report.summary())
 
 
-def _label(value: Any) -> str | None:
-    return None if value is None or value == "" else excerpt(str(value), 80)
-
-
 def _content(side: str | list[Message]) -> str:
     return side if isinstance(side, str) else side[-1]["content"]
 
@@ -158,12 +153,6 @@ def sample(total: int, size: int | None, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(total), size))
 
 
-def excerpt(text: str, length: int = 160) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
-
-
 def neutral_texts(tokenizer: Any, path: Path | None = None, max_length: int | None = None) -> list[Text]:
     """Texts that have nothing to do with the preference, each scored after its first token.
 
@@ -173,7 +162,7 @@ def neutral_texts(tokenizer: Any, path: Path | None = None, max_length: int | No
     Raises:
         DataError: unreadable, or no text of two tokens in it.
     """
-    rows = [(text, None) for text in neutral_paragraphs()] if path is None else _read_texts(path)
+    rows = [(text, None) for text in neutral_paragraphs()] if path is None else read_texts(path)
     texts = []
     for text, category in rows:
         ids = tokenizer(text)["input_ids"][:max_length]
@@ -184,49 +173,6 @@ def neutral_texts(tokenizer: Any, path: Path | None = None, max_length: int | No
     return texts
 
 
-def _read_texts(path: Path) -> list[tuple[str, str | None]]:
-    require_text_or_jsonl(path)
-    if path.suffix == ".jsonl":
-        return _read_objects(path, "text")
-    paragraphs = read_utf8(path).replace("\r\n", "\n").split("\n\n")
-    return [(paragraph.strip(), None) for paragraph in paragraphs if paragraph.strip()]
-
-
-def read_utf8(path: Path) -> str:
-    """The text of a file, without the mark that some editors put before it.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _read_objects(path: Path, key: str) -> list[tuple[str, str | None]]:
-    return _objects(read_utf8(path), key, str(path))
-
-
-def _objects(content: str, key: str, name: str) -> list[tuple[str, str | None]]:
-    """(text under `key`, category) of each JSON line; str.splitlines would cut at U+2028 inside a text, too."""
-    rows = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, category = row[key], row.get(CATEGORY)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{name} line {number}: must be a JSON object with a {key} ({error}).") from error
-        if not isinstance(text, str):
-            raise DataError(f"{name} line {number}: {key} is a {type(text).__name__}, must be a text.")
-        rows.append((text, _label(category)))
-    return rows
-
-
 def instructions(path: Path | None = None, limit: int | None = None, seed: int = 0) -> list[Prompt]:
     """General instructions with their categories: the package's, or those of a text or JSONL file of prompts.
 
@@ -235,9 +181,9 @@ def instructions(path: Path | None = None, limit: int | None = None, seed: int =
     """
     if path is None:
         content = files("qadapter.builtin").joinpath("neutral_prompts.jsonl").read_text(encoding="utf-8")
-        rows = _objects(content, "prompt", "the built-in prompts")
+        rows = objects(content, "prompt", "the built-in prompts")
     elif path.suffix == ".jsonl":
-        rows = _read_objects(path, "prompt")
+        rows = read_objects(path, "prompt")
     else:
         require_text_or_jsonl(path)
         rows = [(line.strip(), None) for line in read_utf8(path).split("\n")]
