@@ -117,9 +117,20 @@ def run_quickstart(
 
 
 def train_adapter(
-    folder: Path, source: BaseSource, tokenizer: Any, pairs: Dataset, dtype: torch.dtype, steps: int, progress: Progress
+    folder: Path,
+    source: BaseSource,
+    tokenizer: Any,
+    pairs: Dataset,
+    dtype: torch.dtype,
+    steps: int,
+    progress: Progress,
+    texts: list[list[int]] | None = None,
 ) -> Path:
-    """Train on `pairs` and write the adapter; its folder."""
+    """Train on `pairs` and write the adapter; its folder.
+
+    Args:
+        texts: token ids of those to hold to the base on; None lets the base write them.
+    """
     lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     set_seed(SEED)
     options: dict[str, Any] = {"revision": source.revision, "dtype": dtype}
@@ -142,8 +153,9 @@ def train_adapter(
         dataloader_pin_memory=False,
     )
     remove_previous(folder)
-    task = progress.add_task("Texts that the base writes", total=MOST_TEXTS)
-    texts = own_texts(policy, tokenizer, MOST_TEXTS, lambda done: progress.advance(task, done))
+    if texts is None:
+        task = progress.add_task("Texts that the base writes", total=MOST_TEXTS)
+        texts = own_texts(policy, tokenizer, MOST_TEXTS, lambda done: progress.advance(task, done))
     trainer = QAdapterTrainer(
         model=policy,
         args=arguments,
