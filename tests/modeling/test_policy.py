@@ -20,6 +20,7 @@ from models import (
     two_passes,
 )
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import ConfigError
@@ -46,6 +47,27 @@ def test_logits_to_keep_gives_the_last_positions(architecture):
         torch.testing.assert_close(policy(**BATCH, logits_to_keep=2).logits, logits[:, -2:], **ROUNDING)
         kept = torch.tensor([0, 5])
         torch.testing.assert_close(policy(**BATCH, logits_to_keep=kept).logits, logits[:, kept], **ROUNDING)
+
+
+class BatchedProducts(TorchDispatchMode):
+    """Collects the shapes of what each batched matrix product multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            self.shapes.append([tuple(factor.shape) for factor in args])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_the_head_is_one_matrix_for_all_rows_of_a_prompts_last_states(policy, strength):
+    # As a batched product, in bfloat16 on a CPU, it took a generation from 32 prompts 8 seconds, and a head for each.
+    with torch.no_grad(), BatchedProducts() as products:
+        policy(**BATCH, logits_to_keep=1, strength=strength)
+    assert not [shapes for shapes in products.shapes if VOCABULARY in shapes[1]]
 
 
 def test_labels_give_the_mean_negative_log_likelihood(policy):
