@@ -53,7 +53,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H), in the head's dtype; follows the stream plan if adapted."""
-        # Of the last states alone, a slice, torch would make a batched product that on a CPU copies the head for each row.
+        # Of a slice, the last states, torch makes a batched product, for which a CPU copies the head for each row.
         logits = self.module(hidden.to(self.linear.weight.dtype).contiguous())
         if self.scale != 1.0:
             logits = logits * self.scale
