@@ -47,6 +47,7 @@ def sample_answers(
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
+    min_kl: float | None = None,
 ) -> list[list[Answer]]:
     """For each strength one answer a prompt; the same seed draws the same answers on the same machine.
 
@@ -56,6 +57,7 @@ def sample_answers(
     Args:
         temperature: 0 takes the likeliest token each time.
         batch_size: prompts a batch.
+        min_kl: threshold of the dial.
     """
     order = sorted(range(len(prompts)), key=lambda index: (len(json.dumps(prompts[index])), index))
     ends = end_tokens(policy, tokenizer)
@@ -68,7 +70,7 @@ def sample_answers(
         width = batch["input_ids"].shape[1]
         output = policy.generate(
             **{name: tensor.repeat(len(strengths), 1).to(policy.device) for name, tensor in batch.items()},
-            strength=dial.repeat_interleave(len(rows)) if len(strengths) > 1 else dial,
+            strength=dial.repeat_interleave(len(rows)) if len(strengths) > 1 else dial, min_kl=min_kl,
             max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
             logits_processor=[CommonNoise(temperature, len(strengths), seed + start)] if temperature else [],
             eos_token_id=ends, pad_token_id=pad,

@@ -42,7 +42,9 @@ class Cell:
     def described(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as JSON."""
         setting = jsonable(asdict(self.setting))
-        # Both are younger than many results, whose keys shall not change.
+        # These are younger than many results, whose keys shall not change.
+        if not setting["measuring"]["threshold"]:
+            del setting["measuring"]["threshold"]
         for training in (setting["training"], setting["prepared_by"]):
             if training and not training["packed"]:
                 del training["packed"]

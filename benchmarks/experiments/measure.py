@@ -23,7 +23,7 @@ from qadapter.evaluation.preferences import paired, win
 from qadapter.evaluation.texts import Prompt, Text, reference_texts
 from qadapter.generation import Answer
 
-STRENGTH, SCALE = "strength", "scale"
+STRENGTH, SCALE, THRESHOLD = "strength", "scale", "threshold"
 
 
 @dataclass(frozen=True)
@@ -71,40 +71,45 @@ def measure(
     Args:
         samples: filled with the answers drawn at each point, by the point's name.
     """
-    columns = [Column(f"{STRENGTH}={value:g}", value) for value in measuring.strengths]
-    points = _points(policy, material, measuring, columns, STRENGTH)
-    sampled = [place for place, column in enumerate(columns) if column.strength in measuring.sampled_strengths]
     judging = policy, tokenizer, material, measuring, judge, seed, samples
-    _judge([points[place] for place in sampled], [columns[place] for place in sampled], *judging)
+    thresholds = {STRENGTH: None, THRESHOLD: measuring.threshold} if measuring.threshold else {STRENGTH: None}
+    columns = {
+        (dial, value): Column(f"{dial}={value:g}", value, min_kl=min_kl)
+        for dial, min_kl in thresholds.items()
+        for value in measuring.strengths
+    }
+    points = _points(policy, material, measuring, columns)
+    for dial in thresholds:
+        sampled = [place for place in columns if place[0] == dial and place[1] in measuring.sampled_strengths]
+        _judge([points[place] for place in sampled], [columns[place] for place in sampled], *judging)
     for value in measuring.scales:
         with scaled(policy, value):
+            place = SCALE, value
             column = Column(f"{SCALE}={value:g}", 1.0)
-            points += _points(policy, material, measuring, [column], SCALE, value)
+            points |= _points(policy, material, measuring, {place: column})
             if value in measuring.sampled_scales:
-                _judge(points[-1:], [column], *judging)
-    return points
+                _judge([points[place]], [column], *judging)
+    return list(points.values())
 
 
 def _points(
     policy: QAdapterForCausalLM,
     material: Material,
     measuring: Measuring,
-    columns: Sequence[Column],
-    dial: str,
-    value: float | None = None,
-) -> list[dict[str, Any]]:
-    """The points of some columns, from one pass over all texts."""
+    columns: Mapping[tuple[str, float], Column],
+) -> dict[tuple[str, float], dict[str, Any]]:
+    """The points of columns by dial and value, from one pass over all texts."""
     parts: dict[tuple[str, str], list[Text]] = {("pairs", ""): material.pairs}
     parts |= {("texts", name): texts for name, texts in material.texts.items()}
     parts |= {("retained", name): texts for name, texts in material.retained.items()}
     everything = [text for texts in parts.values() for text in texts]
-    drifts = iter(measure_texts(policy, everything, columns, measuring.batch_tokens))
+    drifts = iter(measure_texts(policy, everything, list(columns.values()), measuring.batch_tokens))
     measured = {name: [next(drifts) for _ in texts] for name, texts in parts.items()}
-    points = []
-    for column in columns:
+    points = {}
+    for (dial, value), column in columns.items():
         point: dict[str, Any] = {
             "dial": dial,
-            "value": column.strength if value is None else value,
+            "value": value,
             "pairs": _pair_figures(measured["pairs", ""], column.name),
             "texts": {},
             "retained": {},
@@ -119,7 +124,7 @@ def _points(
                 }
             elif kind == "retained":
                 point["retained"][name] = _pair_figures(found, column.name)
-        points.append(point)
+        points[dial, value] = point
     return points
 
 
@@ -165,7 +170,7 @@ def _judge(
         return
     drawn = sample_answers(
         policy, tokenizer, material.prompts, [column.strength for column in columns], seed, measuring.max_new_tokens,
-        measuring.temperature, measuring.generation_batch,
+        measuring.temperature, measuring.generation_batch, columns[0].min_kl,
     )  # fmt: skip
     base_scores = judge.scores(material.prompts, material.base_answers)
     for point, column, answers in zip(points, columns, drawn, strict=True):

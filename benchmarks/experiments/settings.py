@@ -36,6 +36,7 @@ class Measuring:
         strengths: of the dial z_b + λ (z̃ − z_b) (on a DPO LoRA: DeRa), for log-probabilities; all from one pass.
         scales: of the LoRA's weights (for a LoRA, WiSE-FT's weight averaging).
         sampled_strengths, sampled_scales: those of them at which answers are sampled and judged.
+        threshold: `min_kl` in nats with which the strengths, and the sampled ones, are measured once more; 0: not.
         tasks: benchmarks of lm-eval over local files, at the sampled strengths; `task_limit` items of each.
     """
 
@@ -43,6 +44,7 @@ class Measuring:
     scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.5)
     sampled_strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
     sampled_scales: tuple[float, ...] = (0.5,)
+    threshold: float = 0.0
     sampled_prompts: int = 96
     max_new_tokens: int = 128
     temperature: float = 0.7

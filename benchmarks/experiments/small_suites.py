@@ -193,6 +193,32 @@ def scales_small() -> Suite:
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
 
 
+def threshold_small() -> Suite:
+    """The dial with a threshold beside the plain one, on the same adapters, DPO's too."""
+    known = {setting.name: setting for setting in discount_small().settings}
+    names = ("dsp-literature", "dsp-business", "dsp-entertainment", "dsp-academy", "hh-harmless", "polite")
+    settings = tuple(
+        replace(
+            known[name], eval_pairs=100,
+            measuring=replace(
+                known[name].measuring, threshold=0.1, sampled_prompts=48, sampled_strengths=(0.25, 0.5, 1.0, 2.0, 4.0),
+                strengths=(0.03125, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+            ),
+        )
+        for name in names
+    )  # fmt: skip
+    once = {"training.epochs": 1.0}
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [{"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25, **once}],
+        "dpo": [{"beta": 0.1, **once}],
+    }
+    purpose = (
+        "The dial with a threshold (`min_kl`), which leaves tokens to the base of which the adapter has little to say, "
+        "beside the plain dial, on the same adapters; for a CPU."
+    )
+    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
+
+
 def short_setting(name: str) -> Setting:
     """A setting with an epoch of 128 short pairs, and strengths down to those that hardly drift."""
     measuring = replace(

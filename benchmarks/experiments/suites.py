@@ -23,6 +23,7 @@ from benchmarks.experiments.small_suites import (
     noise_small,
     other_base_small,
     scales_small,
+    threshold_small,
 )
 from benchmarks.experiments.suite import Suite
 from qadapter.errors import ConfigError
@@ -80,6 +81,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "dsp-small": dsp_small,
     "cpu": cpu,
     "scales-small": scales_small,
+    "threshold-small": threshold_small,
     "noise-small": noise_small,
     "longer-small": longer_small,
     "other-base-small": other_base_small,

@@ -164,6 +164,19 @@ def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
     return (logps.exp() * (logps - reference_logps)).sum(-1)
 
 
+def shrinkage(kl: Tensor, threshold: Tensor | float) -> Tensor:
+    """max(0, 1 − κ / KL), the share of a shift of logits that stands above a noise of κ = `threshold` nats.
+
+    A small shift δ has a KL of Var(δ) / 2 under the reference. Where 2 κ of the variance is noise, this is the factor
+    that brings δ nearest to the signal in the mean square (Wiener's, with James and Stein's positive part).
+
+    Args:
+        kl: at least 0, in nats.
+        threshold: at least 0, of a shape that broadcasts.
+    """
+    return torch.where(kl > threshold, 1.0 - threshold / kl, 0.0)
+
+
 def mix_streams(streams: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
     """Σ_k c_k · h_k in float32 (float64 stays): bf16 mixing would cost 1e-3 in log-probability.
 

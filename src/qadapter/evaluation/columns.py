@@ -15,6 +15,8 @@ from qadapter.modeling.streams import Stream
 
 BASE = "base"
 MAX_STRENGTHS = 1000
+# Settings of the dial, as attributes of a model and arguments of its `generate`.
+DIAL = ("strength", "adapter_weights", "max_kl", "min_kl", "decay", "interpolation")
 
 
 class Direction(NamedTuple):
@@ -33,6 +35,7 @@ class Column:
         strength: λ; 0 is the base.
         adapter_weights: of a composition; None takes the model's own.
         max_kl: cap on KL(policy ‖ base) at each token, in nats; None for none.
+        min_kl: threshold in nats, as of `QAdapterForCausalLM.forward`; None for none.
         decay: factor ρ of the strength from one token of an answer to the next, 0 < ρ ≤ 1: λ ρᵗ at the t-th.
         interpolation: of "logits" or of "weights", as of `QAdapterForCausalLM.forward`.
         alpha_0: α₀ instead of the trained one, with Q as trained; None for the trained one.
@@ -45,20 +48,21 @@ class Column:
     strength: float = 1.0
     adapter_weights: Mapping[str, float] | None = None
     max_kl: float | None = None
+    min_kl: float | None = None
     decay: float = 1.0
     interpolation: str = "logits"
     alpha_0: float | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation == "weights":
-            refuse_changing("a decay" if self.decay != 1.0 else "")
+            refuse_changing("a decay" if self.decay != 1.0 else "min_kl" if self.min_kl else "")
             if self.alpha_0 is not None:
                 raise ConfigError(
                     f'alpha_0 = {self.alpha_0!r} mixes logits: it goes with interpolation="logits" alone.'
                 )
         checked_number(self.strength, "strength")
         checked_decay(self.decay)
-        for name, value in (("max_kl", self.max_kl), ("alpha_0", self.alpha_0)):
+        for name, value in (("max_kl", self.max_kl), ("min_kl", self.min_kl), ("alpha_0", self.alpha_0)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} = {value!r}: must be a finite number, 0 or above.")
 
@@ -71,6 +75,8 @@ class Column:
             result["adapter_weights"] = dict(self.adapter_weights)
         if self.max_kl is not None:
             result["max_kl"] = self.max_kl
+        if self.min_kl:
+            result["min_kl"] = self.min_kl
         if self.decay != 1.0:
             result["decay"] = self.decay
         if self.interpolation != "logits":
@@ -114,17 +120,18 @@ class Column:
     @contextmanager
     def applied(self, model: QAdapterForCausalLM) -> Iterator[None]:
         """Within the context these are the settings that the model takes where a call gives none."""
-        before = (model.strength, model.adapter_weights, model.max_kl, model.decay, model.interpolation)
+        before = {name: getattr(model, name) for name in DIAL}
         settings = self.settings()
         model.strength = settings["strength"]
-        model.max_kl = settings.get("max_kl")
+        model.max_kl, model.min_kl = settings.get("max_kl"), settings.get("min_kl")
         model.decay, model.interpolation = self.decay, self.interpolation
         if "adapter_weights" in settings:
             model.adapter_weights = {**dict.fromkeys(model.adapters, 0.0), **settings["adapter_weights"]}
         try:
             yield
         finally:
-            model.strength, model.adapter_weights, model.max_kl, model.decay, model.interpolation = before
+            for name, value in before.items():
+                setattr(model, name, value)
 
 
 def dial_title(settings: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from qadapter.evaluation.batches import batches_by_beginning, batches_by_length
 from qadapter.evaluation.columns import Column, Direction
 from qadapter.evaluation.progress import Advance
 from qadapter.evaluation.texts import Text
+from qadapter.functional import kl_divergence, shrinkage
 from qadapter.fused import default_chunk_size
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.mixing import capped_logits
@@ -288,6 +289,7 @@ def _block_drift(
     base_target = base.gather(-1, index).squeeze(-1)
     base_entropy = base_lse - torch.linalg.vecdot(probabilities, base)
     lines: dict[Direction, Tensor] = {}
+    far: dict[Direction, Tensor] = {}  # KL of the policy at strength 1
     drifts = {}
     for column in columns:
         direction = directions[column.name]
@@ -299,6 +301,11 @@ def _block_drift(
             z = torch.add(base, d, alpha=column.share)  # (n, V)
         else:
             strength = column.strength * column.decay ** steps.to(base.dtype)  # (n,)
+            z = torch.addcmul(base, d, strength.unsqueeze(-1))
+        if column.min_kl:
+            if direction not in far:
+                far[direction] = kl_divergence(base + d, base)
+            strength = strength * shrinkage(far[direction], column.min_kl)
             z = torch.addcmul(base, d, strength.unsqueeze(-1))
         if column.max_kl is not None:
             cap = torch.tensor(column.max_kl, device=base.device)

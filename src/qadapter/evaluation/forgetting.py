@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qadapter.errors import ConfigError, DataError
-from qadapter.evaluation.columns import BASE, Column
+from qadapter.evaluation.columns import BASE, DIAL, Column
 from qadapter.evaluation.intervals import Interval, mcnemar_exact, wilson
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.resampling import mean_intervals, paired_difference
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from qadapter.evaluation.harness import LoadedTasks, TaskScores
 
 __all__ = ["local_tasks", "run_tasks"]
-
-SETTINGS = ("strength", "adapter_weights", "max_kl", "decay", "interpolation")
 
 
 def run_tasks(
@@ -45,7 +43,7 @@ def run_tasks(
     Args:
         tasks: names of tasks or groups, or paths of YAML files that define them.
         columns: settings of the dial by name, {"half": {"strength": 0.5}}; also adapter_weights, max_kl,
-            decay and interpolation. The base, strength 0, is always the first column and need not be given.
+            min_kl, decay and interpolation. The base, strength 0, is always the first column and need not be given.
         limit: items of each task, its first ones; None for all.
         seed: of the examples in the prompts, of sampling, and of bootstrap intervals.
         progress: opens a bar for each column and kind of request.
@@ -132,9 +130,9 @@ def _as_it_was(model: QAdapterForCausalLM) -> Iterator[None]:
 def _columns(model: QAdapterForCausalLM, columns: Mapping[str, Mapping[str, Any]]) -> list[Column]:
     """The columns, base first."""
     for name, settings in columns.items():
-        unknown = sorted(set(settings) - set(SETTINGS))
+        unknown = sorted(set(settings) - set(DIAL))
         if unknown:
-            raise ConfigError(f"column {name!r} sets {unknown}; the settings are {', '.join(SETTINGS)}.")
+            raise ConfigError(f"column {name!r} sets {unknown}; the settings are {', '.join(DIAL)}.")
     if columns.get(BASE, {"strength": 0.0}).get("strength") != 0:
         raise ConfigError(f"column {BASE!r} is the base, strength 0: name {dict(columns[BASE])} otherwise.")
     result = [Column(BASE, 0.0), *(Column(name, **columns[name]) for name in columns if name != BASE)]

@@ -15,8 +15,8 @@ from qadapter.modeling.mixing import (
     StepState,
     Strength,
     check_shape,
-    checked_cap,
     checked_decay,
+    checked_nats,
     checked_number,
     checked_weights,
     evaluated,
@@ -39,6 +39,7 @@ class PolicyGenerationMixin(GenerationMixin):
         strength: Strength | None = None,
         adapter_weights: AdapterWeights | None = None,
         max_kl: float | Tensor | None = None,
+        min_kl: float | Tensor | None = None,
         decay: float | None = None,
         interpolation: str | None = None,
         output_strengths: bool = False,
@@ -47,8 +48,8 @@ class PolicyGenerationMixin(GenerationMixin):
         """Token ids (B, prompt and answer), or what else `GenerationMixin.generate` returns, of the customised policy.
 
         Args:
-            strength, adapter_weights, max_kl, interpolation: as of `QAdapterForCausalLM.forward`, a row of the given
-                inputs.
+            strength, adapter_weights, max_kl, min_kl, interpolation: as of `QAdapterForCausalLM.forward`, a row of the
+                given inputs.
             decay: factor ρ of the strength from one token of the answer to the next, 0 < ρ ≤ 1: λ ρᵗ at the t-th. The
                 first tokens settle what the base then continues by itself (docs/dial.md); None takes the model's own
                 `decay`, which is 1.
@@ -68,16 +69,17 @@ class PolicyGenerationMixin(GenerationMixin):
         strength = self._strength_of_answers(strength, rows)
         adapter_weights = self.adapter_weights if adapter_weights is None else adapter_weights
         adapter_weights = stacked_weights(adapter_weights, self.adapters, rows, self.device)
-        cap = checked_cap(self.max_kl if max_kl is None else max_kl, self.device)
-        if cap is not None and cap.numel() == 1:
-            cap = cap.reshape(()).expand(rows)
+        cap = self._nats_of_answers("max_kl", max_kl, rows)
+        threshold = self._nats_of_answers("min_kl", min_kl, rows)
+        if threshold is not None and not threshold.any():
+            threshold = None
         decay = checked_decay(self.decay if decay is None else decay)
         if isinstance(strength, float) and strength == 0.0:
             decay = 1.0  # the base alone, for which one stream is enough
         changing = "a callable strength" if callable(strength) else "a decay" if decay < 1 else ""
         interpolation = self.checked_interpolation(interpolation)
         if interpolation == "weights":
-            refuse_changing(changing)
+            refuse_changing(changing if threshold is None else "min_kl")
         config = args[0] if args else kwargs.get("generation_config")
         setting = partial(generation_setting, kwargs, (config, self.generation_config))
         refuse_unsupported(changing, output_strengths, setting)
@@ -89,6 +91,7 @@ class PolicyGenerationMixin(GenerationMixin):
         settings = {
             **self._free_of_numbers(strength, adapter_weights, interpolation, rows),
             "max_kl": cap,
+            "min_kl": threshold,
             "strength_record": record,
             "prompt_length": int(given is None) if prompt is None else prompt.shape[1],  # 1: generate begins with BOS
             "decay": decay if decay < 1 else None,
@@ -99,12 +102,12 @@ class PolicyGenerationMixin(GenerationMixin):
         if output_strengths:
             kwargs["return_dict_in_generate"] = True
         if kwargs.get("assistant_model") is not None:  # it would be handed every argument of the loop
-            with self.defaults(strength, adapter_weights, cap, interpolation):
+            with self.defaults(strength, adapter_weights, cap, threshold, interpolation):
                 return super().generate(inputs, *args, **kwargs)
         # The pass without the prompt that guidance makes is not handed the loop's arguments, but its rows.
         texts = max(setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
-        own = [v.repeat_interleave(texts) if isinstance(v, Tensor) else v for v in (strength, cap)]
-        with self.defaults(own[0], adapter_weights, own[1], interpolation) if guided else nullcontext():
+        own = [v.repeat_interleave(texts) if isinstance(v, Tensor) else v for v in (strength, cap, threshold)]
+        with self.defaults(own[0], adapter_weights, *own[1:], interpolation) if guided else nullcontext():
             output = super().generate(inputs, *args, **kwargs, **settings)
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
@@ -121,6 +124,11 @@ class PolicyGenerationMixin(GenerationMixin):
         strength = finite(strength, "strength").to(self.device)
         # generate repeats tensors row by row
         return strength.reshape(()).expand(rows) if strength.numel() == 1 else strength
+
+    def _nats_of_answers(self: Any, name: str, value: float | Tensor | None, rows: int) -> Tensor | None:
+        """`max_kl` or `min_kl` of a call (B,), the model's own where it gives none; generate repeats it row by row."""
+        nats = checked_nats(getattr(self, name) if value is None else value, name, self.device)
+        return nats.reshape(()).expand(rows) if nats is not None and nats.numel() == 1 else nats
 
     def _free_of_numbers(
         self: Any, strength: Strength, weights: AdapterWeights, interpolation: str, rows: int
@@ -157,17 +165,17 @@ class PolicyGenerationMixin(GenerationMixin):
 
     @contextmanager
     def defaults(
-        self: Any, strength: Any, adapter_weights: Any, max_kl: Any, interpolation: str = "logits"
+        self: Any, strength: Any, adapter_weights: Any, max_kl: Any, min_kl: Any, interpolation: str = "logits"
     ) -> Iterator[None]:
         """Within the context, these settings are the model's own."""
-        before = self.strength, self.adapter_weights, self.max_kl, self.interpolation
-        self.strength, self.max_kl, self.interpolation = strength, max_kl, interpolation
+        before = self.strength, self.adapter_weights, self.max_kl, self.min_kl, self.interpolation
+        self.strength, self.max_kl, self.min_kl, self.interpolation = strength, max_kl, min_kl, interpolation
         self.adapter_weights = dict(zip(self.adapters, adapter_weights[0].tolist(), strict=True)) if isinstance(
             adapter_weights, Tensor) else dict(adapter_weights)  # fmt: skip
         try:
             yield
         finally:
-            self.strength, self.adapter_weights, self.max_kl, self.interpolation = before
+            self.strength, self.adapter_weights, self.max_kl, self.min_kl, self.interpolation = before
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self: Any,

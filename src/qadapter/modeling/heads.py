@@ -92,6 +92,20 @@ class Head:
             return self.logits(mix_streams(list(hidden.values()), weights))
         return mix_streams(self.stream_logits(hidden, plan), weights)
 
+    def direction(
+        self, hidden: Mapping[Stream, Tensor], coefficients: Mapping[Stream, float | Tensor], plan: StreamPlan
+    ) -> tuple[Tensor, Tensor]:
+        """The base's logits z_b, and Σ_k c_k z_k − z_b, in float32 or wider.
+
+        Where one matmul serves all streams the difference is taken of the hidden states: in bfloat16 the difference of
+        two rounded logits would be off by more than a weak adapter moves them.
+        """
+        base = widened(self.stream_logits({None: hidden[None]}, plan)[0])
+        if not self.shared:
+            return base, widened(self.mixed_logits({k: hidden[k] for k in coefficients}, coefficients, plan)) - base
+        mixed = mix_streams([hidden[stream] for stream in coefficients], list(coefficients.values()))
+        return base, widened(self.logits(mixed - hidden[None]))
+
     def stream_logits(self, hidden: Mapping[Stream, Tensor], plan: StreamPlan) -> Sequence[Tensor]:
         """The logits of each stream, in order."""
         result = []

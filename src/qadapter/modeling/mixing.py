@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qadapter.errors import ConfigError
-from qadapter.functional import kl_divergence
+from qadapter.functional import kl_divergence, shrinkage
 
 BISECTIONS = 30
 KL_ROUNDING = 4e-6  # nats; float32 was seen to be wrong by 1.3e-6 in a KL over 50,000 tokens
@@ -101,21 +101,21 @@ def checked_weights(
     return result
 
 
-def checked_cap(max_kl: float | Tensor | None, device: torch.device, read: bool = True) -> Tensor | None:
-    """The KL cap as a tensor, () or (B,); infinity means no cap for that row.
+def checked_nats(value: float | Tensor | None, name: str, device: torch.device, read: bool = True) -> Tensor | None:
+    """`max_kl` or `min_kl` as a tensor, () or (B,); an infinite cap is none, an infinite threshold leaves the base.
 
     Args:
         read: whether to look at the value; where `generate` has done so, it would hold up every token.
 
     Raises:
-        ConfigError: a negative cap or NaN.
+        ConfigError: a negative value or NaN.
     """
-    if max_kl is None:
+    if value is None:
         return None
-    cap = torch.as_tensor(max_kl, dtype=torch.float32, device=device)
-    if read and not bool((cap >= 0).all()):  # false for NaN too
-        raise ConfigError(f"max_kl = {max_kl!r}: must be 0 or above, in nats per token.")
-    return cap
+    nats = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if read and not bool((nats >= 0).all()):  # false for NaN too
+        raise ConfigError(f"{name} = {value!r}: must be 0 or above, in nats per token.")
+    return nats
 
 
 def finite(value: Tensor, name: str) -> Tensor:
@@ -163,7 +163,7 @@ def capped_logits(logits: Tensor, base_logits: Tensor, cap: Tensor) -> tuple[Ten
     that leaves the base alone. Logits come back in float32.
     """
     base, delta = base_logits.float(), logits.float() - base_logits.float()
-    cap = cap.view(*cap.shape, *[1] * (base.dim() - 1 - cap.dim())) - KL_ROUNDING  # () or (B, 1)
+    cap = beside(cap, base.dim() - 1) - KL_ROUNDING  # () or (B, 1)
     low = torch.zeros(base.shape[:-1], device=base.device)
     high = torch.ones_like(low)
     whole = kl_divergence(base + delta, base) <= cap
@@ -173,6 +173,30 @@ def capped_logits(logits: Tensor, base_logits: Tensor, cap: Tensor) -> tuple[Ten
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     share = torch.where(whole, torch.ones_like(low), low)
     return base + share.unsqueeze(-1) * delta, share
+
+
+def thresholded_logits(
+    base_logits: Tensor, delta: Tensor, strength: float | Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits z_b + λ s δ, and the share s = max(0, 1 − κ / KL) ∈ [0, 1) of the strength, (B, T).
+
+    KL is that of the policy at strength 1 from the base, so s depends on the text alone: where the adapters would move
+    the base by no more than κ nats they are taken to have nothing to say, and the base itself speaks.
+
+    Args:
+        base_logits, delta: z_b and z − z_b of the policy at strength 1, (B, T, V).
+        strength: λ, a number, (B,) or (B, T).
+        threshold: κ in nats, () or (B,).
+    """
+    share = shrinkage(kl_divergence(base_logits + delta, base_logits), beside(threshold, delta.dim() - 1))
+    if isinstance(strength, Tensor):
+        strength = beside(strength.to(delta), delta.dim() - 1)
+    return base_logits + (strength * share).unsqueeze(-1) * delta, share
+
+
+def beside(values: Tensor, dimensions: int) -> Tensor:
+    """Values (B, ...) or (), with as many trailing dimensions of size 1 as it takes."""
+    return values.view(*values.shape, *[1] * (dimensions - values.dim()))
 
 
 def last_strength(strength: float | Tensor, share: float | Tensor, logits: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ from qadapter.modeling.mixing import (
     Strength,
     capped_logits,
     check_shape,
-    checked_cap,
+    checked_nats,
     evaluated,
     kept_columns,
     last_strength,
     refuse_changing,
+    thresholded_logits,
 )
 from qadapter.modeling.passes import TrainingPasses
 from qadapter.modeling.quantised import check_trainable_files, keep_layout
@@ -55,8 +56,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     Use `from_base` to start training and `from_pretrained` to load an adapter folder; then `generate`, `forward`,
     `score` (how good an adapter finds given answers) and `merged` (strength 1 without the LoRA's products).
 
-    The attributes `strength`, `adapter_weights`, `max_kl`, `decay` and `interpolation` are the dial of calls that set
-    none.
+    The attributes `strength`, `adapter_weights`, `max_kl`, `min_kl`, `decay` and `interpolation` are the dial of calls
+    that set none.
 
     Raises:
         ConfigError: `base` is no plain causal language model, carries an adapter, or cannot be adapted as asked.
@@ -103,6 +104,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         # The settings of calls that give none.
         self.strength: Any = 1.0
         self.max_kl: Any = None
+        self.min_kl: Any = None
         self.decay: float = 1.0  # of `generate` alone: forward does not know where an answer begins
         self.interpolation = "logits"
         self.adapter_weights: dict[str, float] = dict.fromkeys(names, 1.0)
@@ -198,6 +200,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         strength: Strength | None = None,
         adapter_weights: AdapterWeights | None = None,
         max_kl: float | Tensor | None = None,
+        min_kl: float | Tensor | None = None,
         interpolation: str | None = None,
         strength_record: list[Tensor] | None = None,
         completion_mask: Tensor | None = None,
@@ -215,6 +218,9 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
                 name (those not named get 0), or one tensor (B, K); None takes the model's own `adapter_weights`.
             max_kl: cap on KL(policy ‖ base) at each token, in nats, a float or a tensor (B,): the strength is lowered
                 where it would be exceeded.
+            min_kl: threshold κ in nats, a float or a tensor (B,): the strength at each token is multiplied by
+                max(0, 1 − κ / KL), where KL is that of the policy at strength 1 from the base. So tokens of which the
+                adapters have little to say stay the base's own (docs/dial.md). None takes the model's own, 0 is none.
             interpolation: what strength and weights are of: "logits", as above, or "weights", W + λ Σ_k w_k B_k A_k,
                 the LoRAs scaled and added up: one stream for any strengths a row, whose cache does depend on them
                 (docs/dial.md). None takes the model's own `interpolation`.
@@ -249,20 +255,29 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
-        used, cap = self._dial_of_pass(strength, adapter_weights, max_kl, interpolation, input_ids, *shape_of(batch))
-        coefficients = self.stream_coefficients(used, adapter_weights, interpolation)
-        streams = list(coefficients) if cap is None else list(dict.fromkeys([*coefficients, None]))
+        used, cap, threshold = self._dial_of_pass(
+            strength, adapter_weights, max_kl, min_kl, interpolation, input_ids, *shape_of(batch)
+        )
+        # With a threshold the dial is turned after the heads, on the way to the policy at strength 1.
+        coefficients = self.stream_coefficients(used if threshold is None else 1.0, adapter_weights, interpolation)
+        plain = cap is None and threshold is None
+        streams = list(coefficients) if plain else list(dict.fromkeys([*coefficients, None]))
         hidden, cache = self.stacked_pass(streams, batch, past_key_values, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = {stream: states[:, kept] for stream, states in hidden.items()}
         coefficients = {stream: kept_columns(c, kept) for stream, c in coefficients.items()}
-        logits = self.head.mixed_logits({stream: hidden[stream] for stream in coefficients}, coefficients, self.plan)
-        share: float | Tensor = 1.0
+        used, share = kept_columns(used, kept), 1.0
+        if threshold is not None:
+            base_logits, delta = self.head.direction(hidden, coefficients, self.plan)
+            logits, share = thresholded_logits(base_logits, delta, used, threshold)
+        else:
+            logits = self.head.mixed_logits({k: hidden[k] for k in coefficients}, coefficients, self.plan)
         if cap is not None:
             base_logits = self.head.stream_logits({None: hidden[None]}, self.plan)[0]
-            logits, share = capped_logits(logits, base_logits, cap)
+            logits, let_through = capped_logits(logits, base_logits, cap)
+            share = share * let_through
         if strength_record is not None:
-            strength_record.append(last_strength(kept_columns(used, kept), share, logits))
+            strength_record.append(last_strength(used, share, logits))
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=items)
@@ -274,15 +289,19 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         strength: Strength | None,
         adapter_weights: AdapterWeights | None,
         max_kl: float | Tensor | None,
+        min_kl: float | Tensor | None,
         interpolation: str | None,
         input_ids: Tensor | None,
         rows: int,
         tokens: int,
-    ) -> tuple[float | Tensor, Tensor | None]:
-        """The strength and the cap of a pass, the model's own where it gives none; raises ConfigError."""
+    ) -> tuple[float | Tensor, Tensor | None, Tensor | None]:
+        """Strength, cap and threshold of a pass, the model's own where it gives none; raises ConfigError."""
         strength = self.strength if strength is None else strength
+        min_kl = self.min_kl if min_kl is None else min_kl
+        if (isinstance(min_kl, float | int) and min_kl == 0) or (isinstance(strength, float) and strength == 0.0):
+            min_kl = None  # nothing to lower: as many streams as without it
         if self.checked_interpolation(interpolation) == "weights":
-            refuse_changing("a callable strength" if callable(strength) else "")
+            refuse_changing("a callable strength" if callable(strength) else "" if min_kl is None else "min_kl")
             check_shape("strength", strength, (rows,))
         used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
         check_shape("strength", used, (rows,), (rows, tokens))
@@ -292,8 +311,11 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             for name, weight in (adapter_weights or {}).items():
                 check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
         max_kl = self.max_kl if max_kl is None else max_kl
-        check_shape("max_kl", max_kl, (rows,))
-        return used, checked_cap(max_kl, self.device, read=not isinstance(max_kl, Tensor))
+        checked = []
+        for name, value in (("max_kl", max_kl), ("min_kl", min_kl)):
+            check_shape(name, value, (rows,))
+            checked.append(checked_nats(value, name, self.device, read=not isinstance(value, Tensor)))
+        return used, *checked
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""
