@@ -25,6 +25,8 @@ def alternating(state):
         {"strength": alternating},
         {"strength": alternating, "decay": 0.5},
         {"strength": 1.5, "max_kl": 0.05},
+        {"strength": 1.5, "min_kl": 0.3},
+        {"strength": 1.5, "min_kl": 0.3, "max_kl": 0.05},
         {"strength": 0.9, "decay": 0.5},
     ],
 )

@@ -47,7 +47,7 @@ def inspect_tokens(
     kept = ids.shape[1] - prompt_length + 1
     if kept < 2:
         return []
-    own = {"strength": model.strength, "max_kl": model.max_kl, "decay": model.decay}
+    own = {name: getattr(model, name) for name in ("strength", "max_kl", "min_kl", "decay")}
     settings = own | {name: value for name, value in settings.items() if value is not None}
     if model.checked_interpolation(settings.get("interpolation")) == "weights":
         changing = "a callable strength" if callable(settings["strength"]) else "a decay"
@@ -89,10 +89,10 @@ def _asked(strength: Strength, decay: float, ids: Tensor, prompt_length: int) ->
 def _share(
     policy: Tensor, base: Tensor, model: QAdapterForCausalLM, ids: Tensor, settings: Mapping[str, Any]
 ) -> Tensor:
-    """The share of the strength that a cap let through at each answer token, on the CPU."""
-    if settings.get("max_kl") is None:
+    """The share of the strength that a threshold left and a cap let through at each answer token, on the CPU."""
+    if settings.get("max_kl") is None and not settings.get("min_kl"):
         return torch.ones(len(policy))
-    free = {**settings, "max_kl": math.inf}  # None would take the model's own
+    free = {**settings, "max_kl": math.inf, "min_kl": 0.0}  # None would take the model's own
     whole = model(ids, use_cache=False, logits_to_keep=len(policy) + 1, **free).logits[0, :-1].float().log_softmax(-1)
     # On the path from the base, centred logits move in proportion to the strength.
     moved, full = ((x - base) - (x - base).mean(-1, keepdim=True) for x in (policy, whole))

@@ -46,6 +46,18 @@ def test_interpolated_weights_answer_as_the_base_with_the_scaled_lora(adapter, b
     assert by_logits != written
 
 
+def test_a_threshold_leaves_tokens_to_the_base(adapter):
+    def answer(*options):
+        return qadapter("generate", adapter, "--prompt", PROMPT, *SHORT, *options).out
+
+    base = answer("--strength", 0)
+    assert answer("--strength", 2, "--threshold", 1e6) == base != answer("--strength", 2, "--threshold", 1e-9)
+    outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--threshold", -1, *SHORT)
+    assert_refused(outcome, "min_kl = -1.0: must be a finite number of nats, 0 or above")
+    outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--threshold", 1, "--interpolation", "weights", *SHORT)
+    assert_refused(outcome, 'min_kl cannot be used with interpolation="weights"')
+
+
 def test_a_decay_of_interpolated_weights_is_refused(adapter):
     outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--interpolation", "weights", "--decay", 0.9, *SHORT)
     assert_refused(outcome, 'a decay cannot be used with interpolation="weights"')

@@ -284,6 +284,7 @@ def test_an_audited_folder_still_loads(run, own):
         ("sweep", ["--max-drop", "1"], "--max-drop needs benchmarks"),
         ("sweep", ["--interpolation", "weights", "--decay", "0.9"], "a decay cannot be used with interpolation"),
         ("sweep", ["--interpolation", "weights", "--alpha-0", "0.2"], "alpha_0 = 0.2 mixes logits"),
+        ("sweep", ["--threshold", "-1"], "min_kl = -1.0: must be a finite number, 0 or above"),
         ("sweep", ["--cap", "-1"], "max_kl = -1.0: must be a finite number, 0 or above"),
         ("sweep", ["--judge", "rule:json"], "a sweep generates no answers to judge"),
         ("compare", ["--strengths", "0"], "--strengths '0' names the base only"),

@@ -123,6 +123,13 @@ def test_the_cap_and_the_weights_can_be_tried(address, browser):
     assert page.text("policy-answer") == base
     page.find("cap").send_keys(RIGHT * 50)
     page.wait(lambda: page.text("policy-answer") == free)
+    threshold = page.find("threshold")
+    threshold.send_keys(RIGHT * 50)
+    assert page.find("threshold-value").text == "3.2"
+    page.wait(lambda: page.text("policy-answer") == base)
+    threshold.send_keys(HOME)
+    assert page.find("threshold-value").text == "off"
+    page.wait(lambda: page.text("policy-answer") == free)
     page.find("decay").send_keys(HOME)
     assert page.find("decay-value").text == "0.70"
     page.wait(lambda: page.text("policy-answer") not in ("", free))
@@ -149,7 +156,7 @@ def test_everything_is_done_without_a_mouse(address, browser):
     assert [tab().get_attribute("id") for _ in range(2)] == ["prompt", "send"]  # `stop` is off
     press(ENTER)
     page.wait()
-    sliders = ["strength", "weight-concise", "weight-polite", "cap", "decay"]
+    sliders = ["strength", "weight-concise", "weight-polite", "cap", "threshold", "decay"]
     assert [tab().get_attribute("id") for _ in sliders] == sliders
     assert tab().tag_name == "summary"
     press(ENTER)
@@ -315,7 +322,7 @@ def test_answers_in_scripts_from_right_to_left_begin_at_the_right(address, brows
 
 def test_a_screen_reader_hears_what_the_sliders_show_and_whole_answers(address, browser):
     page = Page(browser, address)
-    names = {"strength": "1.00", "weight-polite": "0.00", "cap": "off", "decay": "off"}
+    names = {"strength": "1.00", "weight-polite": "0.00", "cap": "off", "threshold": "off", "decay": "off"}
     for name, said in names.items():
         assert page.find(name).get_attribute("aria-valuetext") == said
     page.find("cap").send_keys(HOME)
@@ -349,6 +356,7 @@ def test_the_strength_is_of_weights_where_they_can_be_interpolated(address, plai
     select.send_keys(DOWN)  # letters typed within a second would be one word
     page.wait(lambda: page.text("policy-answer") not in ("", by_logits))
     assert not page.find("decay").is_enabled()
+    assert not page.find("threshold").is_enabled()
     select.send_keys(UP)
     page.wait(lambda: page.text("policy-answer") == by_logits)
     assert page.find("decay").is_enabled()

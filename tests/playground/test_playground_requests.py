@@ -51,6 +51,16 @@ def test_a_cap_bounds_the_kl_of_every_token_and_lowers_the_strength(address):
     assert min(view["strength"] for view in views) < 1.5
 
 
+def test_a_threshold_lowers_the_strength_and_leaves_tokens_to_the_base(address):
+    views = ask(address, strength=1.5, min_kl=0.4)[-1]["tokens"]
+    for view, whole in zip(views[:1], ask(address, strength=1.5)[-1]["tokens"][:1], strict=True):
+        assert 0 <= view["strength"] < whole["strength"] == 1.5
+        assert view["kl"] < whole["kl"]
+    views = ask(address, strength=1.5, min_kl=1e3)[-1]["tokens"]
+    assert max(view["kl"] for view in views) < 1e-6
+    assert max(view["strength"] for view in views) == 0.0
+
+
 @pytest.mark.parametrize("max_kl", [None, 0.02])
 def test_a_decaying_strength_is_shown_at_every_token(address, policy, max_kl):
     tokenizer = models.tiny_tokenizer()
@@ -189,3 +199,7 @@ def test_an_interpolation_that_cannot_be_is_refused(request, server):
     assert response.status_code == 400
     told = {"address": "not of the residual form", "plain_address": "a decay cannot be used"}
     assert told[server] in response.json()["error"]
+    body = {"prompt": "hello", "interpolation": "weights", "min_kl": 0.1}
+    response = httpx.post(f"{request.getfixturevalue(server)}/api/answer", json=body)
+    assert response.status_code == 400
+    assert told[server].replace("a decay", "min_kl") in response.json()["error"]

@@ -38,6 +38,8 @@ def test_strength_goes_from_the_base_through_the_policy_and_beyond():
         ("base", {}),
         ("base", {"strength": 0.0}),
         ("base", {"decay": 1.0}),
+        ("base", {"min_kl": 0.0}),
+        ("formal", {"strength": 0.0, "min_kl": 0.1}),
         ("formal", {"strength": 0.0}),
         ("mix", {"weights": {}}),
     ],
@@ -84,7 +86,20 @@ def test_a_cap_brings_the_base_along():
     assert dial.max_kl == 0.1
 
 
-@pytest.mark.parametrize("options", [{"max_kl": 0.1}, {"max_kl": 0.0}, {"decay": 0.9}, {"strength": 0.0, "max_kl": 1}])
+def test_a_threshold_takes_the_policy_at_strength_1_and_the_base():
+    dial = CATALOGUE.dial("formal", QAdapterOptions(strength=0.3, min_kl=0.1, decay=0.9))
+    assert dict(dial.coefficients) == coefficients("formal", max_kl=1.0)
+    assert (dial.min_kl, dial.strength, dial.decay) == (0.1, 0.3, 0.9)
+    assert dial.at("first", 5) == dial.coefficients["first"]  # the strength comes on top
+    assert dict(CATALOGUE.dial("concise", QAdapterOptions(min_kl=0.0)).coefficients) == {"second": 1.0}
+
+
+NOT_THE_BASES = (
+    {"max_kl": 0.1}, {"max_kl": 0.0}, {"min_kl": 0.1}, {"decay": 0.9}, {"strength": 0.0, "max_kl": 1}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", NOT_THE_BASES)
 def test_the_base_has_no_dial(options):
     field = next(name for name in options if name != "strength")
     with pytest.raises(ApiError, match=f"{field} = .* does nothing for model 'base'") as refusal:

@@ -25,6 +25,10 @@ DIALS = [
     ("formal", {"strength": 0.0}),
     ("concise", {"strength": 1.5, "decay": 0.7}),
     ("formal", {"max_kl": 0.05, "decay": 0.5}),
+    ("concise", {"strength": 1.4, "min_kl": 0.2}),
+    ("formal", {"weights": {"formal": 0.6, "concise": 0.9}, "min_kl": 0.1, "decay": 0.7}),
+    ("formal", {"strength": -0.5, "min_kl": 0.1, "max_kl": 0.2}),
+    ("concise", {"strength": 0.0, "min_kl": 0.1}),
 ]
 # Rows of float64 models; transformers takes some constants (rotary frequencies, attention scales) in float32.
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -49,6 +53,7 @@ def defined_logits(model, ids, name, options, step):
             strength=torch.tensor([strength], dtype=torch.float64),
             adapter_weights=weights,
             max_kl=options.get("max_kl"),
+            min_kl=options.get("min_kl"),
             use_cache=False,
         )
     return output.logits[0, -1]
@@ -69,23 +74,23 @@ def test_a_mixed_batch_equals_single_rows_while_rows_join_and_leave(architecture
     peft = {"target_modules": ["c_attn", "c_fc", "c_proj"]} if architecture == "gpt2" else {}
     model = two_adapters(tiny_base(architecture, torch.float32 if eager else torch.float64), **peft)
     decoder, dials = Decoder(model), dials_of(model)
-    rows = token_ids(*range(3, 15))
+    rows = token_ids(*range(3, 19))
 
     early = decoder.empty(dials[:4])
     assert_rows_are_defined(model, decoder.feed(early, rows[:4]), rows[:4], DIALS[:4])
     late = decoder.empty(dials[4:])
     assert_rows_are_defined(model, decoder.feed(late, rows[4:]), rows[4:], DIALS[4:])
 
-    batch = joined([(early, range(4)), (late, range(8))])
+    batch = joined([(early, range(4)), (late, range(12))])
     for step in range(1, 4):
         rows = [[*row, 4 + step + number] for number, row in enumerate(rows)]
         assert_rows_are_defined(model, decoder.feed(batch, [row[-1:] for row in rows]), rows, step=step)
 
-    kept = [7, 0, 10, 6]
+    kept = [7, 0, 13, 10, 6]
     batch, rows = joined([(batch, kept)]), [rows[row] for row in kept]
     assert batch.width == max(map(len, rows))
     rows = [[*row, 9] for row in rows]
-    logits = decoder.feed(batch, [[9]] * 4)
+    logits = decoder.feed(batch, [[9]] * 5)
     assert_rows_are_defined(model, logits, rows, [DIALS[row] for row in kept], step=4)
 
 
@@ -93,7 +98,7 @@ def test_a_mixed_batch_equals_single_rows_while_rows_join_and_leave(architecture
 def test_prompts_fed_in_chunks_equal_prompts_fed_at_once(chunk):
     model = two_adapters(tiny_base(dtype=torch.float64))
     decoder, dials = Decoder(model), dials_of(model)
-    rows = token_ids(11, 2, 7, 11, 1, 3, 4, 5, 6, 9, 8, 10)
+    rows = token_ids(11, 2, 7, 11, 1, 3, 4, 5, 6, 9, 8, 10, 3, 5, 7, 2)
     whole = decoder.feed(decoder.empty(dials), rows)
     batch = decoder.empty(dials)
     for start in range(0, 11, chunk):
@@ -118,7 +123,7 @@ def test_a_row_taken_twice_becomes_two_independent_rows():
 def test_a_lora_on_the_head_is_mixed_by_logits():
     peft = {"target_modules": ["q_proj", "lm_head"]}
     model = two_adapters(tiny_base(dtype=torch.float64), **peft)
-    rows = token_ids(*range(3, 15))
+    rows = token_ids(*range(3, 19))
     decoder = Decoder(model)
     assert not model.head.shared
     assert_rows_are_defined(model, decoder.feed(decoder.empty(dials_of(model)), rows), rows)
@@ -128,7 +133,7 @@ def test_a_row_brings_only_the_lanes_it_needs():
     model = two_adapters()
     batch = Decoder(model).empty(dials_of(model))
     lanes = [sum(row == own for own, _ in batch.lanes) for row in range(len(DIALS))]
-    assert lanes == [1, 1, 2, 2, 2, 2, 3, 2, 2, 1, 2, 2]
+    assert lanes == [1, 1, 2, 2, 2, 2, 3, 2, 2, 1, 2, 2, 2, 3, 2, 1]
 
 
 def test_base_rows_equal_the_bare_base_model_bit_for_bit_in_bfloat16():

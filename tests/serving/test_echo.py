@@ -22,6 +22,11 @@ POLICIES = {
     "beyond": ("concise", {"strength": 1.5}, {"strength": 1.5, "adapter_weights": SECOND}),
     "weights": ("both", {"weights": {"formal": 0.4, "both": 0.8}}, {"adapter_weights": {"first": 0.8, "second": 0.4}}),
     "capped": ("formal", {"max_kl": 0.1}, {"adapter_weights": FIRST, "max_kl": 0.1}),
+    "thresholded": (
+        "formal",
+        {"strength": 1.5, "min_kl": 0.2},
+        {"strength": 1.5, "min_kl": 0.2, "adapter_weights": FIRST},
+    ),
     "decaying": ("formal", {"decay": 0.5}, {"adapter_weights": FIRST}),  # the prompt comes before the answer
 }  # fmt: skip
 PROMPT = "tell me why"

@@ -26,6 +26,11 @@ POLICIES = {
         {"strength": 0.9, "adapter_weights": {"first": 0.4, "second": 0.8}},
     ),
     "capped": ("formal", {"max_kl": 0.1}, {"adapter_weights": FIRST, "max_kl": 0.1}),
+    "thresholded": (
+        "formal",
+        {"strength": 1.5, "min_kl": 0.3},
+        {"strength": 1.5, "min_kl": 0.3, "adapter_weights": FIRST},
+    ),
     "decaying": (
         "formal",
         {"strength": 2.0, "decay": 0.7},
@@ -49,7 +54,7 @@ def test_policies_of_this_test_differ(client):
         chat(client, "tell me", name, **GREEDY, extra_body=dial(**options)).choices[0].message.content
         for name, options, _ in POLICIES.values()
     }
-    assert len(texts) >= 8  # three of them are the base
+    assert len(texts) >= 9  # three of them are the base
 
 
 def test_models_are_the_base_and_the_adapters(client):

@@ -34,6 +34,16 @@ def add_decay_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", type=float, default=1.0, help="factor of the strength from token to token")
 
 
+def add_threshold_option(parser: argparse.ArgumentParser) -> None:
+    """Which tokens are left to the base."""
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=None,
+        help="leave tokens to the base that strength 1 would move by less than so many nats of KL, 0.1 say",
+    )
+
+
 def add_interpolation_option(parser: argparse.ArgumentParser) -> None:
     """What the strength and the weights are of."""
     parser.add_argument(
@@ -60,6 +70,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    add_threshold_option(parser)
     add_decay_option(parser)
     add_interpolation_option(parser)
     add_template_option(parser)
@@ -86,6 +97,7 @@ def add_dial_options(parser: argparse.ArgumentParser) -> None:
         "--adapter-weights", nargs="+", action="extend", default=None, help="of a composition: NAME=WEIGHT ..."
     )
     parser.add_argument("--cap", type=float, default=None, help="cap on KL(policy || base) at each token, in nats")
+    add_threshold_option(parser)
     add_decay_option(parser)
     add_interpolation_option(parser)
 
@@ -149,8 +161,13 @@ def weights_of(options: argparse.Namespace) -> dict[str, float] | None:
 
 def dial_of(options: argparse.Namespace) -> dict[str, Any]:
     """Settings of the dial besides the strength among a command's options, as a `Column` takes them."""
-    settings = {"max_kl": options.cap, "decay": options.decay, "interpolation": options.interpolation}
-    return {"adapter_weights": weights_of(options), **settings}
+    return {
+        "adapter_weights": weights_of(options),
+        "max_kl": options.cap,
+        "min_kl": options.threshold,
+        "decay": options.decay,
+        "interpolation": options.interpolation,
+    }
 
 
 def require(value: Any, option: str, example: str) -> Any:

@@ -16,7 +16,7 @@ from qadapter.devices import default_device, pick_dtype
 from qadapter.generation import Sampling
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.loading import tokenizer_of
-from qadapter.modeling.mixing import checked_decay, checked_number
+from qadapter.modeling.mixing import checked_decay, checked_number, checked_threshold
 
 
 @contextlib.contextmanager
@@ -94,12 +94,13 @@ def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
     """Policy and tokenizer of an adapter folder, on the machine's accelerator."""
     checked_number(options.strength, "strength")  # before minutes of loading
     decay = checked_decay(getattr(options, "decay", 1.0))  # of the commands that generate
+    threshold = checked_threshold(getattr(options, "threshold", None), getattr(options, "interpolation", None))
     model = QAdapterForCausalLM.from_pretrained(
         options.adapter,
         base_model=options.base_model,
         verify=not options.no_verify,
         **loading_options(options),
     )
-    model.decay = decay
+    model.decay, model.min_kl = decay, threshold
     model.interpolation = model.checked_interpolation(getattr(options, "interpolation", None))
     return model.to(default_device()), tokenizer_with(tokenizer_of(options.adapter, model.base_source), options)

@@ -82,6 +82,7 @@ def run_sweep(
             "dial": {
                 "decay": columns[0].decay,
                 "cap": columns[0].max_kl,
+                "threshold": columns[0].min_kl,
                 "interpolation": columns[0].interpolation,
             },
             "budget": {"max_kl": limits.max_kl, "max_drop": dict(limits.max_drop)},

@@ -86,6 +86,8 @@ def fixed(sweep: Mapping[str, Any]) -> str:
     """The settings that all points share, as words to follow others; "" where they are the usual ones."""
     decay, cap = sweep["dial"]["decay"], sweep["dial"]["cap"]
     words = ("" if decay == 1 else f", decay {decay:g}") + ("" if cap is None else f", KL cap {cap:g}")
+    threshold = sweep["dial"].get("threshold")  # not in files from before there was one
+    words += f", threshold {threshold:g} nats" if threshold else ""
     return words + interpolated(sweep["dial"])
 
 

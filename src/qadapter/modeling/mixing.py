@@ -63,6 +63,22 @@ def checked_decay(value: Any) -> float:
     return number
 
 
+def checked_threshold(value: Any, interpolation: str | None = None) -> float | None:
+    """A `min_kl` as a float; None for 0, which is none.
+
+    Raises:
+        ConfigError: it is negative or no number, or weights are interpolated.
+    """
+    if value is None:
+        return None
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 <= number < math.inf:
+        raise ConfigError(f"min_kl = {value!r}: must be a finite number of nats, 0 or above.")
+    if number and interpolation == "weights":
+        refuse_changing("min_kl")
+    return number or None
+
+
 def refuse_changing(what: str) -> None:
     """Raise ConfigError if something makes a strength change along a text, where weights are interpolated."""
     if what:

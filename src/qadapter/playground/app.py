@@ -48,6 +48,7 @@ class AnswerRequest(BaseModel):
     strength: Dial = 1.0
     weights: dict[str, Dial] | None = None
     max_kl: float | None = Field(default=None, ge=0)
+    min_kl: float | None = Field(default=None, ge=0)
     decay: float = Field(default=1.0, gt=0, le=1)
     interpolation: Literal["logits", "weights"] = "logits"
     max_new_tokens: int = Field(default=128, ge=1, le=MAX_NEW_TOKENS)
@@ -60,6 +61,7 @@ class AnswerRequest(BaseModel):
             "strength": self.strength,
             "adapter_weights": self.weights,
             "max_kl": self.max_kl,
+            "min_kl": self.min_kl,
             "decay": self.decay,
             "interpolation": self.interpolation,
         }
@@ -135,7 +137,7 @@ def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> No
     """Raise QAdapterError for a dial that cannot be, and a prompt that is refused or leaves no room for an answer."""
     model.stream_coefficients(body.strength, body.weights, body.interpolation)
     if body.interpolation == "weights":
-        refuse_changing("a decay" if body.decay < 1 else "")
+        refuse_changing("a decay" if body.decay < 1 else "min_kl" if body.min_kl else "")
     length = encode(tokenizer, [body.prompt])["input_ids"].shape[1]
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length + body.max_new_tokens > limit:

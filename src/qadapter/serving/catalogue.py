@@ -30,6 +30,7 @@ class Dial:
     Args:
         coefficients: c_k of every stream that is needed; None names the base, `BLENDED` the adapters blended.
         max_kl: cap in nats per token.
+        min_kl: threshold in nats; with it the coefficients are those of strength 1, and `strength` comes on top.
         decay: factor ρ of the way from the base from one token of the answer to the next.
         factors: those of the adapters in the blend.
     """
@@ -38,10 +39,13 @@ class Dial:
     max_kl: float | None = None
     decay: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)
+    min_kl: float | None = None
+    strength: float = 1.0
 
     def at(self, stream: str | None, step: int) -> float:
         """c_k of a stream at the answer's `step`-th token: the base's is 1 and the others' 0 once nothing is left."""
-        share, coefficient = self.decay**step, self.coefficients[stream]
+        share = self.decay**step if self.min_kl is None else 1.0
+        coefficient = self.coefficients[stream]
         return share * coefficient + (1 - share if stream is None else 0.0)
 
 
@@ -99,8 +103,8 @@ class Catalogue:
                 raise bad_request(
                     f"model {BASE_NAME!r} has no adapter to give weight to: name an adapter as the model.", "qadapter"
                 )
-            for field, value in (("max_kl", options.max_kl), ("decay", options.decay)):
-                if value is not None and (field, value) != ("decay", 1.0):  # which asks for nothing
+            for field, value in (("max_kl", options.max_kl), ("min_kl", options.min_kl), ("decay", options.decay)):
+                if value is not None and (field, value) not in (("min_kl", 0.0), ("decay", 1.0)):  # ask for nothing
                     raise bad_request(
                         f"{field} = {value:g} does nothing for model {BASE_NAME!r}, which has no dial: leave it out "
                         "or name an adapter as the model.",
@@ -109,14 +113,20 @@ class Catalogue:
             return Dial({None: 1.0})
         strength = next((given for given in (strength, options.strength) if given is not None), 1.0)
         served = {name: 1.0} if options.weights is None else options.weights
-        weights = {adapter: strength * weight for adapter, weight in self._adapter_weights(served).items()}
+        whole = self._adapter_weights(served)
+        weights = {adapter: strength * weight for adapter, weight in whole.items()}
         if any(abs(weight) > MAX_REQUEST_DIAL for weight in weights.values()):
             raise bad_request(f"strength times weight exceeds {MAX_REQUEST_DIAL:g}.", "qadapter.weights")
         decay = 1.0 if options.decay is None else options.decay
         if self.interpolation == "weights":
-            if decay < 1:
-                raise bad_request("decay needs a server that interpolates logits: leave it out.", "qadapter.decay")
+            for field, wrong in (("decay", decay < 1), ("min_kl", options.min_kl)):
+                if wrong:
+                    message = f"{field} needs a server that interpolates logits: leave it out."
+                    raise bad_request(message, f"qadapter.{field}")
             return _blended(weights, options.max_kl)
+        if options.min_kl and any(weights.values()):
+            coefficients = self._coefficients(whole, base_needed=True)
+            return Dial(coefficients, options.max_kl, decay, min_kl=options.min_kl, strength=strength)
         coefficients = self._coefficients(weights, base_needed=options.max_kl is not None or decay < 1)
         return Dial(coefficients, options.max_kl, decay if len(coefficients) > 1 else 1.0)
 

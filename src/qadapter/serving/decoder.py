@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.mixing import capped_logits
+from qadapter.modeling.mixing import capped_logits, thresholded_logits
 from qadapter.modeling.streams import Blend, Stream
 from qadapter.serving.cache import LaneCache, Part, assembled
 from qadapter.serving.catalogue import BLENDED, Dial
@@ -62,6 +62,11 @@ class RowBatch:
     def width(self) -> int:
         """Columns of the cache."""
         return self.cache.get_seq_length()
+
+    def base_lanes(self, rows: Sequence[int]) -> list[int]:
+        """The lane of the base of each of the rows, which have one."""
+        places = {row: place for place, (row, stream) in enumerate(self.lanes) if stream is None}
+        return [places[row] for row in rows]
 
     def coefficients(self) -> Tensor:
         """The weight of each lane in its row's next logits (L, 1)."""
@@ -156,6 +161,7 @@ class Decoder:
     def _logits(self, batch: RowBatch, hidden: Tensor) -> Tensor:
         """Each row's mix of its lanes' hidden states (L, ..., H), as logits (R, ..., V)."""
         head = self.model.head
+        mixed = None
         if head.shared and batch.plain:
             logits = head.logits(torch.empty_like(hidden).index_copy_(0, batch.lane_rows, hidden))
         elif head.shared:
@@ -164,7 +170,8 @@ class Decoder:
             logits = head.logits(mixed.index_add_(0, batch.lane_rows, parts))
         else:
             logits = self._separate_logits(batch, hidden)
-        return self._capped(batch, hidden, logits.to(self.like))
+        logits = self._thresholded(batch, hidden, mixed, logits.to(self.like))
+        return self._capped(batch, hidden, logits)
 
     def _separate_logits(self, batch: RowBatch, hidden: Tensor) -> Tensor:
         """The mix of logits, for heads that do not let hidden states be mixed (`Head.shared`)."""
@@ -182,12 +189,28 @@ class Decoder:
         with self.model.plan.running(stream):
             return self.model.head.logits(hidden).to(self.like)
 
+    def _thresholded(self, batch: RowBatch, hidden: Tensor, mixed: Tensor | None, logits: Tensor) -> Tensor:
+        """`logits`, with the share of the way from the base that a row's threshold leaves of it."""
+        rows = [row for row, dial in enumerate(batch.dials) if dial.min_kl is not None]
+        if rows:
+            base_hidden = hidden[batch.base_lanes(rows)]
+            base_logits = self._stream_logits(base_hidden, None)
+            if mixed is None:
+                delta = logits[rows] - base_logits
+            else:  # of hidden states, where a difference is finer than of logits
+                delta = self.model.head.logits(mixed[rows] - base_hidden.to(mixed)).to(self.like)
+            dials = [batch.dials[row] for row in rows]
+            used = [dial.strength * dial.decay ** batch.steps[row] for row, dial in zip(rows, dials, strict=True)]
+            thresholds = batch.tensor([dial.min_kl for dial in dials], self.like.dtype)
+            moved, _ = thresholded_logits(base_logits, delta, batch.tensor(used, self.like.dtype), thresholds)
+            logits = logits.index_copy(0, batch.tensor(rows), moved.to(logits))
+        return logits
+
     def _capped(self, batch: RowBatch, hidden: Tensor, logits: Tensor) -> Tensor:
         """`logits`, drawn towards the base where a row's dial caps the KL."""
         rows = [row for row, dial in enumerate(batch.dials) if dial.max_kl is not None and len(dial.coefficients) > 1]
         if rows:
-            places = {row: place for place, (row, stream) in enumerate(batch.lanes) if stream is None}
-            base_logits = self._stream_logits(hidden[[places[row] for row in rows]], None)
+            base_logits = self._stream_logits(hidden[batch.base_lanes(rows)], None)
             caps = batch.tensor([batch.dials[row].max_kl or 0.0 for row in rows], torch.float32)
             capped, _ = capped_logits(logits[rows], base_logits, caps)
             logits = logits.index_copy(0, batch.tensor(rows), capped.to(logits))

@@ -68,12 +68,14 @@ class QAdapterOptions(Strict):
         strength: λ; 0 is the base, 1 the trained policy.
         weights: of served adapters by name, instead of the model's own adapter at weight 1.
         max_kl: cap on KL(policy ‖ base) at each token, in nats.
+        min_kl: threshold in nats: the strength at each token is multiplied by max(0, 1 − min_kl / KL at strength 1).
         decay: factor ρ of the strength from one token of the answer to the next: λ ρᵗ at the t-th.
     """
 
     strength: Weight | None = None
     weights: dict[Name, Weight] | None = None
     max_kl: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = None
+    min_kl: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = None
     decay: Annotated[float, Field(allow_inf_nan=False, gt=0, le=1)] | None = None
 
 

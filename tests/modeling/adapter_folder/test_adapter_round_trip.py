@@ -50,10 +50,10 @@ def test_adapters_of_all_kinds_survive_the_round_trip(kind, tmp_path):
 
 def test_a_cap_of_the_models_own_does_not_stand_in_the_way_of_loading(tmp_path):
     policy = build(tmp_path)
-    policy.strength, policy.max_kl = 0.5, 0.01
+    policy.strength, policy.max_kl, policy.min_kl = 0.5, 0.01, 5.0
     policy.save_pretrained(tmp_path / "capped")
-    assert (policy.strength, policy.max_kl) == (0.5, 0.01)
-    policy.strength, policy.max_kl = 1.0, None
+    assert (policy.strength, policy.max_kl, policy.min_kl) == (0.5, 0.01, 5.0)
+    policy.strength, policy.max_kl, policy.min_kl = 1.0, None, None
     assert torch.equal(logits_of(load(tmp_path / "capped")), logits_of(policy))
 
 

@@ -13,6 +13,11 @@ function capValue() {
   return exponent >= 1 ? null : 10 ** exponent;
 }
 
+function thresholdValue() {
+  const exponent = Number(element("threshold").value);
+  return exponent <= -3 || element("interpolation").value === "weights" ? null : 10 ** exponent;
+}
+
 function question() {
   return {
     prompt: element("prompt").value,
@@ -31,6 +36,7 @@ function dial() {
     interpolation,
     weights: Object.keys(weights).length ? weights : null,
     max_kl: strength === 0 ? null : capValue(),
+    min_kl: strength === 0 ? null : thresholdValue(),
     decay: interpolation === "weights" ? 1 : Number(element("decay").value),
   };
 }
@@ -223,10 +229,11 @@ function hideTip() { element("tip").hidden = true; }
 
 let waiting = null;
 function dialMoved() {
-  element("decay").disabled = element("interpolation").value === "weights";
-  const cap = capValue(), decay = Number(element("decay").value);
+  for (const id of ["decay", "threshold"]) element(id).disabled = element("interpolation").value === "weights";
+  const cap = capValue(), threshold = thresholdValue(), decay = Number(element("decay").value);
   show(element("strength"), Number(element("strength").value).toFixed(2));
   show(element("cap"), cap === null ? "off" : cap.toPrecision(2));
+  show(element("threshold"), threshold === null ? "off" : threshold.toPrecision(2));
   show(element("decay"), decay === 1 ? "off" : decay.toFixed(2));
   for (const slider of document.querySelectorAll("[data-adapter]")) show(slider, Number(slider.value).toFixed(2));
   clearTimeout(waiting);
@@ -235,7 +242,7 @@ function dialMoved() {
 
 function show(slider, text) {
   slider.parentElement.querySelector("output").textContent = text;
-  slider.setAttribute("aria-valuetext", text); // the cap's own value is a logarithm
+  slider.setAttribute("aria-valuetext", text); // the own value of cap and threshold is a logarithm
 }
 
 function setStrength(strength) {
@@ -271,7 +278,7 @@ element("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); answer(); }
 });
 element("stop").addEventListener("click", () => { if (running) running.abort(); });
-for (const id of ["strength", "cap", "decay", "interpolation"]) element(id).addEventListener("input", dialMoved);
+for (const id of ["strength", "cap", "threshold", "decay", "interpolation"]) element(id).addEventListener("input", dialMoved);
 element("measure").addEventListener("change", shadeAll);
 // A field that is not seen cannot say what is wrong with it.
 element("sampling").addEventListener("invalid", () => { element("sampling").open = true; }, true);
