@@ -58,9 +58,14 @@ class Contest:
 
 
 def contests(
-    found: Sequence[Variant], gain: Measure, drift: Measure, own: str = OWN, read_by: Measure | None = None
+    found: Sequence[Variant],
+    gain: Measure,
+    drift: Measure,
+    own: str = OWN,
+    read_by: Measure | None = None,
+    form: str = "dial",
 ) -> list[Contest]:
-    """`own`, its knob tuned and with the strength dial, against every other method and form of it.
+    """`own`, its knob tuned and with the strength dial (or in another form), against every method and form of it.
 
     Both choose among what they may be `tuned_over`, on the seeds that all of these have, and Q-Adapter also among its
     variants that have these seeds after all; a method that shares none is left out. The method's own other forms are
@@ -80,7 +85,7 @@ def contests(
         pair = [v for v in found if v in pair or (v.method == OWN and OWN in (own, method) and v.seeds >= seeds)]
         pair = [on_seeds(variant, seeds) for variant in pair]
         rows = method_areas(pair, gain, read_by or drift, draws)
-        first = next(row for row in rows if row.method == own and row.form == "dial")
+        first = next(row for row in rows if row.method == own and row.form == form)
         others = [row for row in rows if row is not first and row.method == method]
         result += [Contest(first, row, len(seeds), knob_values(pair, own, method)) for row in others]
     return result

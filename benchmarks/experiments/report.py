@@ -26,8 +26,8 @@ from benchmarks.experiments.tables import (
     area_table,
     best_variants,
     equal_lines,
+    form_tables,
     mean_curve,
-    scaled_table,
     task_table,
     variant_table,
 )
@@ -201,7 +201,7 @@ def setting_lines(
         for yardstick in further:
             yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
         yield "</details>\n"
-    yield from scaled_table(found, draws)
+    yield from form_tables(found, draws)
     yield from variant_table(found, draws)
     yield from task_table(found)
 

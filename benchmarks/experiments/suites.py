@@ -36,7 +36,7 @@ def smoke() -> Suite:
         training=Training(pairs_a_step=4, micro_batch=2, learning_rate=3e-3, lora_r=2),
         measuring=Measuring(
             strengths=(0.5, 1.0), scales=(0.5,), sampled_strengths=(1.0,), sampled_scales=(0.5,), sampled_prompts=3,
-            max_new_tokens=8, generation_batch=4, batch_tokens=4096, max_text_tokens=32,
+            threshold=1e-5, max_new_tokens=8, generation_batch=4, batch_tokens=4096, max_text_tokens=32,
         ),
     )  # fmt: skip
     first = {method: knobs[:1] for method, knobs in MAIN_KNOBS.items()}

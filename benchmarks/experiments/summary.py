@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve
-from benchmarks.experiments.measure import SCALE, STRENGTH
+from benchmarks.experiments.measure import SCALE, STRENGTH, THRESHOLD
 from qadapter.errors import DataError
 
 Result = dict[str, Any]
-FORMS = {"dial": "with the strength dial", "scaled": "with scaled weights (WiSE-FT)", "knob": "by its own knob alone"}
+FORMS = {
+    "dial": "with the strength dial",
+    "scaled": "with scaled weights (WiSE-FT)",
+    "thresholded": "with the strength dial and a threshold",
+    "knob": "by its own knob alone",
+}
+# Forms that only some settings measure, by the dial of their points.
+FURTHER_FORMS = {"scaled": SCALE, "thresholded": THRESHOLD}
 RIVAL = "dpo"
 
 
@@ -106,12 +113,12 @@ def _commonest_training(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def dial_points(result: Result, form: str) -> list[dict[str, Any]]:
-    """The points of a form: along the dial, or of the scaled weights (full strength belongs to both)."""
+    """The points of a form: along the dial, or of a further form (full strength belongs to the scaled weights, too)."""
     points = [point for point in result["points"] if point["dial"] == STRENGTH]
     if form == "dial":
         return points
-    full = [point for point in points if point["value"] == 1.0]
-    return [*full, *(point for point in result["points"] if point["dial"] == SCALE)]
+    full = [point for point in points if point["value"] == 1.0 and form == "scaled"]
+    return [*full, *(point for point in result["points"] if point["dial"] == FURTHER_FORMS[form])]
 
 
 def limit_of(result: Result, drift: Measure) -> float:
@@ -155,8 +162,8 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
     rows = []
     for method in methods:
         own = [variant for variant in found if variant.method == method]
-        for form in ("dial", "scaled"):
-            if form == "scaled" and not any(scaled_gain(variant, gain) for variant in own):
+        for form in ("dial", *FURTHER_FORMS):
+            if form in FURTHER_FORMS and not any(form_gain(variant, form, gain) for variant in own):
                 continue
             rows.append(_tuned(method, form, own, gain, drift, draws))
         if len(own) > 1 and frozenset.intersection(*(variant.seeds for variant in own)):
@@ -164,9 +171,10 @@ def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws:
     return rows
 
 
-def scaled_gain(variant: Variant, gain: Measure) -> bool:
-    """Whether the gain was measured at any scale of the weights but 1."""
-    points = (point for result in variant.results for point in result["points"] if point["dial"] == SCALE)
+def form_gain(variant: Variant, form: str, gain: Measure) -> bool:
+    """Whether the gain was measured in a further form: at a scale of the weights but 1, say."""
+    dial = FURTHER_FORMS[form]
+    points = (point for result in variant.results for point in result["points"] if point["dial"] == dial)
     return any(gain.read(point) is not None for point in points)
 
 

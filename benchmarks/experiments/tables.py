@@ -16,8 +16,8 @@ from benchmarks.experiments.summary import (
     MethodArea,
     Variant,
     dial_points,
+    form_gain,
     point_figures,
-    scaled_gain,
     variant_areas,
 )
 from benchmarks.experiments.verdict import bracketed, measured_gains
@@ -159,22 +159,28 @@ def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
     yield ""
 
 
-def scaled_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
-    """Averaged weights (WiSE-FT) beside the dial: areas of the same adapters, and their difference."""
-    rows = {gain: [variant for variant in found if scaled_gain(variant, GAINS[gain])] for gain in measured_gains(found)}
-    if not any(rows.values()):
-        return
-    yield "The scale of the weights (WiSE-FT) beside the dial, on the same adapters: areas against KL.\n"
-    yield "| gain by | method | options | seeds | dial | scale | scale − dial | lower half: scale − dial |"
-    yield "|---" * 8 + "|"
-    for gain, measured in rows.items():
-        for variant in measured:
-            measures = GAINS[gain], DRIFTS["kl"], draws
-            dial, scale = (variant_areas(variant, form, *measures) for form in ("dial", "scaled"))
-            values = dial[0], scale[0], scale[0] - dial[0], scale[1] - dial[1]
-            cells = [gain, TITLES.get(variant.method, variant.method), variant.label, str(len(variant.seeds))]
-            yield "| " + " | ".join([*cells, *(bracketed(interval(value)) for value in values)]) + " |"
-    yield ""
+# Name and head of the column, and the drifts of the table, of each further form.
+FORM_TABLES = {
+    "scaled": ("The scale of the weights (WiSE-FT)", "scale", ("kl",)),
+    "thresholded": ("A threshold on the dial", "threshold", ("kl", "kl-prose")),
+}
+
+
+def form_tables(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
+    """The further forms beside the dial: areas of the same adapters, and their difference."""
+    for form, (title, head, drifts) in FORM_TABLES.items():
+        rows = [(gain, v) for gain in measured_gains(found) for v in found if form_gain(v, form, GAINS[gain])]
+        for drift in drifts if rows else ():
+            yield f"{title} beside the dial, on the same adapters: areas against {DRIFTS[drift].name}.\n"
+            yield f"| gain by | method | options | seeds | dial | {head} | {head} − dial | lower half: {head} − dial |"
+            yield "|---" * 8 + "|"
+            for gain, variant in rows:
+                measures = GAINS[gain], DRIFTS[drift], draws
+                dial, other = (variant_areas(variant, name, *measures) for name in ("dial", form))
+                values = dial[0], other[0], other[0] - dial[0], other[1] - dial[1]
+                cells = [gain, TITLES.get(variant.method, variant.method), variant.label, str(len(variant.seeds))]
+                yield "| " + " | ".join([*cells, *(bracketed(interval(value)) for value in values)]) + " |"
+            yield ""
 
 
 def task_table(found: Sequence[Variant]) -> Iterator[str]:

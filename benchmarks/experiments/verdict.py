@@ -15,11 +15,11 @@ from benchmarks.experiments.contests import (
     pooled_difference,
     variant_difference,
 )
-from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, interval
+from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, Measure, interval
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
-from benchmarks.experiments.summary import FORMS, RIVAL, Variant, point_figures, variant_areas
+from benchmarks.experiments.summary import FORMS, RIVAL, Variant, form_gain, point_figures, variant_areas
 from qadapter import QAdapterConfig
 from qadapter.config import ADDED_LATER
 from qadapter.evaluation.intervals import wilson
@@ -83,24 +83,54 @@ def verdict_lines(settings: Settings) -> Iterator[str]:
         return
     yield INTRODUCTION
     by_root = {place: in_root(settings[place[0]], *place[1]) for place in found}
-    yield from goal_table(found, by_root)
+    yield from goal_table("Against DPO", found, by_root)
     yield from domain_table(found, by_root)
+    yield from threshold_lines(settings, list(found))
     yield from rival_table(found)
     yield from default_lines(settings)
     yield from failure_lines(settings)
 
 
-def in_root(variants: Sequence[Variant], gain: str, drift: str) -> list[Contest]:
+def in_root(variants: Sequence[Variant], gain: str, drift: str, form: str = "dial") -> list[Contest]:
     """The same contest with DPO, read with lines between measured points that are straight in √drift."""
     pair = [variant for variant in variants if variant.method in (OWN, RIVAL)]
-    return contests(pair, GAINS[gain], DRIFTS[drift], read_by=replace(DRIFTS[drift], root=True))
+    return contests(pair, GAINS[gain], DRIFTS[drift], read_by=replace(DRIFTS[drift], root=True), form=form)
+
+
+def threshold_lines(settings: Settings, places: Sequence[Any]) -> Iterator[str]:
+    """Q-Adapter's dial with a threshold against DPO's without and with one, where both were measured."""
+    form = "thresholded"
+    with_threshold = [
+        (key, (gain, drift))
+        for key, (gain, drift) in places
+        if all(
+            any(form_gain(variant, form, GAINS[gain]) for variant in settings[key] if variant.method == method)
+            for method in (OWN, RIVAL)
+        )
+    ]
+    if not with_threshold:
+        return
+    yield "### With a threshold\n"
+    yield (
+        "Q-Adapter's dial with a threshold ([`min_kl`](dial.md#a-threshold), the same value everywhere), first against "
+        "DPO with the strength dial, which is all that others offer, then against DPO's adapters with our threshold.\n"
+    )
+    found = {(key, yard): contests(settings[key], *measures(yard), form=form) for key, yard in with_threshold}
+    by_root = {(key, yard): in_root(settings[key], *yard, form) for key, yard in with_threshold}
+    for title, other in (("Against DPO with the dial", "dial"), ("Against DPO with the threshold, too", form)):
+        yield from goal_table(title, found, by_root, other)
+        yield from domain_table(found, by_root, other)
+
+
+def measures(yardstick: tuple[str, str]) -> tuple[Measure, Measure]:
+    """Its gain and its drift."""
+    return GAINS[yardstick[0]], DRIFTS[yardstick[1]]
 
 
 def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
     """Whether each seed of each variant has a point with both: some yardsticks are younger than some results."""
-    measures = GAINS[yardstick[0]], DRIFTS[yardstick[1]]
     return all(
-        any(all(measure.read(point) for measure in measures) for point in result["points"])
+        any(all(measure.read(point) for measure in measures(yardstick)) for point in result["points"])
         for variant in variants
         for result in variant.results
     )
@@ -131,12 +161,14 @@ def word(value: Interval, seeds: int) -> str:
     return "not shown" if estimate > ROUNDING else "not met"
 
 
-def domain_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
+def domain_table(
+    found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]], form: str = "dial"
+) -> Iterator[str]:
     """Q-Adapter against DPO in the mean over the domains of DSP, where a suite has several."""
     parts: dict[tuple[str, str, str], list[tuple[Contest, Contest]]] = {}
     for place, own in found.items():
         (suite, setting), (gain, drift) = place
-        one, rooted = against_dpo(own), against_dpo(by_root[place])
+        one, rooted = against_dpo(own, form), against_dpo(by_root[place], form)
         if one is not None and rooted is not None and setting.startswith("dsp-"):
             parts.setdefault((suite, gain, drift), []).append((one, rooted))
     rows = []
@@ -152,12 +184,17 @@ def domain_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, S
         yield ""
 
 
-def goal_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
-    """Q-Adapter against DPO by each yardstick."""
+def goal_table(
+    title: str,
+    found: Mapping[Any, Sequence[Contest]],
+    by_root: Mapping[Any, Sequence[Contest]],
+    form: str = "dial",
+) -> Iterator[str]:
+    """Q-Adapter against DPO in a form of it, by each yardstick."""
     rows, words, repeated = [], [], 0
     for place, own in found.items():
         (suite, setting), (gain, drift) = place
-        one, rooted = against_dpo(own), against_dpo(by_root[place])
+        one, rooted = against_dpo(own, form), against_dpo(by_root[place], form)
         if one is None or rooted is None:
             continue
         words.append(
@@ -172,7 +209,7 @@ def goal_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Seq
     )
     behind = sum(says == "behind" for says, *_ in words)
     yield (
-        f"**Against DPO: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
+        f"**{title}: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
         f"half in {third} of {len(rows)}; by √drift in {root_larger} and in {root_third}. DPO's area is the larger, "
         f"outside the interval, in {behind}. Only the {repeated} comparisons with several seeds can be met or lost.**\n"
     )
@@ -183,9 +220,9 @@ def goal_table(found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Seq
     yield "\n</details>\n"
 
 
-def against_dpo(found: Sequence[Contest]) -> Contest | None:
-    """The contest with DPO, both with the dial."""
-    return next((one for one in found if (one.other.method, one.other.form) == (RIVAL, "dial")), None)
+def against_dpo(found: Sequence[Contest], form: str = "dial") -> Contest | None:
+    """The contest with DPO in that form."""
+    return next((one for one in found if (one.other.method, one.other.form) == (RIVAL, form)), None)
 
 
 def contest_row(place: Sequence[str], one: Contest, rooted: Contest) -> str:

@@ -79,16 +79,25 @@ def test_a_results_file_names_what_it_depends_on(cells, finished):
     assert {"commit", "command", "device", "versions", "date"} <= set(result["provenance"])
     assert {"torch", "transformers", "peft", "trl"} <= set(result["provenance"]["versions"])
     assert result["data"]["train_pairs"] == 8
-    assert len(result["points"]) == 3  # two strengths and one scale
+    assert len(result["points"]) == 5  # two strengths, without and with a threshold, and one scale
     assert all(len(point["pairs"]["kl"]) == 6 for point in result["points"])
     samples = (finished.work / "samples" / f"{cells[1].name}.jsonl").read_text().splitlines()
-    assert {json.loads(line)["point"] for line in samples} == {"base", "strength=1", "scale=0.5"}
+    assert {json.loads(line)["point"] for line in samples} == {"base", "strength=1", "threshold=1", "scale=0.5"}
 
 
 def test_full_strength_gains_what_training_gave_and_half_of_it_less_drift(cells, finished):
     points = {point["value"]: point for point in json.loads(finished.path(cells[1]).read_text())["points"][:2]}
     half, full = (sum(points[value]["pairs"]["kl"]) for value in (0.5, 1.0))
     assert 0 < half < full
+
+
+def test_a_threshold_lessens_the_drift_of_every_pair(finished, cells):
+    points = json.loads(finished.path(cells[1]).read_text())["points"]
+    by_dial = {(point["dial"], point["value"]): point["pairs"] for point in points}
+    for value in (0.5, 1.0):
+        plain, thresholded = (by_dial[dial, value] for dial in ("strength", "threshold"))
+        assert all(0 <= less < kl for less, kl in zip(thresholded["kl"], plain["kl"], strict=True))
+    assert sum(by_dial["threshold", 1.0]["kl"]) > 0
 
 
 def test_the_scaled_lora_is_that_of_the_averaged_weights():
@@ -117,6 +126,10 @@ def test_the_page_is_made_of_the_files(finished, tmp_path):
     scaled = re.search(r"^\| margin \| DPO \| .* \|$", page.split("The scale of the weights")[1], re.M)
     dial, scale, difference = (float(cell.split()[0]) for cell in scaled[0].split("|")[5:8])
     assert difference == pytest.approx(scale - dial, abs=0.0011)
+    thresholds = page.split("A threshold on the dial")[1:]
+    assert len(thresholds) == 2  # against KL on the pairs and on prose
+    assert all("| margin | Q-Adapter | " in table for table in thresholds)
+    assert "**Against DPO with the threshold, too: a larger area is met in" in front
     plots = re.findall(r"\]\(([^)]+\.svg)\)", page)
     assert plots
     for name in plots:

@@ -218,7 +218,7 @@ def test_stored_samples_can_be_judged_later(tmp_path):
     command += ["--work", str(store.work)]
     assert main(command) == 0
     judged = json.loads((store.results / "judged" / store.path(cell).name).read_text())
-    assert set(judged["win_rates"]) == {"strength=1", "scale=0.5"}
+    assert set(judged["win_rates"]) == {"strength=1", "threshold=1", "scale=0.5"}
     assert main(command) == 1  # nothing is left to judge
 
 

@@ -64,6 +64,29 @@ def test_a_third_more_gain_is_met_or_not_by_the_numbers():
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 0 of 2" in page
 
 
+def with_threshold(cell, margin):
+    """The cell with points of another height along the dial with a threshold."""
+    other = result(cell["cell"]["method"], cell["cell"]["seed"], margin)["points"]
+    cell["points"] += [point | {"dial": "threshold"} for point in other]
+    return cell
+
+
+def test_a_threshold_is_judged_beside_the_dial_and_beside_dpos_threshold():
+    seeds = (0, 1)
+    dpo = [with_threshold(result("dpo", seed, 1.0), 1.3) for seed in seeds]
+    assert "### With a threshold" not in text([*dpo, *(result("qadapter", seed, 1.1) for seed in seeds)])
+    page = text([*dpo, *(with_threshold(result("qadapter", seed, 1.1), 1.4) for seed in seeds)])
+    dial, against_dial, against_both = (
+        page.split(f"**Against DPO{title}: a larger area is met in ")[1].split(" comparisons")[0]
+        + page.split(f"**Against DPO{title}")[1].split("lower half in ")[1][:6]
+        for title in ("", " with the dial", " with the threshold, too")
+    )
+    assert (dial, against_dial, against_both) == ("2 of 20 of 2", "2 of 22 of 2", "2 of 20 of 2")
+    part = page.split("### With a threshold")[1]
+    assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in part
+    assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {1.3 * AREA * 1.005:.3f} |" in part
+
+
 def test_a_lead_that_hangs_on_the_lines_between_points_is_shown_by_both_readings():
     # Both gain as √KL does, but DPO was measured only at the limit: a straight line in KL takes a third of it away.
     dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
