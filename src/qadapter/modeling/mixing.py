@@ -117,15 +117,18 @@ def checked_weights(
     return result
 
 
-def checked_nats(value: float | Tensor | None, name: str, device: torch.device, read: bool = True) -> Tensor | None:
+def checked_nats(
+    value: float | Tensor | None, name: str, device: torch.device, rows: int, read: bool = True
+) -> Tensor | None:
     """`max_kl` or `min_kl` as a tensor, () or (B,); an infinite cap is none, an infinite threshold leaves the base.
 
     Args:
         read: whether to look at the value; where `generate` has done so, it would hold up every token.
 
     Raises:
-        ConfigError: a negative value or NaN.
+        ConfigError: a negative value or NaN, or another number of values than one, or one a row.
     """
+    check_shape(name, value, (rows,))
     if value is None:
         return None
     nats = torch.as_tensor(value, dtype=torch.float32, device=device)

@@ -266,7 +266,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = {stream: states[:, kept] for stream, states in hidden.items()}
         coefficients = {stream: kept_columns(c, kept) for stream, c in coefficients.items()}
-        used, share = kept_columns(used, kept), 1.0
+        used = kept_columns(used, kept)
+        share: float | Tensor = 1.0
         if threshold is not None:
             base_logits, delta = self.head.direction(hidden, coefficients, self.plan)
             logits, share = thresholded_logits(base_logits, delta, used, threshold)
@@ -311,11 +312,11 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             for name, weight in (adapter_weights or {}).items():
                 check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
         max_kl = self.max_kl if max_kl is None else max_kl
-        checked = []
-        for name, value in (("max_kl", max_kl), ("min_kl", min_kl)):
-            check_shape(name, value, (rows,))
-            checked.append(checked_nats(value, name, self.device, read=not isinstance(value, Tensor)))
-        return used, *checked
+        cap, threshold = (
+            checked_nats(value, name, self.device, rows, read=not isinstance(value, Tensor))
+            for name, value in (("max_kl", max_kl), ("min_kl", min_kl))
+        )
+        return used, cap, threshold
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""
