@@ -403,6 +403,8 @@ def test_generate_is_compiled_once_for_all_strengths_and_weights(composed):
         {"strength": 0.0},
         {"strength": 0.4, "adapter_weights": {names[0]: 0.5}},
         {"strength": 0.4, "adapter_weights": {names[0]: 0.9}},
+        {"strength": 0.4, "min_kl": 0.3},
+        {"strength": 1.7, "min_kl": torch.tensor([0.0, 0.2, 0.6])},
     ]
     torch.compiler.reset()
     counters.clear()
@@ -413,7 +415,8 @@ def test_generate_is_compiled_once_for_all_strengths_and_weights(composed):
         graphs.append(counters["stats"]["unique_graphs"])
     torch.compiler.reset()
     assert graphs[:4] == [1] * 4
-    assert graphs[-1] <= 5
+    assert graphs[-3] <= 5
+    assert graphs[-1] == graphs[-2] == graphs[-3] + 1  # one for all thresholds
 
 
 def test_the_models_own_callable_strength_is_asked_where_a_call_gives_none(policy):

@@ -128,7 +128,8 @@ class PolicyGenerationMixin(GenerationMixin):
     def _nats_of_answers(self: Any, name: str, value: float | Tensor | None, rows: int) -> Tensor | None:
         """`max_kl` or `min_kl` of a call (B,), the model's own where it gives none; generate repeats it row by row."""
         nats = checked_nats(getattr(self, name) if value is None else value, name, self.device, rows)
-        return nats.reshape(()).expand(rows) if nats is not None and nats.numel() == 1 else nats
+        # Copied: a compiled step would be compiled anew for another layout.
+        return nats.reshape(()).repeat(rows) if nats is not None and nats.numel() == 1 else nats
 
     def _free_of_numbers(
         self: Any, strength: Strength, weights: AdapterWeights, interpolation: str, rows: int
