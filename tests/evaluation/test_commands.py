@@ -225,6 +225,25 @@ def test_interpolated_weights_are_measured_as_such(run, own, tmp_path):
     assert "Gain and drift along the dial, weights interpolated" in printed
 
 
+def test_a_threshold_is_measured_and_told(run, own, tmp_path):
+    def kl(*options):
+        code, printed, _ = run("eval", own, *options, "--output", tmp_path / "eval.json")
+        assert code == 0, printed
+        return json.loads((tmp_path / "eval.json").read_text())["results"]["neutral"]["columns"]["policy"]["kl"][
+            "value"
+        ]
+
+    plain = kl()
+    assert 0 == kl("--threshold", 1e6) < kl("--threshold", plain / 2) < plain == kl("--threshold", 0)
+    assert run("audit", own, "--threshold", plain / 2)[0] == 0
+    assert json.loads((own / "audit.json").read_text())["settings"]["min_kl"] == plain / 2
+    for page in ("audit.html", "README.md"):
+        assert f"at strength 1, threshold {plain / 2:g} nats" in (own / page).read_text()
+    code, printed, _ = run("sweep", own, "--strengths", "0.5,1", "--threshold", plain / 2)
+    assert code == 0
+    assert f"Gain and drift along the dial, threshold {plain / 2:g} nats" in printed.replace("\n", " ")
+
+
 def test_weights_that_are_no_policy_are_not_interpolated(run, base, tmp_path):
     folder = write_adapter(tmp_path / "apart", base, config=QAdapterConfig(alpha_0=0.5))
     for command in ("eval", "audit", "sweep", "compare"):

@@ -135,8 +135,10 @@ class Column:
 
 
 def dial_title(settings: Mapping[str, Any]) -> str:
-    """What is said of a stored column's dial: its strength, and of what it is if not of logits."""
-    return f"{settings['strength']:g}" + interpolated(settings)
+    """What is said of a stored column's dial: its strength, a threshold, and of what it is if not of logits."""
+    threshold = settings.get("min_kl")
+    said = f", threshold {threshold:g} nats" if threshold else ""
+    return f"{settings['strength']:g}" + said + interpolated(settings)
 
 
 def interpolated(settings: Mapping[str, Any]) -> str:

@@ -255,9 +255,10 @@ class Evaluation:
     # -- what the parts share ----------------------------------------------------------------------------------
 
     def _inputs(self) -> list[Any]:
-        # Without "logits", which columns stored before there was another interpolation lack.
+        # Without what columns lack that were stored before there were a threshold and another interpolation.
+        usual = (("interpolation", "logits"), ("min_kl", None))
         columns = [
-            {name: value for name, value in asdict(column).items() if (name, value) != ("interpolation", "logits")}
+            {name: value for name, value in asdict(column).items() if (name, value) not in usual}
             for column in self.columns
         ]
         return [self.identity, columns, [column.name for column in self.detailed], self.workload.seed]
