@@ -17,25 +17,22 @@ from results_file import write
 from rich.progress import Progress
 
 from qadapter import QAdapterTrainingArguments, load_preference_dataset, quickstart
-from qadapter.builtin import neutral_paragraphs
 from qadapter.modeling.bases import load_tokenizer, resolve_base
-from qadapter.retention import TEXT_TOKENS
 
 KINDS = {"with both": True, "without": False}
 
 
 def train(fast: bool, steps: int, dtype: torch.dtype) -> float:
-    """Seconds of a training run, the model's loading included, but not the writing of texts, which is the same."""
+    """Seconds of a training run, the model's loading included."""
     source, pairs = resolve_base("builtin"), load_preference_dataset("builtin")
     tokenizer = load_tokenizer(source)
-    texts = [tokenizer(paragraph)["input_ids"][:TEXT_TOKENS] for paragraph in neutral_paragraphs()]
     # The quickstart has no switches for the two: its trainer's arguments get them here.
     quickstart.QAdapterTrainingArguments = functools.partial(  # type: ignore[misc]
         QAdapterTrainingArguments, packing=fast, share_trunk=fast
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Progress(disable=True) as progress:
-        quickstart.train_adapter(Path(folder), source, tokenizer, pairs, dtype, steps, progress, texts)
+        quickstart.train_adapter(Path(folder), source, tokenizer, pairs, dtype, steps, progress)
     return time.perf_counter() - start
 
 

@@ -50,7 +50,7 @@ def test_held_out_accuracy_is_significantly_above_the_base(quickstart):
 
 def test_drift_is_measured_and_printed(quickstart):
     _, result, printed = quickstart
-    assert result.drift["kl"].value > 0
+    assert 0 < result.drift["kl"].value < result.plain_drift["kl"].value  # the threshold leaves less
     assert f"{result.drift['kl'].value:.4f}" in printed
     assert f"{result.drift['loss'].value:.3f}" in printed
     assert "KL from the base on chosen answers" in printed

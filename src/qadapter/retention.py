@@ -56,7 +56,6 @@ def own_texts(
     tokenizer: Any,
     count: int,
     progress: Callable[[int], object] | None = None,
-    tokens: int = TEXT_TOKENS,
 ) -> list[list[int]]:
     """Token ids of texts that the base samples, each after a token drawn from the vocabulary.
 
@@ -66,14 +65,13 @@ def own_texts(
     Args:
         count: how many texts.
         progress: is told how many more are written.
-        tokens: of a text, at most.
     """
     beginning = _beginning(tokenizer)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ordinary = [token for token in _ordinary_tokens(tokenizer) if token < vocabulary]
     openings = [[*beginning, first] for first in random.Random(SEED).choices(ordinary, k=count)]
     ends, training, texts = end_tokens(model, tokenizer), model.training, []
-    sampling = Sampling(min(tokens, _text_tokens(model.config)) - len(openings[0]), temperature=1.0)
+    sampling = Sampling(_text_tokens(model.config) - len(openings[0]), temperature=1.0)
     devices = [model.device] if model.device.type == "cuda" else []
     # Compiled layers (torch_compile) would be compiled for shapes that do not come again.
     with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -54,6 +54,7 @@ def headline(results):
         ("0", number(*pairs["kl"])),
         (f"{drift['base_loss'][0]:.3f}", f"{drift['loss'][0]:.3f}"),
         ("0", signed(*drift["loss_change"])),
+        ("0", signed(*results["plain_drift"]["loss_change"])),
         ("0", number(*drift["kl"])),
     ]
 
@@ -68,7 +69,7 @@ def test_the_terminal_names_the_files_and_the_next_step(folder):
     said = " ".join((folder / "said.txt").read_text().split())
     for name in ("report.md", "report.html", "results.json"):
         assert str(folder / name) in said
-    assert f"qadapter chat {folder / 'adapter'} --strength 0.5" in said
+    assert f"qadapter chat {folder / 'adapter'} --threshold 0.1" in said
 
 
 def test_results_hold_every_judged_answer_of_both(results):
@@ -116,7 +117,7 @@ def earlier(folder, tmp_path):
 def test_a_second_quickstart_replaces_the_first_and_measures_the_same(tiny, earlier, results):
     succeeded(qadapter("quickstart", "--output-dir", earlier, "--steps", 2))
     second = json.loads((earlier / "results.json").read_text())
-    measured = ("pairs", "drift", "house_style", "answers")
+    measured = ("pairs", "drift", "plain_drift", "house_style", "answers")
     assert {name: second[name] for name in measured} == {name: results[name] for name in measured}
     kept = [path.name for path in earlier.rglob("*") if path.is_file() and path.read_bytes() == b"earlier"]
     assert kept == ["mine.txt"]
@@ -147,9 +148,10 @@ def nasty_result():
     """A result whose prompts and answers look like the markup of every format that they are written in."""
     interval = Interval(0.5, 0.25, 0.75, 8)
     return quickstart.QuickstartResult(
-        settings={"base": NASTY},
+        settings={"base": NASTY, "threshold": 0.1},
         pairs=dict.fromkeys(("accuracy", "prefers_chosen", "base_prefers_chosen", "margin_gain", "kl"), interval),
         drift=dict.fromkeys(("loss", "base_loss", "loss_change", "kl"), interval),
+        plain_drift=dict.fromkeys(("loss", "base_loss", "loss_change", "kl"), interval),
         house_style=dict.fromkeys(("base", "policy"), interval),
         prompts=[NASTY],
         answers={name: [Answer(NASTY, False)] for name in ("base", "policy")},

@@ -36,6 +36,7 @@ class QuickstartResult:
     settings: dict[str, Any]
     pairs: dict[str, Interval]
     drift: dict[str, Interval]
+    plain_drift: dict[str, Interval]
     house_style: dict[str, Interval]
     prompts: list[str]
     answers: dict[str, list[Answer]]
@@ -55,6 +56,7 @@ def rows(result: QuickstartResult) -> list[tuple[str, str, str]]:
         ("KL from the base on chosen answers, nats a token", "0", _number(pairs["kl"])),
         ("Loss on neutral text, nats a token", f"{drift['base_loss'].value:.3f}", f"{drift['loss'].value:.3f}"),
         ("Change of the loss on neutral text", "0", _number(drift["loss_change"], signed=True)),
+        ("The same without the threshold", "0", _number(result.plain_drift["loss_change"], signed=True)),
         ("KL from the base on neutral text, nats a token", "0", _number(drift["kl"])),
     ]
 
@@ -91,7 +93,10 @@ def print_report(result: QuickstartResult, folder: Path, console: Console) -> No
         f"{seconds['total']:.0f} s in all: {seconds['train']:.0f} s training, {seconds['measure']:.0f} s measuring."
     )
     for name, text in (
-        ("adapter", f"try: qadapter chat {shlex.quote(str(folder / 'adapter'))} --strength 0.5"),
+        (
+            "adapter",
+            f"try: qadapter chat {shlex.quote(str(folder / 'adapter'))} --threshold {result.settings['threshold']:g}",
+        ),
         (f"adapter/{CURVE_NAME}", "training curve"),
         ("report.md", "this report"),
         ("report.html", "the same with the curve and all judged answers"),
@@ -129,7 +134,8 @@ def _markdown_table(header: tuple[str, ...], body: list[tuple[str, str, str]]) -
 def _summary(result: QuickstartResult) -> str:
     return (
         "House style: one or two plain sentences, then stop; judged by rule on greedy answers to held-out prompts. "
-        "Rates carry Wilson intervals, means bootstrap intervals. "
+        f"The policy has a threshold of {result.settings['threshold']:g} nats: tokens that the adapter would hardly "
+        "move stay the base's. Rates carry Wilson intervals, means bootstrap intervals. "
         f"Took {result.seconds['total']:.0f} s, of which {result.seconds['train']:.0f} s were training."
     )
 

@@ -49,12 +49,14 @@ def score_texts(
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     batch_tokens: int = 2048,
     progress: Progress | None = None,
+    min_kl: float | None = None,
 ) -> list[Score]:
     """The score of each (context ids, answer ids), in order, by the policy at full strength.
 
     Args:
         batch_tokens: tokens a batch may hold, padding included (a longer text is a batch of its own).
         progress: called with the number of texts done since the last call.
+        min_kl: threshold of the dial.
 
     Raises:
         DataError: a text without context, from which its first token would be predicted, or without answer.
@@ -63,7 +65,7 @@ def score_texts(
         if not len(context) or not len(answer):
             sizes = f"{len(context)} tokens of context and {len(answer)} of answer"
             raise DataError(f"text {index} has {sizes}: it needs at least one of each.")
-    column = Column("policy")
+    column = Column("policy", min_kl=min_kl)
     measured = measure_texts(model, [Text(*text) for text in texts], [column], batch_tokens, progress)
     return [_score(text.base, text.columns[column.name]) for text in measured]
 
