@@ -174,7 +174,8 @@ def shrinkage(kl: Tensor, threshold: Tensor | float) -> Tensor:
         kl: at least 0, in nats.
         threshold: at least 0, of a shape that broadcasts.
     """
-    return torch.where(kl > threshold, 1.0 - threshold / kl, 0.0)
+    above = kl > threshold
+    return torch.where(above, 1.0 - threshold / torch.where(above, kl, 1.0), 0.0)  # gradients through 0 / 0 are NaN
 
 
 def mix_streams(streams: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:

@@ -82,9 +82,23 @@ def test_a_threshold_is_judged_beside_the_dial_and_beside_dpos_threshold():
         for title in ("", " with the dial", " with the threshold, too")
     )
     assert (dial, against_dial, against_both) == ("2 of 20 of 2", "2 of 22 of 2", "2 of 20 of 2")
+    # Our threshold on its adapters is no form of the rival that the plain dial has to beat.
+    assert "met against 1 of 1" in page
     part = page.split("### With a threshold")[1]
     assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in part
     assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {1.3 * AREA * 1.005:.3f} |" in part
+
+
+def test_thresholds_are_compared_only_where_every_seed_has_them():
+    seeds = (0, 1)
+    own = [with_threshold(result("qadapter", seed, 1.1, lost=0.1), 1.4) for seed in seeds]
+    dpo = [with_threshold(result("dpo", seed, 1.0, lost=0.1), 1.3) for seed in seeds]
+    rows = [line for line in text([*own, *dpo]).split("### With a threshold")[1].splitlines() if "| s | x |" in line]
+    assert {row.split("|")[4].strip() for row in rows} == {"KL"}  # no benchmarks with a threshold
+    for cell in (own[1], dpo[1]):
+        one = [*own, *dpo]
+        one[one.index(cell)] = {**cell, "points": [p for p in cell["points"] if p["dial"] == "strength"]}
+        assert "### With a threshold" not in text(one)
 
 
 def test_a_lead_that_hangs_on_the_lines_between_points_is_shown_by_both_readings():

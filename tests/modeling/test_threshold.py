@@ -3,6 +3,7 @@
 import itertools
 
 import models
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -121,6 +122,29 @@ def test_the_models_own_threshold_counts_where_a_call_gives_none(policy):
         policy.min_kl = None
 
 
+def test_a_threshold_of_0_holds_against_the_models_own(policy):
+    options = {"max_new_tokens": 5, "do_sample": False, "strength": 1.5}
+    plain = policy.generate(IDS, **options)
+    policy.min_kl = 3 * THRESHOLD
+    try:
+        assert not torch.equal(policy.generate(IDS, **options), plain)
+        for none in (0, 0.0, torch.zeros(3)):
+            assert torch.equal(policy.generate(IDS, min_kl=none, **options), plain)
+            torch.testing.assert_close(
+                logits(policy, min_kl=none, strength=1.5), logits(policy, min_kl=0, strength=1.5), rtol=1e-4, atol=1e-4
+            )
+    finally:
+        policy.min_kl = None
+
+
+def test_gradients_go_through_states_without_any_kl():
+    policy = models.tiny_policy(config=QAdapterConfig(), trained=False)
+    policy(IDS, labels=IDS, min_kl=0.1, strength=0.7).loss.backward()
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 # -- generate ------------------------------------------------------------------------------------------------------
 
 
@@ -193,9 +217,27 @@ def test_a_threshold_below_zero_is_refused(threshold):
             policy(IDS, min_kl=threshold)
 
 
-def test_a_threshold_of_other_rows_is_refused():
-    with pytest.raises(ConfigError, match=r"min_kl has the shape \(2,\): give one number, or one a row, \(3,\)"):
-        models.tiny_policy()(IDS, min_kl=torch.ones(2))
+@pytest.mark.parametrize("name", ["min_kl", "max_kl"])
+def test_what_is_no_threshold_and_no_cap_is_refused(name):
+    policy = models.tiny_policy()
+    for strength in (0.0, 1.5):
+        for call in (policy, policy.generate):
+            with pytest.raises(
+                ConfigError, match=name + r" has the shape \(2,\): give one number, or one a row, \(3,\)"
+            ):
+                call(IDS, strength=strength, **{name: torch.ones(2)})
+            with pytest.raises(ConfigError, match=f"{name} = -1.0: must be 0 or above"):
+                call(IDS, strength=strength, **{name: -1.0})
+            for wrong in ("0.1", [0.1] * 3, True):
+                with pytest.raises(ConfigError, match=f"{name} = .*: must be a number of nats per token"):
+                    call(IDS, strength=strength, **{name: wrong})
+
+
+def test_one_threshold_has_any_shape_of_one_number():
+    policy = models.tiny_policy()
+    expected = logits(policy, min_kl=THRESHOLD)
+    for kind in (np.float32, torch.tensor, lambda value: torch.tensor([[[value]]])):
+        torch.testing.assert_close(logits(policy, min_kl=kind(THRESHOLD)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_interpolated_weights_have_no_threshold():
@@ -205,7 +247,12 @@ def test_interpolated_weights_have_no_threshold():
             call(IDS, min_kl=THRESHOLD, interpolation="weights")
     with pytest.raises(ConfigError, match="min_kl cannot be used with interpolation"):
         Column("policy", min_kl=THRESHOLD, interpolation="weights")
-    assert logits(policy, min_kl=0.0, interpolation="weights").isfinite().all()
+    policy.min_kl = THRESHOLD  # and a 0 takes that back
+    for none in (0.0, 0, np.float32(0)):
+        plain = logits(policy, strength=0.5, min_kl=none, interpolation="weights")
+        assert plain.isfinite().all()
+        text = policy.generate(IDS, strength=0.5, min_kl=none, interpolation="weights", max_new_tokens=1)
+        assert torch.equal(text[:, -1], plain[:, -1].argmax(-1))
 
 
 # -- measured ------------------------------------------------------------------------------------------------------
@@ -237,8 +284,9 @@ def test_a_columns_settings_and_its_context():
         assert policy.min_kl == THRESHOLD
     assert policy.min_kl is None
     assert Column("policy", min_kl=0.0).settings() == {"strength": 1.0}
-    with pytest.raises(ConfigError, match="min_kl = -1.0: must be a finite number, 0 or above"):
-        Column("policy", min_kl=-1.0)
+    for wrong in (-1.0, True, "x"):
+        with pytest.raises(ConfigError, match="min_kl = .*: must be a finite number, 0 or above"):
+            Column("policy", min_kl=wrong)
 
 
 def test_shrinkage_is_the_best_linear_estimate_of_a_signal_in_noise():

@@ -40,7 +40,7 @@ def add_threshold_option(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=float,
         default=None,
-        help="leave tokens to the base that strength 1 would move by less than so many nats of KL, 0.1 say",
+        help="of KL in nats, 0.1 say: the strength fades where the adapter hardly moves a token, and below it is 0",
     )
 
 

@@ -91,7 +91,8 @@ class Benchmarks:
                     raise ConfigError(f"--max-drop {name}: there is no score of that name; limit one of {found}.")
 
     def _load(self, name: str, identity: dict[str, Any], folder: Path | None) -> None:
-        columns = [{**vars(column)} for column in self.columns]
+        # Without what columns lack that were stored before there was a threshold.
+        columns = [{k: v for k, v in vars(column).items() if (k, v) != ("min_kl", None)} for column in self.columns]
         self.inputs[name] = [identity, columns, state(name, folder), self.settings]
         self.loaded[name] = None
         if self.store.stored("task", self.inputs[name]) is None:

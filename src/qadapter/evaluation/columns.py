@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 from qadapter.errors import ConfigError
@@ -63,7 +64,8 @@ class Column:
         checked_number(self.strength, "strength")
         checked_decay(self.decay)
         for name, value in (("max_kl", self.max_kl), ("min_kl", self.min_kl), ("alpha_0", self.alpha_0)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} = {value!r}: must be a finite number, 0 or above.")
 
     def settings(self) -> dict[str, Any]:

@@ -71,8 +71,6 @@ class PolicyGenerationMixin(GenerationMixin):
         adapter_weights = stacked_weights(adapter_weights, self.adapters, rows, self.device)
         cap = self._nats_of_answers("max_kl", max_kl, rows)
         threshold = self._nats_of_answers("min_kl", min_kl, rows)
-        if threshold is not None and not threshold.any():
-            threshold = None
         decay = checked_decay(self.decay if decay is None else decay)
         if isinstance(strength, float) and strength == 0.0:
             decay = 1.0  # the base alone, for which one stream is enough
@@ -91,7 +89,8 @@ class PolicyGenerationMixin(GenerationMixin):
         settings = {
             **self._free_of_numbers(strength, adapter_weights, interpolation, rows),
             "max_kl": cap,
-            "min_kl": threshold,
+            # A 0 that was asked for holds against the model's own.
+            "min_kl": 0.0 if threshold is None and self.min_kl is not None else threshold,
             "strength_record": record,
             "prompt_length": int(given is None) if prompt is None else prompt.shape[1],  # 1: generate begins with BOS
             "decay": decay if decay < 1 else None,

@@ -122,16 +122,24 @@ def checked_nats(
 ) -> Tensor | None:
     """`max_kl` or `min_kl` as a tensor, () or (B,); an infinite cap is none, an infinite threshold leaves the base.
 
+    A number that is 0 is no threshold: None.
+
     Args:
         read: whether to look at the value; where `generate` has done so, it would hold up every token.
 
     Raises:
-        ConfigError: a negative value or NaN, or another number of values than one, or one a row.
+        ConfigError: a negative value or NaN, what is no number, or another number of them than one, or one a row.
     """
     check_shape(name, value, (rows,))
     if value is None:
         return None
-    nats = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):  # numpy's numbers are Real, too
+        raise ConfigError(f"{name} = {value!r}: must be a number of nats per token, or a tensor of one a row.")
+    if name == "min_kl" and isinstance(value, Real) and value == 0:
+        return None
+    nats = torch.as_tensor(value if isinstance(value, Tensor) else float(value), dtype=torch.float32, device=device)
+    if nats.numel() == 1:
+        nats = nats.reshape(())
     if read and not bool((nats >= 0).all()):  # false for NaN too
         raise ConfigError(f"{name} = {value!r}: must be 0 or above, in nats per token.")
     return nats

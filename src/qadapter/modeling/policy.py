@@ -298,11 +298,13 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     ) -> tuple[float | Tensor, Tensor | None, Tensor | None]:
         """Strength, cap and threshold of a pass, the model's own where it gives none; raises ConfigError."""
         strength = self.strength if strength is None else strength
-        min_kl = self.min_kl if min_kl is None else min_kl
-        if (isinstance(min_kl, float | int) and min_kl == 0) or (isinstance(strength, float) and strength == 0.0):
-            min_kl = None  # nothing to lower: as many streams as without it
+        max_kl, min_kl = self.max_kl if max_kl is None else max_kl, self.min_kl if min_kl is None else min_kl
+        cap, threshold = (
+            checked_nats(value, name, self.device, rows, read=not isinstance(value, Tensor))
+            for name, value in (("max_kl", max_kl), ("min_kl", min_kl))
+        )
         if self.checked_interpolation(interpolation) == "weights":
-            refuse_changing("a callable strength" if callable(strength) else "" if min_kl is None else "min_kl")
+            refuse_changing("a callable strength" if callable(strength) else "" if threshold is None else "min_kl")
             check_shape("strength", strength, (rows,))
         used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
         check_shape("strength", used, (rows,), (rows, tokens))
@@ -311,11 +313,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         else:
             for name, weight in (adapter_weights or {}).items():
                 check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
-        max_kl = self.max_kl if max_kl is None else max_kl
-        cap, threshold = (
-            checked_nats(value, name, self.device, rows, read=not isinstance(value, Tensor))
-            for name, value in (("max_kl", max_kl), ("min_kl", min_kl))
-        )
+        if not isinstance(used, Tensor) and used == 0:
+            threshold = None  # there is nothing to lower: the base's stream alone
         return used, cap, threshold
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
