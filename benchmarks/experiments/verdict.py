@@ -115,8 +115,8 @@ def threshold_lines(settings: Settings, places: Sequence[Any]) -> Iterator[str]:
     yield (
         "Q-Adapter's dial with a threshold of 0.1 nats ([`min_kl`](dial.md#a-threshold)), first against DPO with the "
         "plain strength dial, then against DPO's adapters with the same threshold: it is of this package, but works on "
-        "any adapter. One value serves both; DPO's adapters go farther from the base at strength 1, and another value may "
-        "suit them better. On which texts it was first looked at is said on the suite's page.\n"
+        "any adapter. One value serves both; DPO's adapters go farther from the base at strength 1, and another value "
+        "may suit them better. On which texts it was first looked at is said on the suite's page.\n"
     )
     found = {(key, yard): contests(settings[key], *measures(yard), form=form) for key, yard in with_threshold}
     by_root = {(key, yard): in_root(settings[key], *yard, form) for key, yard in with_threshold}
