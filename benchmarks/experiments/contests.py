@@ -171,10 +171,10 @@ def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Me
     return left - right
 
 
-def gains_at(variant: Variant, gain: Measure, drift: Measure, level: float, draws: Draws) -> Array:
-    """Gain at a drift along the dial, in each resample, mean over seeds."""
+def gains_at(variant: Variant, gain: Measure, drift: Measure, level: float, draws: Draws, form: str = "dial") -> Array:
+    """Gain (or another drift) at a drift along the dial or in another form, in each resample, mean over seeds."""
     rows = []
     for result in variant.results:
-        drifts, gains = curve(dial_points(result, "dial"), result["data"]["groups"], gain, drift, draws)
+        drifts, gains = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws)
         rows.append(np.array([gain_at(*row, level) for row in zip(drifts, gains, strict=True)]))
     return seed_mean(rows, draws)

@@ -29,6 +29,7 @@ from benchmarks.experiments.tables import (
     form_tables,
     mean_curve,
     task_table,
+    threshold_table,
     variant_table,
 )
 from benchmarks.experiments.verdict import YARDSTICKS, measured, measured_gains, verdict_lines
@@ -202,6 +203,7 @@ def setting_lines(
             yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
         yield "</details>\n"
     yield from form_tables(found, draws)
+    yield from threshold_table(found, draws)
     yield from variant_table(found, draws)
     yield from task_table(found)
 

@@ -17,10 +17,11 @@ from benchmarks.experiments.summary import (
     Variant,
     dial_points,
     form_gain,
+    limit_of,
     point_figures,
     variant_areas,
 )
-from benchmarks.experiments.verdict import bracketed, measured_gains
+from benchmarks.experiments.verdict import GAIN_TITLES, bracketed, measured_gains
 
 LEVELS = (0.04, 0.12, 0.25, 1.0)  # shares of the drift limit
 
@@ -181,6 +182,30 @@ def form_tables(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
                 cells = [gain, TITLES.get(variant.method, variant.method), variant.label, str(len(variant.seeds))]
                 yield "| " + " | ".join([*cells, *(bracketed(interval(value)) for value in values)]) + " |"
             yield ""
+
+
+def threshold_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
+    """What else a threshold changes at an equal KL on answers: the gains, and the KL on prose."""
+    rows = [variant for variant in found if form_gain(variant, "thresholded", DRIFTS["kl-prose"])]
+    if not rows:
+        return
+    columns = {GAIN_TITLES[gain]: GAINS[gain] for gain in measured_gains(found)}
+    columns |= {"KL on prose": DRIFTS["kl-prose"]}
+    yield "At an equal KL on held-out answers, without → with the threshold:\n"
+    yield "| method | options | KL on answers | " + " | ".join(columns) + " |"
+    yield "|---" * (3 + len(columns)) + "|"
+    for variant in rows:
+        for share in LEVELS[1:]:
+            level, cells = share * limit_of(variant.results[0], DRIFTS["kl"]), []
+            for name, measure in columns.items():
+                digits = 5 if name == "KL on prose" else 3
+                values = (
+                    gains_at(variant, measure, DRIFTS["kl"], level, draws, form)[0] for form in ("dial", "thresholded")
+                )
+                cells.append(" → ".join(f"{value:.{digits}f}" for value in values))
+            row = [TITLES.get(variant.method, variant.method), variant.label, f"{level:.3g}", *cells]
+            yield "| " + " | ".join(row) + " |"
+    yield ""
 
 
 def task_table(found: Sequence[Variant]) -> Iterator[str]:
