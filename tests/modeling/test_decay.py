@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from qadapter import ConfigError
-from qadapter.evaluation.columns import Column
+from qadapter.evaluation.columns import DIAL, Column
 from qadapter.evaluation.drift import measure_texts
-from qadapter.evaluation.forgetting import SETTINGS
 from qadapter.evaluation.texts import Text
 
 IDS = torch.tensor(models.token_ids(6, 6, 6))
@@ -127,5 +126,5 @@ def test_drift_of_a_decaying_strength_equals_full_logits(max_kl):
 
 
 def test_benchmarks_know_the_setting():
-    assert "decay" in SETTINGS
+    assert "decay" in DIAL
     assert Column("policy", 2.0, decay=0.9).settings() == {"strength": 2.0, "decay": 0.9}
