@@ -48,7 +48,7 @@ LLAMA_8B = {
 VARIANTS = (
     "base", "policy, strength 0", "base + plain LoRA", "policy, strength 1, alpha_0 = alpha_tilde",
     "policy, strength 1, merged", "policy", "policy, LoRA by matmuls", "policy, upper half", "policy, two adapters",
-    "weights interpolated", "weights interpolated, two adapters", "two naive passes",
+    "policy, threshold", "weights interpolated", "weights interpolated, two adapters", "two naive passes",
 )  # fmt: skip
 
 HELD = ExitStack()  # contexts that last as long as the benchmark: one that nothing holds ends at once
@@ -104,14 +104,16 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
     """How to make each decoding step to compare, by name; the base's own first."""
     apart = QAdapterConfig(alpha_0=0.3)  # far from alpha_tilde: both streams are needed
 
-    def of(made: QAdapterForCausalLM, strength: float | torch.Tensor) -> Step:
+    def of(made: QAdapterForCausalLM, strength: float | torch.Tensor, **settings: float) -> Step:
         narrow_adapters(made.eval().base)  # as loading does
-        return decoder(made, batch, options, static, strength=strength)
+        return decoder(made, batch, options, static, strength=strength, **settings)
 
-    def policy(config: QAdapterConfig, strength: float, first_layer: int = 0, sums: bool = True) -> Step:
+    def policy(
+        config: QAdapterConfig, strength: float, first_layer: int = 0, sums: bool = True, **settings: float
+    ) -> Step:
         made = QAdapterForCausalLM.from_base(copy_of(model), config, lora(), first_adapted_layer=first_layer)
         made.plan.sums_products = sums
-        return of(made, strength)
+        return of(made, strength, **settings)
 
     def pair(config: QAdapterConfig) -> QAdapterForCausalLM:
         return QAdapterForCausalLM(copy_of(model), {"one": config, "two": config}, {"one": lora(), "two": lora()})
@@ -144,6 +146,7 @@ def makers(model: PreTrainedModel, batch: int, options: argparse.Namespace, stat
         "policy": lambda: policy(apart, 0.7),
         "policy, LoRA by matmuls": lambda: policy(apart, 0.7, sums=False),
         "policy, upper half": lambda: policy(apart, 0.7, model.config.num_hidden_layers // 2),
+        "policy, threshold": lambda: policy(QAdapterConfig(), 1.0, min_kl=0.1),
         "policy, two adapters": lambda: of(pair(apart), 0.7),
         "weights interpolated": lambda: weights(
             QAdapterForCausalLM.from_base(copy_of(model), QAdapterConfig(), lora())

@@ -125,7 +125,7 @@ def test_the_cap_and_the_weights_can_be_tried(address, browser):
     page.wait(lambda: page.text("policy-answer") == free)
     threshold = page.find("threshold")
     threshold.send_keys(RIGHT * 50)
-    assert page.find("threshold-value").text == "3.2"
+    assert page.find("threshold-value").text == "10"
     page.wait(lambda: page.text("policy-answer") == base)
     threshold.send_keys(HOME)
     assert page.find("threshold-value").text == "off"
