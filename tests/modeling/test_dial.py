@@ -28,30 +28,6 @@ def policy(base):
     return models.tiny_policy(base)
 
 
-@pytest.fixture(scope="module")
-def composed(base):
-    """Two adapters of different rank and targets, and each of them alone on the same base."""
-    kinds = {
-        "concise": (models.APART, models.lora(r=2, target_modules=["q_proj", "v_proj"]), 1),
-        "polite": (QAdapterConfig(parametrisation="logits", alpha_tilde=1.3, alpha_0=0.4), models.lora(), 2),
-    }
-    alone = {
-        name: models.train_randomly(models.tiny_policy(base, config, lora, trained=False), seed)
-        for name, (config, lora, seed) in kinds.items()
-    }
-    both = QAdapterForCausalLM(
-        copy.deepcopy(base),
-        {name: config for name, (config, _, _) in kinds.items()},
-        {name: copy.deepcopy(lora) for name, (_, lora, _) in kinds.items()},
-    ).eval()
-    with torch.no_grad():
-        for name, single in alone.items():
-            target = both.adapter_parameters(name)
-            for key, value in single.adapter_parameters().items():
-                target[key.replace(".default.", f".{name}.")].copy_(value)
-    return both, alone
-
-
 def logits(model, **settings):
     with torch.no_grad():
         return model(IDS, **settings).logits.double()

@@ -7,7 +7,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_dial import IDS, composed, logits  # noqa: F401
 
 from qadapter import ConfigError, QAdapterConfig
 from qadapter.evaluation.columns import Column
@@ -15,6 +14,7 @@ from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.texts import Text
 from qadapter.functional import kl_divergence, shrinkage
 
+IDS = torch.tensor(models.token_ids(9, 9, 9))
 # Within the KLs of the tiny policies' tokens, so that some of them stay the base's.
 THRESHOLD = 0.35
 CONFIGS = {
@@ -29,9 +29,9 @@ def policy(request):
     return models.tiny_policy(models.tiny_base(architecture), CONFIGS[form])
 
 
-@pytest.fixture(scope="module")
-def base():
-    return models.tiny_base()
+def logits(model, **settings):
+    with torch.no_grad():
+        return model(IDS, **settings).logits.double()
 
 
 def by_definition(policy, strength, threshold, **weights):
@@ -69,7 +69,7 @@ def test_some_tokens_stay_the_bases_and_some_do_not(policy):
 
 
 @pytest.mark.parametrize("weights", [{"concise": 0.8, "polite": 0.4}, {"concise": 1.0, "polite": 0.0}])
-def test_a_composition_has_one_threshold(composed, weights):  # noqa: F811
+def test_a_composition_has_one_threshold(composed, weights):
     both, _ = composed
     expected = by_definition(both, 1.5, THRESHOLD, adapter_weights=weights)
     actual = logits(both, strength=1.5, min_kl=THRESHOLD, adapter_weights=weights)
