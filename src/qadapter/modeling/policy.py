@@ -23,15 +23,10 @@ from qadapter.modeling.heads import Head
 from qadapter.modeling.merging import folded
 from qadapter.modeling.mixing import (
     AdapterWeights,
-    StepState,
     Strength,
     capped_logits,
-    check_shape,
-    checked_nats,
-    evaluated,
     kept_columns,
     last_strength,
-    refuse_changing,
     thresholded_logits,
 )
 from qadapter.modeling.passes import TrainingPasses
@@ -284,38 +279,6 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
-
-    def _dial_of_pass(
-        self,
-        strength: Strength | None,
-        adapter_weights: AdapterWeights | None,
-        max_kl: float | Tensor | None,
-        min_kl: float | Tensor | None,
-        interpolation: str | None,
-        input_ids: Tensor | None,
-        rows: int,
-        tokens: int,
-    ) -> tuple[float | Tensor, Tensor | None, Tensor | None]:
-        """Strength, cap and threshold of a pass, the model's own where it gives none; raises ConfigError."""
-        strength = self.strength if strength is None else strength
-        max_kl, min_kl = self.max_kl if max_kl is None else max_kl, self.min_kl if min_kl is None else min_kl
-        cap, threshold = (
-            checked_nats(value, name, self.device, rows, read=not isinstance(value, Tensor))
-            for name, value in (("max_kl", max_kl), ("min_kl", min_kl))
-        )
-        if self.checked_interpolation(interpolation) == "weights":
-            refuse_changing("a callable strength" if callable(strength) else "" if threshold is None else "min_kl")
-            check_shape("strength", strength, (rows,))
-        used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
-        check_shape("strength", used, (rows,), (rows, tokens))
-        if isinstance(adapter_weights, Tensor):
-            check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))
-        else:
-            for name, weight in (adapter_weights or {}).items():
-                check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
-        if not isinstance(used, Tensor) and used == 0:
-            threshold = None  # there is nothing to lower: the base's stream alone
-        return used, cap, threshold
 
     def remember_tokenizer(self, tokenizer: Any) -> None:
         """Record the fingerprint of the tokenizer and chat template that the adapter is trained with."""

@@ -9,7 +9,18 @@ from transformers import DynamicCache
 
 from qadapter.errors import ConfigError
 from qadapter.functional import composed_coefficients, mix_coefficients
-from qadapter.modeling.mixing import AdapterWeights, checked_number, checked_weights, times
+from qadapter.modeling.mixing import (
+    AdapterWeights,
+    StepState,
+    Strength,
+    check_shape,
+    checked_nats,
+    checked_number,
+    checked_weights,
+    evaluated,
+    refuse_changing,
+    times,
+)
 from qadapter.modeling.streams import Blend, Stream, parts_of, repeat_rows, title_of
 from qadapter.modeling.trunk import ForkRows
 
@@ -27,6 +38,8 @@ class StackedPasses:
     configs: Any
     device: Any
     interpolation: str
+    max_kl: Any
+    min_kl: Any
     peft_model: Any
     plan: Any
     shared_layers: int
@@ -84,6 +97,38 @@ class StackedPasses:
                         'not of the residual form with alpha_0 = alpha_tilde. Leave it at "logits".'
                     )
         return interpolation
+
+    def _dial_of_pass(
+        self,
+        strength: Strength | None,
+        adapter_weights: AdapterWeights | None,
+        max_kl: float | Tensor | None,
+        min_kl: float | Tensor | None,
+        interpolation: str | None,
+        input_ids: Tensor | None,
+        rows: int,
+        tokens: int,
+    ) -> tuple[float | Tensor, Tensor | None, Tensor | None]:
+        """Strength, cap and threshold of a pass, the model's own where it gives none; raises ConfigError."""
+        strength = self.strength if strength is None else strength
+        max_kl, min_kl = self.max_kl if max_kl is None else max_kl, self.min_kl if min_kl is None else min_kl
+        cap, threshold = (
+            checked_nats(value, name, self.device, rows, read=not isinstance(value, Tensor))
+            for name, value in (("max_kl", max_kl), ("min_kl", min_kl))
+        )
+        if self.checked_interpolation(interpolation) == "weights":
+            refuse_changing("a callable strength" if callable(strength) else "" if threshold is None else "min_kl")
+            check_shape("strength", strength, (rows,))
+        used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
+        check_shape("strength", used, (rows,), (rows, tokens))
+        if isinstance(adapter_weights, Tensor):
+            check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))
+        else:
+            for name, weight in (adapter_weights or {}).items():
+                check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
+        if not isinstance(used, Tensor) and used == 0:
+            threshold = None  # there is nothing to lower: the base's stream alone
+        return used, cap, threshold
 
     def stacked_pass(
         self, streams: list[Stream], batch: dict[str, Any], cache: Any, use_cache: bool | None
