@@ -269,7 +269,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         else:
             logits = self.head.mixed_logits({k: hidden[k] for k in coefficients}, coefficients, self.plan)
         if cap is not None:
-            base_logits = self.head.stream_logits({None: hidden[None]}, self.plan)[0]
+            if threshold is None:
+                base_logits = self.head.stream_logits({None: hidden[None]}, self.plan)[0]
             logits, let_through = capped_logits(logits, base_logits, cap)
             share = share * let_through
         if strength_record is not None:
