@@ -5,7 +5,13 @@ import torch
 
 from qadapter import fused
 from qadapter.functional import MixCoefficients, mix_streams
-from qadapter.fused import default_chunk_size, single_head_statistics, token_statistics, two_head_statistics
+from qadapter.fused import (
+    default_chunk_size,
+    even_chunk_size,
+    single_head_statistics,
+    token_statistics,
+    two_head_statistics,
+)
 
 TOKENS, HIDDEN, VOCABULARY = 11, 7, 13
 COEFFICIENTS = MixCoefficients(0.8, -0.4)
@@ -95,8 +101,8 @@ def test_bfloat16_is_as_close_to_float64_as_plain_bfloat16_logits():
 def test_rows_of_a_chunk_that_are_widened_one_by_one_give_the_same(monkeypatch):
     h_theta, h_base, weight, targets = tensors(torch.bfloat16, 40, 64, 97)
     results = []
-    for elements in (fused.WIDENED_ELEMENTS, 97 * 3):
-        monkeypatch.setattr(fused, "WIDENED_ELEMENTS", elements)
+    for elements in (97 * 7, 97 * 3):
+        monkeypatch.setattr(fused, "WIDENED_ELEMENTS", {"cpu": elements})
         statistics = single_head_statistics(h_theta.float(), h_base, weight, targets, chunk_size=7, kl_gradient=True)
         results.append((statistics, torch.autograd.grad(weighted_sum(statistics), h_theta)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
@@ -111,8 +117,26 @@ def test_no_tokens_give_empty_statistics_and_zero_gradient():
     assert torch.equal(h_theta.grad, torch.zeros_like(h_theta))
 
 
-@pytest.mark.parametrize(("device", "mebibytes"), [("cpu", 16), ("cuda", 256)])
+@pytest.mark.parametrize(("device", "mebibytes"), [("cpu", 64), ("cuda", 256)])
 def test_a_chunk_of_logits_is_bounded_for_any_vocabulary(device, mebibytes):
     for vocabulary in (97, 49_152, 128_256, 2**30):
         rows = default_chunk_size(vocabulary, torch.device(device))
         assert rows == 1 or rows * vocabulary * 4 <= mebibytes * 2**20
+
+
+def test_autocast_multiplies_in_its_own_type():
+    h_theta, h_base, weight, targets = tensors(torch.float32, 40, 64, 97)
+    narrow = single_head_statistics(h_theta, h_base, weight.bfloat16(), targets, chunk_size=7)
+    expected = torch.autograd.grad(weighted_sum(narrow), h_theta)
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics = single_head_statistics(h_theta, h_base, weight, targets, chunk_size=7)
+    torch.testing.assert_close(statistics, narrow, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(weighted_sum(statistics), h_theta), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_chunks_of_a_cpu_are_alike():
+    device, most = torch.device("cpu"), default_chunk_size(49_152, torch.device("cpu"))
+    assert [even_chunk_size(tokens, 49_152, device) for tokens in (0, 5, most, most + 1)] == [
+        most, 5, most, -(-(most + 1) // 2),
+    ]  # fmt: skip
+    assert even_chunk_size(5, 49_152, torch.device("cuda")) == default_chunk_size(49_152, torch.device("cuda"))

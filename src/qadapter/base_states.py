@@ -244,7 +244,7 @@ def check_size(model: QAdapterForCausalLM, pairs: Dataset, share: float, folder:
 def _base_pass(model: QAdapterForCausalLM, batch: dict[str, Any]) -> BaseStates:
     if "gather_indices" in batch:
         sequences = PackedSequences(*(batch[name] for name in PackedSequences._fields))
-        return model.base_pass(**packed_batch(model.base, sequences))
+        return model.base_pass(**packed_batch(model.base, sequences, training=True))
     return model.base_pass(batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device))
 
 

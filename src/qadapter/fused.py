@@ -14,22 +14,23 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qadapter.functional import MixCoefficients, mix_streams
 
-# Elements of one chunk's float32 logits, whatever the vocabulary: 16 MiB on a CPU, whose caches are small; 256 MiB on
-# an accelerator, where a chunk must be large enough that reading the head's weights is not what takes the time.
-CHUNK_ELEMENTS = {"cpu": 2**22}
+# Elements of one chunk's logits, whatever the vocabulary: 64 MiB of float32 on a CPU, which packs the head's weights
+# anew for each matmul; 256 MiB on an accelerator. A chunk must be large enough that neither this nor reading them is
+# what takes the time.
+CHUNK_ELEMENTS = {"cpu": 2**24}
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
 # Rows of an accelerator's matmul tile: a chunk is a multiple of it.
 TILE = 128
 # Logits that are widened to float32 at a time: of a whole chunk in half precision, the wide copies would take six times
-# the memory of what the matmuls need.
-WIDENED_ELEMENTS = 2**24
+# the memory of what the matmuls need. On a CPU so few that they stay in its cache.
+WIDENED_ELEMENTS = {"cpu": 2**19}
+ACCELERATOR_WIDENED_ELEMENTS = 2**24
 
 
 # (logits, base_logits, targets, scale, with_kl) -> statistics; see `reduce_rows` for what becomes of the logits.
@@ -100,7 +101,7 @@ def single_head_statistics(
         compiled: run what follows the matmuls as `compiled_reduce_rows`.
         kl_gradient: let `kl` carry a gradient too, for one more matmul a chunk.
     """
-    chunk_size = chunk_size or default_chunk_size(weight.shape[0], weight.device)
+    chunk_size = chunk_size or even_chunk_size(mixed.shape[0], weight.shape[0], weight.device)
     reduce = compiled_reduce_rows() if compiled else reduce_chunk
     columns = _SingleHead.apply(mixed, base_hidden.detach(), weight, targets, float(scale), chunk_size, reduce,
                                 kl_gradient)  # fmt: skip
@@ -115,18 +116,24 @@ class _SingleHead(torch.autograd.Function):
         expected = mixed.new_empty(mixed.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         with_kl = kl_gradient and ctx.needs_input_grad[0]
         kl_directions = mixed.new_empty(mixed.shape, dtype=wide) if with_kl else None
+        kind = weight.device.type
+        # As autocast would narrow F.linear: it does not where the result has its tensor. That is made once, since a CPU
+        # takes longer to get pages for a large tensor than to fill them.
+        head = weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+        buffers = head.new_empty(2, min(chunk_size, mixed.shape[0]), weight.shape[0])
         for rows in slices(mixed.shape[0], chunk_size):
-            logits = F.linear(mixed[rows].to(weight.dtype), weight)  # (n, V)
-            base_logits = F.linear(base_hidden[rows].to(weight.dtype), weight)
+            logits, base_logits = (
+                torch.mm(hidden[rows].to(head.dtype), head.T, out=buffer[: rows.stop - rows.start])  # (n, V)
+                for hidden, buffer in zip((mixed, base_hidden), buffers, strict=True)
+            )
             statistics = reduce(logits, base_logits, targets[rows], scale, with_kl)
             for column, values in zip(columns, statistics, strict=True):
                 column[rows] = values
             # The logits hold probabilities now, and those of the base the slopes of the KL (`reduce_rows`).
             if expected is not None:
-                expected[rows] = logits @ weight * scale  # E_softmax[W], (n, H)
+                expected[rows] = logits @ head * scale  # E_softmax[W], (n, H)
             if kl_directions is not None:
-                kl_directions[rows] = base_logits @ weight * scale
-            del logits, base_logits  # before the next chunk's are made
+                kl_directions[rows] = base_logits @ head * scale
         ctx.save_for_backward(expected, kl_directions, weight, targets)
         ctx.scale, ctx.dtype = scale, mixed.dtype
         carrying = ("logits", "lse", "kl") if with_kl else ("logits", "lse")
@@ -149,29 +156,47 @@ def reduce_chunk(
     logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float, with_kl: bool = False
 ) -> TokenStatistics:
     """`reduce_rows` of the logits (n, V), so many rows at a time that their wide copies stay small."""
-    size = max(1, WIDENED_ELEMENTS // logits.shape[-1])
+    elements = WIDENED_ELEMENTS.get(logits.device.type, ACCELERATOR_WIDENED_ELEMENTS)
+    size = min(max(1, elements // logits.shape[-1]), logits.shape[0])
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    space = logits.new_empty(1 if logits.dtype == wide else 3, size, logits.shape[-1], dtype=wide)
     blocks = [
-        reduce_rows(logits[rows], base_logits[rows], targets[rows], scale, with_kl)
+        reduce_rows(logits[rows], base_logits[rows], targets[rows], scale, with_kl, space[:, : rows.stop - rows.start])
         for rows in slices(logits.shape[0], size)
     ]
     return TokenStatistics(*map(torch.cat, zip(*blocks, strict=True)))
 
 
 def reduce_rows(
-    logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float, with_kl: bool = False
+    logits: Tensor,
+    base_logits: Tensor,
+    targets: Tensor,
+    scale: float,
+    with_kl: bool = False,
+    space: Tensor | None = None,
 ) -> TokenStatistics:
     """`token_statistics` of the scaled logits (n, V), which it overwrites, so that the caller holds nothing more.
 
     It leaves the policy's probabilities p in `logits` and, `with_kl`, the derivatives of KL(p ‖ b) by the logits,
     p · (log p − log b − KL), in `base_logits`. Exponentiates each logit once.
+
+    Args:
+        space: wide matrices to work in, (1, n, V), or (3, n, V) where the logits are narrow; None makes them.
     """
-    wide, index = torch.promote_types(logits.dtype, torch.float32), targets.unsqueeze(-1)
-    z, base_z = logits.to(wide), base_logits.to(wide)  # the logits themselves where they are wide
+    index = targets.unsqueeze(-1)
+    if space is None:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        z, base_z = logits.to(wide), base_logits.to(wide)  # the logits themselves where they are wide
+        exponentials = torch.empty_like(z)
+    elif len(space) == 1:
+        z, base_z, exponentials = logits, base_logits, space[0]
+    else:
+        z, base_z, exponentials = space[0].copy_(logits), space[1].copy_(base_logits), space[2]
     if scale != 1.0:
         z, base_z = z.mul_(scale), base_z.mul_(scale)
     chosen, base_chosen = (values.gather(-1, index).squeeze(-1) for values in (z, base_z))
     base_top = base_z.amax(-1, keepdim=True)
-    exponentials = (base_z - base_top).exp_()
+    exponentials = torch.sub(base_z, base_top, out=exponentials).exp_()
     base_lse = exponentials.sum(-1).log_().add_(base_top.squeeze(-1))
     top = z.amax(-1, keepdim=True)
     exponentials = torch.sub(z, top, out=exponentials).exp_()
@@ -228,6 +253,13 @@ def two_head_statistics(
     )
     parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def even_chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """The default, or on a CPU, where small chunks take more time a token, as much less as makes all chunks alike."""
+    size = default_chunk_size(vocabulary, device)
+    chunks = -(-tokens // size)
+    return -(-tokens // chunks) if device.type == "cpu" and chunks else size
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
 from qadapter.config import QAdapterConfig
 from qadapter.data import load_preference_dataset, tokenise_preferences
+from qadapter.evaluation.columns import Column
 from qadapter.evaluation.intervals import Interval, wilson
 from qadapter.evaluation.progress import progress_bar
 from qadapter.evaluation.report import REPORT_FILES, QuickstartResult
 from qadapter.evaluation.rules import follows_house_style
-from qadapter.evaluation.scoring import drift_summary, pair_summary, score_pairs, score_texts
+from qadapter.evaluation.scoring import drift_summary, pair_summary, score_columns, score_pairs
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import BUILTIN_MODEL, BaseSource, load_tokenizer, resolve_base
@@ -38,7 +40,7 @@ FIRST_ADAPTED_LAYER = 15  # of 30: half of the second stream, and of the backwar
 LORA_RANK = 8
 LEARNING_RATE = 1e-3
 SEED = 0
-PAIRS_A_STEP, MICRO_BATCH = 4, 2
+PAIRS_A_STEP = 4
 JUDGED_PROMPTS = 24
 MAX_NEW_TOKENS = 80
 
@@ -102,10 +104,11 @@ def run_quickstart(
         policy = QAdapterForCausalLM.from_pretrained(adapter, dtype=dtype)
         policy.min_kl = THRESHOLD
         tokenised = tokenise_preferences(held_out, tokenizer)[0]
-        pairs = _scored(progress, "Held-out pairs", 2 * len(tokenised), score_pairs, policy, tokenised)
+        advance = _advance(progress, "Held-out pairs", 2 * len(tokenised))
+        pairs = score_pairs(policy, tokenised, progress=advance, min_kl=THRESHOLD)
         neutral = [_with_context(tokenizer, paragraph) for paragraph in neutral_paragraphs()]
-        drift = _scored(progress, "Neutral text", len(neutral), score_texts, policy, neutral)
-        plain = _scored(progress, "Neutral text, no threshold", len(neutral), score_texts, policy, neutral, None)
+        dials = Column("threshold", min_kl=THRESHOLD), Column("plain")
+        drifts = score_columns(policy, neutral, dials, progress=_advance(progress, "Neutral text", len(neutral)))
         prompts = [_prompt_text(row) for row in held_out][:judged_prompts]
         answers = {
             name: _answers(progress, f"Answers of the {name}", policy, tokenizer, prompts, strength)
@@ -115,8 +118,8 @@ def run_quickstart(
     seconds["measure"] = seconds["total"] - seconds["train"] - seconds["prepare"]
     judged = {name: _judge(column) for name, column in answers.items()}
     settings = _settings(source, dtype, steps, tokenised)
-    drifts = drift_summary(drift), drift_summary(plain)
-    return QuickstartResult(settings, pair_summary(pairs), *drifts, judged, prompts, answers, seconds)
+    drift, plain = (drift_summary(drifts[dial.name]) for dial in dials)
+    return QuickstartResult(settings, pair_summary(pairs), drift, plain, judged, prompts, answers, seconds)
 
 
 def train_adapter(
@@ -139,8 +142,7 @@ def train_adapter(
         output_dir=str(folder / "adapter"),
         seed=SEED,
         max_steps=steps,
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=PAIRS_A_STEP // MICRO_BATCH,
+        per_device_train_batch_size=PAIRS_A_STEP,
         learning_rate=LEARNING_RATE,
         warmup_steps=4,
         logging_steps=5,
@@ -171,22 +173,17 @@ def remove_previous(folder: Path) -> None:
     remove_run(folder / "adapter")
 
 
-def _scored(
-    progress: Progress, name: str, total: int, score: Any, policy: Any, items: Any, min_kl: float | None = THRESHOLD
-) -> Any:
+def _advance(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    """A new bar, to be called with the number of items done since the last call."""
     task = progress.add_task(name, total=total)
-    return score(policy, items, progress=lambda done: progress.advance(task, done), min_kl=min_kl)
+    return lambda done: progress.advance(task, done)
 
 
 def _answers(
     progress: Progress, name: str, policy: Any, tokenizer: Any, prompts: list[str], strength: float
 ) -> list[Answer]:
-    task = progress.add_task(name, total=len(prompts))
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
-    return generate_texts(
-        policy, tokenizer, prompts, sampling, strength, batch_size=JUDGED_PROMPTS,
-        progress=lambda done: progress.advance(task, done),
-    )  # fmt: skip
+    sampling, advance = Sampling(max_new_tokens=MAX_NEW_TOKENS), _advance(progress, name, len(prompts))
+    return generate_texts(policy, tokenizer, prompts, sampling, strength, JUDGED_PROMPTS, progress=advance)
 
 
 def _prompt_text(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from models import APART, FAST_PATHS, lora, padded, tiny_base, tiny_policy, tiny_trainer, token_ids, token_pairs
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
+from qadapter import QAdapterConfig
 from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.data.packing import PackedSequences
 from qadapter.fused import TokenStatistics
@@ -95,6 +96,34 @@ def test_statistics_are_laid_out_as_masked_scatter_does_it(share):
             weights = torch.randn(mask.shape, generator=generator)
             gradients = [torch.autograd.grad((out * weights).sum(), column)[0] for out in (ours, expected)]
             assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("architecture", FAST_PATHS)
+def test_training_in_bfloat16_attends_in_float32_on_a_cpu(architecture):
+    sequences = PackedSequences.of(token_ids(12, 9))
+    narrow = tiny_base(architecture, dtype=torch.bfloat16)
+    exact = tiny_base(architecture, dtype=torch.bfloat16).double()
+    assert enable_packing(narrow)
+    assert enable_packing(exact)
+
+    def states(base, training):
+        with torch.no_grad():
+            return base.get_decoder()(**packed_batch(base, sequences, training), use_cache=False).last_hidden_state
+
+    expected = states(exact, True)
+    assert expected.dtype == torch.float64
+    ours, theirs = states(narrow, True), states(narrow, False)
+    assert ours.dtype == torch.bfloat16
+    assert not torch.equal(ours, theirs)
+    assert (ours.double() - expected).norm() < 1.2 * (theirs.double() - expected).norm()
+
+
+def test_an_untouched_adapter_trains_from_exactly_the_base_in_bfloat16():
+    policy = tiny_policy(tiny_base(dtype=torch.bfloat16), QAdapterConfig(), trained=False)
+    assert enable_packing(policy.base)
+    statistics = policy(**PackedCollator()(token_pairs(3)))
+    assert torch.equal(statistics.logps, statistics.base_logps)
+    assert statistics.kl.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("empty", ["chosen_ids", "rejected_ids"])

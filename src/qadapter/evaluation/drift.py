@@ -30,15 +30,13 @@ from qadapter.evaluation.texts import Text
 from qadapter.functional import kl_divergence, shrinkage
 from qadapter.fused import default_chunk_size
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.heads import widened
 from qadapter.modeling.mixing import capped_logits
 from qadapter.modeling.packed import enable_packing, packed_batch
 from qadapter.modeling.streams import Stream
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 
-# Rows a matmul with the head on a CPU, relative to training's: the head's weights are packed anew for each matmul, and
-# without gradients there is memory for more.
-CHUNK_FACTOR = 4
-# Elements of the rows that are worked on together on a CPU: four such matrices stay in its cache.
+# Elements of the rows that are widened and worked on together on a CPU: four such matrices stay in its cache.
 BLOCK_ELEMENTS = 2**18
 # From twice as many streams on, fewer tokens are worked on at a time: each stream holds states and logits of all.
 FEW_STREAMS = 4
@@ -227,16 +225,15 @@ def token_drift(
         steps: which token of its answer each is (N,), from 0.
     """
     chunk = default_chunk_size(model.head.linear.weight.shape[0], model.device)
-    chunk *= CHUNK_FACTOR if model.device.type == "cpu" else 1
     chunk = max(1, chunk // max(1, len(hidden) // FEW_STREAMS))
     parts: list[tuple[BaseTokens, dict[str, TokenDrift]]] = []
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
-        base, differences = _chunk_logits(model, {stream: states[rows] for stream, states in hidden.items()})
-        for block in _blocks(base):
-            own = {name: difference[block] for name, difference in differences.items()}
+        chunk_logits = _chunk_logits(model, {stream: states[rows] for stream, states in hidden.items()})
+        for block in _blocks(chunk_logits[None]):
+            base, differences = _wide(model, {stream: logits[block] for stream, logits in chunk_logits.items()})
             places = targets[rows][block], steps[rows][block]
-            parts.append(_block_drift(base[block], own, *places, columns, directions))
+            parts.append(_block_drift(base, differences, *places, columns, directions))
     bases = BaseTokens(*(torch.cat(field).cpu() for field in zip(*(base for base, _ in parts), strict=True)))
     drifts = {
         column.name: TokenDrift(
@@ -247,24 +244,26 @@ def token_drift(
     return bases, drifts
 
 
-def _chunk_logits(model: QAdapterForCausalLM, hidden: Mapping[Stream, Tensor]) -> tuple[Tensor, dict[Stream, Tensor]]:
-    """z_b (n, V), and z_k − z_b of each adapter's stream, in float32 or wider.
+def _chunk_logits(model: QAdapterForCausalLM, hidden: Mapping[Stream, Tensor]) -> dict[Stream, Tensor]:
+    """z_b (n, V), and of each adapter's stream z_k − z_b where one head serves all streams, else z_k, in its dtype.
 
-    Where one head serves all streams the difference is taken of the hidden states: in bfloat16 the difference of two
-    rounded logits would be off by more than a weak adapter moves them.
+    Where it does, the difference is taken of the hidden states: in bfloat16 the difference of two rounded logits would
+    be off by more than a weak adapter moves them.
     """
     head = model.head
-    wide = torch.promote_types(head.linear.weight.dtype, torch.float32)
-    base_states = hidden[None]
-    if head.shared:
-        base = head.logits(base_states).to(wide)
-        differences = {
-            name: states.to(wide) - base_states.to(wide) for name, states in hidden.items() if name is not None
-        }
-        return base, {name: head.logits(difference).to(wide) for name, difference in differences.items()}
-    logits = dict(zip(hidden, head.stream_logits(hidden, model.plan), strict=True))
-    base = logits.pop(None).to(wide)
-    return base, {name: values.to(wide) - base for name, values in logits.items() if name is not None}
+    if not head.shared:
+        return dict(zip(hidden, head.stream_logits(hidden, model.plan), strict=True))
+    base = hidden[None]
+    return {
+        name: head.logits(base if name is None else widened(states) - widened(base)) for name, states in hidden.items()
+    }
+
+
+def _wide(model: QAdapterForCausalLM, logits: Mapping[Stream, Tensor]) -> tuple[Tensor, dict[Stream, Tensor]]:
+    """z_b (n, V), and z_k − z_b of each adapter's stream, in float32 or wider, from some rows of `_chunk_logits`."""
+    base = widened(logits[None])
+    own: dict[Stream, Tensor] = {name: widened(values) for name, values in logits.items() if name is not None}
+    return base, own if model.head.shared else {name: values - base for name, values in own.items()}
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

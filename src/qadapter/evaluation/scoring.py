@@ -61,13 +61,24 @@ def score_texts(
     Raises:
         DataError: a text without context, from which its first token would be predicted, or without answer.
     """
+    column = Column("policy", min_kl=min_kl)
+    return score_columns(model, texts, [column], batch_tokens, progress)[column.name]
+
+
+def score_columns(
+    model: QAdapterForCausalLM,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    columns: Sequence[Column],
+    batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> dict[str, list[Score]]:
+    """As `score_texts`, under each column's setting of the dial, by its name, from one pass over the texts."""
     for index, (context, answer) in enumerate(texts):
         if not len(context) or not len(answer):
             sizes = f"{len(context)} tokens of context and {len(answer)} of answer"
             raise DataError(f"text {index} has {sizes}: it needs at least one of each.")
-    column = Column("policy", min_kl=min_kl)
-    measured = measure_texts(model, [Text(*text) for text in texts], [column], batch_tokens, progress)
-    return [_score(text.base, text.columns[column.name]) for text in measured]
+    measured = measure_texts(model, [Text(*text) for text in texts], columns, batch_tokens, progress)
+    return {column.name: [_score(text.base, text.columns[column.name]) for text in measured] for column in columns}
 
 
 def _score(base: BaseTokens, policy: TokenDrift) -> Score:

@@ -31,6 +31,7 @@ class PackedRow(NamedTuple):
     boundaries: Tensor
     lengths: list[int]
     longest: int
+    wide: bool
 
 
 def packed_attention(
@@ -55,12 +56,15 @@ def packed_attention(
         q, k, v = (varlen.gather(states, packed.gather, packed.restore, packed.repeated) for states in rows)
         output = varlen.causal_attention(q, k, v, packed.boundaries, packed.longest, window, kwargs.get("scaling"))
         return varlen.restore(output, packed.restore).unsqueeze(0), None
+    dtype = query.dtype
+    if packed.wide:
+        query, key, value = query.float(), key.float(), value.float()
     streams = [states.index_select(2, packed.gather).split(packed.lengths, dim=2) for states in (query, key, value)]
     outputs = [
         sdpa_attention_forward(module, *sequence, window_mask(sequence[0], window), **kwargs)[0]
         for sequence in zip(*streams, strict=True)
     ]
-    return torch.cat(outputs, dim=1).index_select(1, packed.restore), None
+    return torch.cat(outputs, dim=1).index_select(1, packed.restore).to(dtype), None
 
 
 def window_mask(query: Tensor, window: int) -> Tensor | None:
@@ -84,8 +88,13 @@ def layer_windows(model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
     return {kind: masks[kind] for kind in dict.fromkeys(kinds)}
 
 
-def packed_batch(model: PreTrainedModel, sequences: PackedSequences) -> dict[str, Any]:
-    """The decoder's arguments for a packed row, on the model's device."""
+def packed_batch(model: PreTrainedModel, sequences: PackedSequences, training: bool = False) -> dict[str, Any]:
+    """The decoder's arguments for a packed row, on the model's device.
+
+    Args:
+        training: on a CPU, attention of a model in bfloat16 is computed in float32, whose backward pass takes half the
+            time there. The same for all streams, with gradients or without: their difference is what counts.
+    """
     device, lengths = model.device, sequences.sequence_lengths
     row = PackedRow(
         gather=sequences.gather_indices.to(device),
@@ -94,6 +103,7 @@ def packed_batch(model: PreTrainedModel, sequences: PackedSequences) -> dict[str
         boundaries=sequences.boundaries.to(device),
         lengths=lengths,
         longest=max(lengths),
+        wide=training and device.type == "cpu" and model.dtype == torch.bfloat16,
     )
     return {
         "input_ids": sequences.input_ids.to(device),

@@ -135,7 +135,7 @@ class TrainingPasses:
         sequences = PackedSequences(
             input_ids, position_ids, gather_indices, restore_indices, repeated_indices, boundaries, sequence_lengths
         )
-        batch = packed_batch(self.base, sequences)
+        batch = packed_batch(self.base, sequences, training=True)
         return self._statistics(batch, base_states, trunk_states, state_indices, target_ids, completion_mask)
 
     def _statistics(
