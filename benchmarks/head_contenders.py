@@ -29,7 +29,7 @@ class Problem:
     @property
     def chunk_size(self) -> int:
         """Tokens of a chunk of our head."""
-        return default_chunk_size(self.weight.shape[0], self.weight.device)
+        return default_chunk_size(self.weight)
 
 
 @dataclass

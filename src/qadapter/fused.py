@@ -20,10 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qadapter.functional import MixCoefficients, mix_streams
 
-# Elements of one chunk's logits, whatever the vocabulary: 64 MiB of float32 on a CPU, which packs the head's weights
-# anew for each matmul; 256 MiB on an accelerator. A chunk must be large enough that neither this nor reading them is
-# what takes the time.
-CHUNK_ELEMENTS = {"cpu": 2**24}
+# One chunk's logits, whatever the vocabulary: large enough that reading the head's weights is not what takes the time on
+# an accelerator, nor packing them anew for each matmul on a CPU.
+CPU_CHUNK_BYTES = 2**25
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
 # Rows of an accelerator's matmul tile: a chunk is a multiple of it.
 TILE = 128
@@ -101,7 +100,7 @@ def single_head_statistics(
         compiled: run what follows the matmuls as `compiled_reduce_rows`.
         kl_gradient: let `kl` carry a gradient too, for one more matmul a chunk.
     """
-    chunk_size = chunk_size or even_chunk_size(mixed.shape[0], weight.shape[0], weight.device)
+    chunk_size = chunk_size or even_chunk_size(mixed.shape[0], weight)
     reduce = compiled_reduce_rows() if compiled else reduce_chunk
     columns = _SingleHead.apply(mixed, base_hidden.detach(), weight, targets, float(scale), chunk_size, reduce,
                                 kl_gradient)  # fmt: skip
@@ -255,14 +254,16 @@ def two_head_statistics(
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def even_chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
+def even_chunk_size(tokens: int, weight: Tensor) -> int:
     """The default, or on a CPU, where small chunks take more time a token, as much less as makes all chunks alike."""
-    size = default_chunk_size(vocabulary, device)
+    size = default_chunk_size(weight)
     chunks = -(-tokens // size)
-    return -(-tokens // chunks) if device.type == "cpu" and chunks else size
+    return -(-tokens // chunks) if weight.device.type == "cpu" and chunks else size
 
 
-def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose float32 logits fill a chunk on that kind of device, at least one; whole tiles on an accelerator."""
-    rows = max(1, CHUNK_ELEMENTS.get(device.type, ACCELERATOR_CHUNK_ELEMENTS) // vocabulary)
-    return rows if device.type == "cpu" or rows < TILE else rows - rows % TILE
+def default_chunk_size(weight: Tensor) -> int:
+    """Tokens whose logits fill a chunk where the head's weight (V, H) is, at least one; whole tiles on an accelerator."""
+    cpu = weight.device.type == "cpu"
+    elements = CPU_CHUNK_BYTES // weight.dtype.itemsize if cpu else ACCELERATOR_CHUNK_ELEMENTS
+    rows = max(1, elements // weight.shape[0])
+    return rows if cpu or rows < TILE else rows - rows % TILE

@@ -36,7 +36,7 @@ from qadapter.training_batches import tokenised_pairs
 METHOD = QAdapterConfig.preset("undiscounted", beta=1.0)
 # Nats; with it the policy leaves to the base what the pairs say nothing of (docs/dial.md, "A threshold").
 THRESHOLD = 0.1
-FIRST_ADAPTED_LAYER = 15  # of 30: half of the second stream, and of the backward pass
+FIRST_ADAPTED_LAYER = 20  # of 30: a third of the second stream, and of the backward pass
 LORA_RANK = 8
 LEARNING_RATE = 1e-3
 SEED = 0

@@ -177,7 +177,7 @@ def test_neither_batches_nor_blocks_change_a_number(monkeypatch):
     columns.append(Column("decaying", 1.7, decay=0.7))
     expected = measure_texts(model, TEXTS, columns)
     monkeypatch.setattr(drift_module, "BLOCK_ELEMENTS", 300)
-    monkeypatch.setattr(drift_module, "default_chunk_size", lambda vocabulary, device: 4)
+    monkeypatch.setattr(drift_module, "default_chunk_size", lambda weight: 4)
     for one, other in zip(expected, measure_texts(model, TEXTS, columns, batch_tokens=1), strict=True):
         for name in ("policy", "policy@0.5", "decaying"):
             for ours, theirs in zip(one.columns[name], other.columns[name], strict=True):

@@ -97,7 +97,7 @@ def test_loss_ignores_batch_mates(architecture, config):
 def test_loss_ignores_the_chunk_size(architecture, chunk, monkeypatch):
     policy = policy_of(architecture)
     expected = losses_and_gradients(policy)
-    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", {"cpu": chunk * policy.config.vocab_size})
+    monkeypatch.setattr(fused, "CPU_CHUNK_BYTES", chunk * policy.config.vocab_size * policy.dtype.itemsize)
     assert_same(losses_and_gradients(policy), expected, architecture)
 
 

@@ -224,7 +224,7 @@ def token_drift(
     Args:
         steps: which token of its answer each is (N,), from 0.
     """
-    chunk = default_chunk_size(model.head.linear.weight.shape[0], model.device)
+    chunk = default_chunk_size(model.head.linear.weight)
     chunk = max(1, chunk // max(1, len(hidden) // FEW_STREAMS))
     parts: list[tuple[BaseTokens, dict[str, TokenDrift]]] = []
     for start in range(0, len(targets), chunk):

@@ -151,7 +151,7 @@ class Head:
             lambda rows: logits_of(None, rows),
             coefficients,
             targets,
-            chunk_size or default_chunk_size(weight.shape[0], weight.device),
+            chunk_size or default_chunk_size(weight),
         )
 
 
