@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qadapter.functional import MixCoefficients, mix_streams
 
-# One chunk's logits, whatever the vocabulary: large enough that reading the head's weights is not what takes the time on
-# an accelerator, nor packing them anew for each matmul on a CPU.
+# One chunk's logits, whatever the vocabulary: large enough that an accelerator's time does not go into reading the
+# head's weights, nor a CPU's into packing them anew for each matmul.
 CPU_CHUNK_BYTES = 2**25
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
 # Rows of an accelerator's matmul tile: a chunk is a multiple of it.
@@ -262,7 +262,7 @@ def even_chunk_size(tokens: int, weight: Tensor) -> int:
 
 
 def default_chunk_size(weight: Tensor) -> int:
-    """Tokens whose logits fill a chunk where the head's weight (V, H) is, at least one; whole tiles on an accelerator."""
+    """Tokens whose logits fill a chunk on the device of the weight (V, H), at least 1; whole tiles on accelerators."""
     cpu = weight.device.type == "cpu"
     elements = CPU_CHUNK_BYTES // weight.dtype.itemsize if cpu else ACCELERATOR_CHUNK_ELEMENTS
     rows = max(1, elements // weight.shape[0])
