@@ -14,7 +14,7 @@ from qadapter import QAdapterConfig
 from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.data.packing import PackedSequences
 from qadapter.fused import TokenStatistics
-from qadapter.modeling import varlen
+from qadapter.modeling import packed, varlen
 from qadapter.modeling.packed import enable_packing, packed_batch
 from qadapter.modeling.passes import laid_out
 from qadapter.objective import pair_losses
@@ -99,22 +99,34 @@ def test_statistics_are_laid_out_as_masked_scatter_does_it(share):
 
 
 @pytest.mark.parametrize("architecture", FAST_PATHS)
-def test_training_in_bfloat16_attends_in_float32_on_a_cpu(architecture):
+def test_training_in_bfloat16_attends_in_float32_on_a_cpu(architecture, monkeypatch):
     sequences = PackedSequences.of(token_ids(12, 9))
     narrow = tiny_base(architecture, dtype=torch.bfloat16)
     exact = tiny_base(architecture, dtype=torch.bfloat16).double()
     assert enable_packing(narrow)
     assert enable_packing(exact)
 
+    seen = set()
+    attend = packed.sdpa_attention_forward
+
+    def noted(module, query, *args, **kwargs):
+        seen.add(query.dtype)
+        return attend(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(packed, "sdpa_attention_forward", noted)
+
     def states(base, training):
+        seen.clear()
         with torch.no_grad():
             return base.get_decoder()(**packed_batch(base, sequences, training), use_cache=False).last_hidden_state
 
     expected = states(exact, True)
-    assert expected.dtype == torch.float64
-    ours, theirs = states(narrow, True), states(narrow, False)
+    assert seen == {torch.float64}
+    ours = states(narrow, True)
+    assert seen == {torch.float32}
     assert ours.dtype == torch.bfloat16
-    assert not torch.equal(ours, theirs)
+    theirs = states(narrow, False)
+    assert seen == {torch.bfloat16}
     assert (ours.double() - expected).norm() < 1.2 * (theirs.double() - expected).norm()
 
 
