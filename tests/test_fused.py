@@ -10,6 +10,7 @@ from qadapter.fused import (
     even_chunk_size,
     single_head_statistics,
     token_statistics,
+    two_head_chunk_size,
     two_head_statistics,
 )
 
@@ -121,8 +122,10 @@ def test_no_tokens_give_empty_statistics_and_zero_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_chunk_of_logits_is_bounded_for_any_vocabulary(device, mebibytes, dtype):
     for vocabulary in (97, 49_152, 128_256, 2**30):
-        rows = default_chunk_size(torch.empty(vocabulary, 0, device=device, dtype=dtype))
+        weight = torch.empty(vocabulary, 0, device=device, dtype=dtype)
+        rows = default_chunk_size(weight)
         assert rows == 1 or rows * vocabulary * dtype.itemsize <= mebibytes * 2**20
+        assert 1 <= two_head_chunk_size(weight) <= rows
 
 
 def test_autocast_multiplies_in_its_own_type():

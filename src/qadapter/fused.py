@@ -23,6 +23,8 @@ from qadapter.functional import MixCoefficients, mix_streams
 # One chunk's logits, whatever the vocabulary: large enough that an accelerator's time does not go into reading the
 # head's weights, nor a CPU's into packing them anew for each matmul.
 CPU_CHUNK_BYTES = 2**25
+# Of two heads, whose chunks have some six wide copies each way: larger ones take more memory and no less time.
+CPU_TWO_HEAD_ELEMENTS = 2**22
 ACCELERATOR_CHUNK_ELEMENTS = 2**26
 # Rows of an accelerator's matmul tile: a chunk is a multiple of it.
 TILE = 128
@@ -267,3 +269,9 @@ def default_chunk_size(weight: Tensor) -> int:
     elements = CPU_CHUNK_BYTES // weight.dtype.itemsize if cpu else ACCELERATOR_CHUNK_ELEMENTS
     rows = max(1, elements // weight.shape[0])
     return rows if cpu or rows < TILE else rows - rows % TILE
+
+
+def two_head_chunk_size(weight: Tensor) -> int:
+    """The default of `two_head_statistics`: fewer tokens on a CPU, as many on an accelerator."""
+    size = default_chunk_size(weight)
+    return min(size, max(1, CPU_TWO_HEAD_ELEMENTS // weight.shape[0])) if weight.device.type == "cpu" else size

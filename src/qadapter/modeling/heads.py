@@ -12,9 +12,9 @@ from qadapter.errors import ConfigError
 from qadapter.functional import MixCoefficients, mix_streams
 from qadapter.fused import (
     TokenStatistics,
-    default_chunk_size,
     single_head_statistics,
     token_statistics,
+    two_head_chunk_size,
     two_head_statistics,
 )
 from qadapter.modeling.streams import Stream, StreamLinear, StreamPlan
@@ -151,7 +151,7 @@ class Head:
             lambda rows: logits_of(None, rows),
             coefficients,
             targets,
-            chunk_size or default_chunk_size(weight),
+            chunk_size or two_head_chunk_size(weight),
         )
 
 
