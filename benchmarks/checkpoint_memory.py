@@ -71,7 +71,7 @@ def kernels_of_a_gpu() -> None:
     torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", attention_gradients)
     mock.patch.object(varlen, "fits", always).start()
     mock.patch.object(fused, "CPU_CHUNK_BYTES", 2 * fused.ACCELERATOR_CHUNK_ELEMENTS // SHRUNK).start()
-    mock.patch.object(fused, "WIDENED_ELEMENTS", {"cpu": fused.ACCELERATOR_WIDENED_ELEMENTS // SHRUNK}).start()
+    mock.patch.object(fused, "CPU_WIDENED_ELEMENTS", fused.ACCELERATOR_WIDENED_ELEMENTS // SHRUNK).start()
     mock.patch.object(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32_768 // SHRUNK).start()
     for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
         mock.patch.object(chunked_logprob, name, nothing).start()

@@ -103,7 +103,7 @@ def test_rows_of_a_chunk_that_are_widened_one_by_one_give_the_same(monkeypatch):
     h_theta, h_base, weight, targets = tensors(torch.bfloat16, 40, 64, 97)
     results = []
     for elements in (97 * 7, 97 * 3):
-        monkeypatch.setattr(fused, "WIDENED_ELEMENTS", {"cpu": elements})
+        monkeypatch.setattr(fused, "CPU_WIDENED_ELEMENTS", elements)
         statistics = single_head_statistics(h_theta.float(), h_base, weight, targets, chunk_size=7, kl_gradient=True)
         results.append((statistics, torch.autograd.grad(weighted_sum(statistics), h_theta)))
     torch.testing.assert_close(*results, rtol=0, atol=0)

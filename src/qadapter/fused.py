@@ -30,7 +30,7 @@ ACCELERATOR_CHUNK_ELEMENTS = 2**26
 TILE = 128
 # Logits that are widened to float32 at a time: of a whole chunk in half precision, the wide copies would take six times
 # the memory of what the matmuls need. On a CPU so few that they stay in its cache.
-WIDENED_ELEMENTS = {"cpu": 2**19}
+CPU_WIDENED_ELEMENTS = 2**19
 ACCELERATOR_WIDENED_ELEMENTS = 2**24
 
 
@@ -117,9 +117,9 @@ class _SingleHead(torch.autograd.Function):
         expected = mixed.new_empty(mixed.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         with_kl = kl_gradient and ctx.needs_input_grad[0]
         kl_directions = mixed.new_empty(mixed.shape, dtype=wide) if with_kl else None
+        # Autocast narrows no product that is written into a given tensor (out=), so it is done here. The chunks share
+        # theirs: a CPU takes longer to get pages for a large tensor than to fill them.
         kind = weight.device.type
-        # As autocast would narrow F.linear: it does not where the result has its tensor. That is made once, since a CPU
-        # takes longer to get pages for a large tensor than to fill them.
         head = weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
         buffers = head.new_empty(2, min(chunk_size, mixed.shape[0]), weight.shape[0])
         for rows in slices(mixed.shape[0], chunk_size):
@@ -157,7 +157,7 @@ def reduce_chunk(
     logits: Tensor, base_logits: Tensor, targets: Tensor, scale: float, with_kl: bool = False
 ) -> TokenStatistics:
     """`reduce_rows` of the logits (n, V), so many rows at a time that their wide copies stay small."""
-    elements = WIDENED_ELEMENTS.get(logits.device.type, ACCELERATOR_WIDENED_ELEMENTS)
+    elements = CPU_WIDENED_ELEMENTS if logits.device.type == "cpu" else ACCELERATOR_WIDENED_ELEMENTS
     size = min(max(1, elements // logits.shape[-1]), logits.shape[0])
     wide = torch.promote_types(logits.dtype, torch.float32)
     space = logits.new_empty(1 if logits.dtype == wide else 3, size, logits.shape[-1], dtype=wide)

@@ -156,11 +156,15 @@ def finite(value: Tensor, name: str) -> Tensor:
     return value
 
 
-def evaluated(strength: Strength, state: StepState) -> float | Tensor:
-    """A callable's strength as a tensor (B,), so that the set of streams is the same at every token."""
+def evaluated(strength: Strength, state: StepState | None) -> float | Tensor:
+    """A callable's strength as a tensor (B,), so that the set of streams is the same at every token.
+
+    Raises:
+        ConfigError: there is no state, since embeddings were given for tokens, or the callable's value does not fit.
+    """
     if not callable(strength):
         return strength
-    if state.input_ids is None:
+    if state is None:
         raise ConfigError("a callable strength reads the text so far: give input_ids, not embeddings.")
     value, rows = strength(state), state.input_ids.shape[0]
     if not isinstance(value, Tensor):

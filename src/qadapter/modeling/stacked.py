@@ -119,7 +119,7 @@ class StackedPasses:
         if self.checked_interpolation(interpolation) == "weights":
             refuse_changing("a callable strength" if callable(strength) else "" if threshold is None else "min_kl")
             check_shape("strength", strength, (rows,))
-        used = evaluated(strength, StepState(input_ids, 0))  # type: ignore[arg-type]
+        used = evaluated(strength, None if input_ids is None else StepState(input_ids, 0))
         check_shape("strength", used, (rows,), (rows, tokens))
         if isinstance(adapter_weights, Tensor):
             check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))
