@@ -1,8 +1,12 @@
 """Strengths that switch the adapter off inside code, JSON, reasoning and tool calls."""
 
+import json
+
 import models
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qadapter import OffInside, StepState
 
@@ -44,6 +48,30 @@ from qadapter import OffInside, StepState
         ('{ \n "name": ', True),
         ("{", True),
         ("[true, fal", True),
+        ("[0-9]+ matches digits", False),
+        ("[1. Introduction", False),
+        ('["quoted" word] then', False),
+        ('{"a": 1, } is broken', False),
+        ('{"a": 1}\n{"b": "hel', True),
+        ('{"a": 1}; {"b": "hel', True),
+        ('Sure, here it is:\n{"a": "hel', True),
+        ('Sure: {"a": "hel', True),
+        ('Take {"a": 1} for that', False),
+        ("> ```python\n> x\n> ```\nprose", False),
+        ("> ```python\n> x", True),
+        ("```js\n> ```\ncode", True),
+        ("```xml\n<think>\n```\nprose", False),
+        ("The tag `<think>` opens it", False),
+        ('<think reason="x">let me', True),
+        ("<thinking>let me</thinking> so", False),
+        ("<think>so</think> and <think>again", True),
+        ('[TOOL_CALLS][{"name": "f"}]', True),
+        ('<|python_tag|>{"name": "f"}', True),
+        ('<function=f>{"a": 1', True),
+        ('<function=f>{"a": 1}</function> so', False),
+        ('<|tool_call|>[{"name": "f"}]<|/tool_call|> so', False),
+        ("<|channel|>analysis<|message|>let me", True),
+        ("<|channel|>analysis<|message|>let me<|end|><|start|>assistant<|channel|>final<|message|>So", False),
     ],
 )
 def test_protected_regions_turn_the_adapter_off(text, off):
@@ -52,11 +80,44 @@ def test_protected_regions_turn_the_adapter_off(text, off):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"fences": False}, "see ```x"), ({"json_answers": False}, '{"a": '), ({"tags": ["plan"]}, "<think>let me see")],
+    [
+        ({"fences": False}, "see ```x"),
+        ({"json_answers": False}, '{"a": '),
+        ({"tags": ["plan"]}, "<think>let me see"),
+        ({"regions": {}}, "[TOOL_CALLS]f"),
+    ],
 )
 def test_regions_that_are_not_protected_keep_the_strength(options, text):
     assert OffInside(tokenizer=None).off(text)
     assert not OffInside(tokenizer=None, **options).off(text)
+
+
+def test_marks_of_ones_own_are_protected():
+    condition = OffInside(tokenizer=None, tags=(), regions={"BEGIN(": ")END"})
+    assert condition.off("so BEGIN(x")
+    assert not condition.off("so BEGIN(x)END <think>x")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+OUTER = st.lists(VALUES, max_size=4) | st.dictionaries(st.text(), VALUES, max_size=4)
+
+
+@settings(deadline=None)
+@given(OUTER, st.sampled_from([None, 1]), st.sampled_from(["", "So:\n"]))
+def test_every_beginning_of_a_json_value_is_protected_and_the_whole_is_not(value, indent, before):
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    condition = OffInside(tokenizer=None)
+    assert all(condition.off(before + text[:end]) for end in range(1, len(text)))
+    assert not condition.off(before + text)
+
+
+@given(st.text(alphabet='`~>{}[]"\\<think>/ \n,1a:'))
+def test_any_text_is_read(text):
+    assert OffInside(tokenizer=None).off(text) in (True, False)
 
 
 def test_conditional_strength_leaves_the_base_alone_inside_a_fence():
@@ -78,7 +139,7 @@ def test_reasoning_that_the_template_opens_in_the_prompt_is_protected():
     tokenizer = models.tiny_tokenizer()
     prompt = torch.tensor([tokenizer("why? <think> ")["input_ids"], tokenizer("<think> is it?")["input_ids"][:13]])
     condition = OffInside(tokenizer)
-    for answer, strengths in {"so": [0.0, 1.0], "so</think>": [1.0, 1.0], 'so</think>{"a': [0.0, 1.0]}.items():
+    for answer, strengths in {"so": [0.0, 1.0], "so</think>": [1.0, 1.0], "so</think>[1": [0.0, 1.0]}.items():
         written = torch.tensor([tokenizer(answer)["input_ids"]] * 2)
         state = StepState(torch.cat([prompt, written], dim=1), prompt.shape[1])
         assert condition(state).tolist() == strengths

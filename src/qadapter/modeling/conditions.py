@@ -1,9 +1,8 @@
 """Strengths that depend on the text so far: off inside code, JSON, reasoning and tool calls."""
 
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,37 +10,62 @@ from torch import Tensor
 
 from qadapter.modeling.mixing import StepState
 
-PROMPT_END = 16  # tokens; more than any tag and the blanks after it
+PROMPT_END = 16  # tokens; more than any mark and the blanks after it
+# What opens reasoning or a tool call, and what closes it: "" if nothing but the answer's end does.
+REGIONS = {
+    "[TOOL_CALLS]": "",  # Mistral
+    "[THINK]": "[/THINK]",
+    "<|python_tag|>": "",  # Llama 3
+    "<function=": "</function>",
+    "<|tool_call|>": "<|/tool_call|>",  # Phi 4; Granite closes it nowhere
+    "<|channel|>analysis": "<|end|>",  # gpt-oss
+    "<|channel|>commentary": "<|end|>",
+    "<|tool_calls_section_begin|>": "<|tool_calls_section_end|>",  # Kimi
+    "<\uff5ctool\u2581calls\u2581begin\uff5c>": "<\uff5ctool\u2581calls\u2581end\uff5c>",  # DeepSeek
+    "<|START_THINKING|>": "<|END_THINKING|>",  # Command
+    "<|START_ACTION|>": "<|END_ACTION|>",
+}
 # Lines with a fence: what stands before it, its marks, and what follows.
 FENCE = re.compile(r"^(.*?)(`{3,}|~{3,})(.*)$", re.MULTILINE)
+BEFORE_FENCE = " \t>"  # a fence may stand in a quotation
 INFO = re.compile(r"[\w+#.-]*\s*")  # the language, and nothing else: after a fence that opens within a line
-# What may follow a bracket in JSON, as far as it is written; so "[Your name]" and "{name}" are none.
-JSON_START = re.compile(
-    r"\{\s*(?:[\"}]|$)|\[\s*(?:[\]\[{\"\d-]|$|t(?:r|$)(?:u|$)(?:e|$)|f(?:a|$)(?:l|$)(?:s|$)(?:e|$)|n(?:u|$)(?:l|$)(?:l|$))"
-)
+# What may follow a bracket in JSON, as far as it is written; so "[Your name]", "[0-9]" and "{name}" are none.
+NUMBER = r"-?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d*)?)?\s*(?:[,\]]|$)"
+WORD = r"t(?:r|$)(?:u|$)(?:e|$)|f(?:a|$)(?:l|$)(?:s|$)(?:e|$)|n(?:u|$)(?:l|$)(?:l|$)"
+JSON_START = rf"(?:\{{\s*(?:[\"}}]|\Z)|\[\s*(?:[\]\[{{\"]|{NUMBER}|{WORD}))".replace("$", r"\Z")
+# At the beginning of a line any JSON, within one an object with a key.
+JSON = re.compile(rf"^[ \t>]*(?={JSON_START})|(?=\{{\s*\")", re.MULTILINE)
+STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 @dataclass
 class OffInside:
     """A strength callable that turns the adapter off where its style would do harm.
 
-    Off inside code fences, JSON (an answer that opens with a brace or bracket, after its reasoning if it has any) and
-    tagged regions such as reasoning or tool calls, also where the chat template has opened the region at the end of the
-    prompt; `strength` elsewhere. Any callable of a `StepState` can take its place.
+    Off inside code fences, JSON (what begins a line or, for an object, stands within one), and the regions of reasoning
+    and tool calls that models mark, also where the chat template has opened the region at the end of the prompt;
+    `strength` elsewhere. Any callable of a `StepState` can take its place.
 
     Args:
         tokenizer: decodes the generated part.
         strength: the strength outside.
         fences: off inside ``` fences.
-        json_answers: off while an answer that starts as JSON has not closed.
+        json_answers: off while an object or array of JSON has not closed.
         tags: names of the tags <name> ... </name> inside which it is off.
+        regions: other marks that open a region, and the mark that closes it; "" if the answer's end does. A mark or tag
+            right after a quotation mark or a backtick is only spoken of, and opens none.
     """
 
     tokenizer: Any
     strength: float = 1.0
     fences: bool = True
     json_answers: bool = True
-    tags: Sequence[str] = ("think", "tool_call")
+    tags: Sequence[str] = ("think", "thinking", "reasoning", "thought", "tool_call", "tool_calls")
+    regions: Mapping[str, str] = field(default_factory=lambda: dict(REGIONS))
+
+    def __post_init__(self) -> None:
+        kinds = [*(rf"<({re.escape(tag)})(?:\s[^<>]*)?>" for tag in self.tags), *map(re.escape, self.regions)]
+        self._mark = re.compile(rf"(?<![`'\"])(?:{'|'.join(kinds)})") if kinds else None
 
     def __call__(self, state: StepState) -> Tensor:
         """The strength of each row (B,)."""
@@ -53,41 +77,58 @@ class OffInside:
         return torch.tensor(values, device=state.input_ids.device)
 
     def opened(self, prompt: str) -> str:
-        """The tag with which `prompt` ends, "" if it ends with none: some templates open the reasoning themselves."""
-        return next((f"<{tag}>" for tag in self.tags if prompt.rstrip().endswith(f"<{tag}>")), "")
+        """The mark with which `prompt` ends, "" if it ends with none: some templates open the reasoning themselves."""
+        marks = [mark.group() for mark in self._mark.finditer(prompt)] if self._mark else []
+        return marks[-1] if marks and prompt.rstrip().endswith(marks[-1]) else ""
 
     def off(self, text: str) -> bool:
         """Whether the end of `text` lies inside a protected region."""
-        if any(text.rfind(f"<{tag}>") > text.rfind(f"</{tag}>") for tag in self.tags):
-            return True
-        for tag in self.tags:  # what stands after the reasoning is the answer
-            if text.strip().startswith(f"<{tag}>"):
-                text = text.partition(f"</{tag}>")[2]
-        return (self.fences and open_fence(text)) or (self.json_answers and open_json(text.strip()))
-
-
-def open_fence(text: str) -> bool:
-    """Whether `text` ends inside a code fence, as CommonMark has them, or one that opens at the end of a line of text.
-
-    A fence is closed by one of the same character that is at least as long, begins its line and names no language.
-    """
-    opened = ""
-    for before, marks, after in FENCE.findall(text):
-        begins = not before.strip()
-        if opened:
-            closes = marks.startswith(opened) and begins and not after[:1].strip()
-            opened = "" if closes else opened
-        elif "`" not in after and (begins or (marks[0] == "`" and INFO.fullmatch(after))):
-            opened = marks
-    return bool(opened)
-
-
-def open_json(text: str) -> bool:
-    """Whether `text` starts as a JSON object or array that has not ended yet."""
-    if not JSON_START.match(text):
+        while openings := self._openings(text):
+            end = self._end(text, min(openings, key=lambda opening: opening.start()))
+            if end is None:
+                return True
+            text = text[end:]
         return False
-    try:
-        json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):  # the former is JSONDecodeError, too, and that of an endless number
-        return True
-    return False
+
+    def _openings(self, text: str) -> list[re.Match[str]]:
+        """The first mark, fence and JSON in `text`, of those that there are."""
+        mark = self._mark.search(text) if self._mark else None
+        fence = next(filter(opens_fence, FENCE.finditer(text)), None) if self.fences else None
+        json = JSON.search(text) if self.json_answers else None
+        return [opening for opening in (mark, fence, json) if opening]
+
+    def _end(self, text: str, opening: re.Match[str]) -> int | None:
+        """Where the region ends that begins so; None if it does not."""
+        if opening.re is FENCE:
+            lines = FENCE.finditer(text, opening.end())
+            return next((line.end() for line in lines if closes_fence(line, opening)), None)
+        if opening.re is JSON:
+            return json_end(text, opening.end())
+        tag = next(filter(None, opening.groups()), None)
+        closing = f"</{tag}>" if tag else self.regions[opening.group()]
+        place = text.find(closing, opening.end()) if closing else -1
+        return None if place < 0 else place + len(closing)
+
+
+def opens_fence(line: re.Match[str]) -> bool:
+    """Whether a line with such marks opens a fence, as CommonMark has it, or at the end of a line of text."""
+    before, marks, after = line.groups()
+    begins = not before.strip(BEFORE_FENCE)
+    return "`" not in after and (begins or (marks[0] == "`" and bool(INFO.fullmatch(after))))
+
+
+def closes_fence(line: re.Match[str], opening: re.Match[str]) -> bool:
+    """Whether it closes such a fence: as long at least, first in its line or quotation, and naming no language."""
+    before, marks, after = line.groups()
+    quoted = ">" in before and ">" not in opening[1]  # a quotation within the code
+    return marks.startswith(opening[2]) and not quoted and not before.strip(BEFORE_FENCE) and not after[:1].strip()
+
+
+def json_end(text: str, start: int) -> int | None:
+    """Where the JSON ends that begins with the bracket at `start`, by its brackets alone; None if it does not."""
+    depth = 0
+    for part in STRING_OR_BRACKET.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(part.group(), 0)
+        if depth == 0:
+            return part.end()
+    return None
