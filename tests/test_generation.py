@@ -171,6 +171,11 @@ def test_a_tiny_nucleus_is_the_greedy_answer(policy, tokenizer):
     assert generate_texts(policy, tokenizer, PROMPTS, nucleus) == generate_texts(policy, tokenizer, PROMPTS, SHORT)
 
 
+def test_a_temperature_too_low_to_divide_by_is_the_greedy_answer(policy, tokenizer):
+    cold = Sampling(9, temperature=1e-40, seed=0)
+    assert generate_texts(policy, tokenizer, PROMPTS, cold) == generate_texts(policy, tokenizer, PROMPTS, SHORT)
+
+
 @pytest.mark.parametrize(("length", "warns"), [(505, True), (504, False)])
 def test_a_prompt_beyond_the_context_is_warned_of(policy, length, warns):
     """The context is 512, and 7 characters are the template's."""

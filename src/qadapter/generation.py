@@ -16,6 +16,7 @@ from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 
 Message = dict[str, str]
+GREEDY_TEMPERATURE = 1e-5  # below it the likeliest token: logits divided by less overflow
 # What a base's generation_config.json may ask for besides (Qwen 2.5: a repetition penalty), which would change the
 # distribution that is drawn from: answers are the policy's, as on a server, and what is measured is what it does.
 PLAIN = {
@@ -38,7 +39,7 @@ class Sampling:
 
     Args:
         max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 takes the likeliest token each time, as does anything below 1e-5.
         top_p: nucleus of the distribution to sample from.
         seed: of the sampling; None leaves torch's generator as it is.
     """
@@ -60,7 +61,7 @@ class Sampling:
 
     def to_kwargs(self) -> dict[str, Any]:
         """Arguments of `generate`, which leave nothing of the base's own generation config but what ends an answer."""
-        drawn = self.temperature > 0
+        drawn = self.temperature >= GREEDY_TEMPERATURE
         return {
             **PLAIN,
             "max_new_tokens": self.max_new_tokens,

@@ -282,7 +282,17 @@ def test_callable_strength_in_forward_is_asked_once_for_the_whole_text(policy):
     assert torch.equal(actual, logits(policy, strength=torch.tensor([0.2, 1.0, -0.5])))
 
 
-@pytest.mark.parametrize("value", [float("nan"), torch.tensor([1.0, float("nan"), 0.0])])
+def test_a_callable_strength_is_refused_where_a_cache_holds_a_part_of_the_text(policy):
+    """It would see the new tokens alone."""
+    with torch.no_grad():
+        cache = policy(IDS, use_cache=True, strength=torch.full((3,), 0.5)).past_key_values
+    with pytest.raises(ConfigError, match="reads the text so far: .* without a cache"):
+        policy(IDS[:, -1:], past_key_values=cache, strength=lambda state: 0.5)
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), torch.tensor([1.0, float("nan"), 0.0]), torch.tensor([3e38, 1.0, 1.0])]
+)
 def test_callable_strength_that_is_not_finite_is_refused(policy, value):
     with pytest.raises(ConfigError, match=r"strength \(from the callable\) = .*must be.* finite"):
         policy.generate(IDS, max_new_tokens=2, strength=lambda state: value)

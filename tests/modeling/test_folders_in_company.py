@@ -46,6 +46,33 @@ def test_adapter_folders_compose_on_one_base(folders):
     torch.testing.assert_close(logits(both), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("interpolation", ["logits", "weights"])
+def test_the_order_in_which_folders_are_given_changes_nothing(folders, interpolation):
+    weights = {"concise": 0.8, "polite": -0.4}
+    first, second = (
+        logits(
+            QAdapterForCausalLM.from_pretrained(
+                folders / "base",
+                adapters={name: folders / name for name in names},
+                adapter_weights={name: weights[name] for name in names},
+                interpolation=interpolation,
+            )
+        )
+        for names in (["concise", "polite"], ["polite", "concise"])
+    )
+    # The streams may be summed in another order: float32 rounding.
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_folders_keep_their_stored_weights_in_company(folders, tmp_path):
+    stored = QAdapterForCausalLM.from_pretrained(folders / "polite")
+    stored.adapter_weights = {"default": 0.25}
+    stored.save_pretrained(tmp_path / "faint", tokenizer=models.tiny_tokenizer())
+    paths = {"concise": folders / "concise", "faint": tmp_path / "faint"}
+    both = QAdapterForCausalLM.from_pretrained(folders / "base", adapters=paths)
+    assert both.adapter_weights == {"concise": 1.0, "faint": 0.25}
+
+
 def test_a_composition_survives_saving_and_loading(folders, tmp_path):
     paths, weights = {"short": folders / "concise", "kind": folders / "polite"}, {"short": 0.8, "kind": -0.4}
     both = QAdapterForCausalLM.from_pretrained(folders / "base", adapters=paths, adapter_weights=weights)

@@ -599,9 +599,10 @@ def test_strength_that_is_no_finite_number_is_refused(policy, strength):
         policy(input_ids=torch.tensor(PROMPTS[:1]), strength=strength)
 
 
-def test_strength_a_row_with_nan_is_refused(policy):
-    with pytest.raises(ConfigError, match="strength .*must be finite"):
-        generated(policy, strength=torch.tensor([1.0, float("nan"), 0.0]))
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_strength_a_row_that_is_nan_or_overflows_is_refused(policy, value):
+    with pytest.raises(ConfigError, match="strength .*must be a finite number within ±10000"):
+        generated(policy, strength=torch.tensor([1.0, value, 0.0]))
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 1)])
@@ -617,9 +618,10 @@ def test_cap_that_is_negative_or_no_number_is_refused(policy, cap, kind):
         generated(policy, max_kl=kind(cap))
 
 
-def test_weights_as_a_tensor_with_nan_are_refused(policy):
-    with pytest.raises(ConfigError, match="adapter_weights = .*: every entry must be finite"):
-        generated(policy, adapter_weights=torch.full((3, 1), float("nan")))
+@pytest.mark.parametrize("value", [float("nan"), -3e38])
+def test_weights_as_a_tensor_with_nan_or_what_overflows_are_refused(policy, value):
+    with pytest.raises(ConfigError, match="adapter_weights = .*: every entry must be a finite number within ±10000"):
+        generated(policy, adapter_weights=torch.full((3, 1), value))
 
 
 def test_strengths_of_beams_are_refused_wherever_the_beams_come_from(policy):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import set_seed
 
+from qadapter import ConfigError
+
 IDS = torch.tensor(models.token_ids(9, 9, 9))
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "dial.md").read_text()
 
@@ -36,6 +38,23 @@ def test_score_equals_the_definition(policy):
         )
         expected_return = models.oracle.discounted_return(expected, start, config.gamma)
         assert float(score.returns[row]) == pytest.approx(expected_return, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 5), (1, 9)])
+def test_a_mask_of_another_shape_is_refused(policy, shape):
+    rest = torch.ones_like(IDS)
+    with pytest.raises(ConfigError, match=rf"completion_mask has the shape \({shape[0]}, {shape[1]}\)"):
+        policy.score(IDS, rest, torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="attention_mask has the shape"):
+        policy.score(IDS, torch.ones(shape, dtype=torch.long), rest)
+
+
+def test_a_response_in_two_pieces_is_refused(policy):
+    mask = torch.zeros_like(IDS)
+    mask[:, 4:] = 1
+    mask[1, 6] = 0
+    with pytest.raises(ConfigError, match=r"marks \[1, 2, 1\] runs"):
+        policy.score(IDS, torch.ones_like(IDS), mask)
 
 
 def test_a_trained_adapter_ranks_the_chosen_answers_first(tmp_path):

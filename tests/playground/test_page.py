@@ -340,10 +340,17 @@ def test_a_screen_reader_hears_what_the_sliders_show_and_whole_answers(address, 
 def test_a_strength_between_the_sliders_steps_is_kept(address, browser):
     page = Page(browser, address)
     for asked in (0.33, -0.52, 3.5):
-        browser.execute_script("setStrength(arguments[0])", asked)
+        browser.execute_script("setSlider(document.getElementById('strength'), arguments[0])", asked)
         assert float(page.find("strength").get_attribute("value")) == asked
         browser.execute_script("arguments[0].value = 0", page.find("strength"))
         assert float(page.find("strength").get_attribute("value")) == 0
+
+
+@pytest.mark.parametrize("weights", [{"formal": 0.33, "terse": 2.5}, {"formal": 0.125, "terse": -1.5}])
+def test_stored_weights_are_kept_wherever_they_lie(address, browser, weights):
+    page = Page(browser, address)
+    browser.execute_script("addWeights(arguments[0], {})", weights)
+    assert {name: float(page.find(f"weight-{name}").get_attribute("value")) for name in weights} == weights
 
 
 def test_the_strength_is_of_weights_where_they_can_be_interpolated(address, plain_address, browser):

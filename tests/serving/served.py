@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import torch
-from models import APART, lora, tiny_base, tiny_tokenizer, train_randomly
+from models import APART, SIZES, lora, randomise, tiny_base, tiny_tokenizer, train_randomly
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.serving.app import Service
@@ -34,6 +35,16 @@ def endless_base():
     base = tiny_base(max_position_embeddings=100_000)
     with torch.no_grad():
         base.lm_head.weight[1] = 0.0  # </s> has the logit 0, the largest of the others is far above
+    return base
+
+
+def longrope_base(original):
+    """A Phi-3 whose positions are other ones in texts of more than `original` tokens."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    scaling |= {"original_max_position_embeddings": original, "factor": 4.0}
+    sizes = SIZES | {"max_position_embeddings": 4 * original, "original_max_position_embeddings": original}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **sizes, rope_parameters=scaling)).eval()
+    randomise(base)
     return base
 
 

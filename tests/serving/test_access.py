@@ -6,7 +6,7 @@ import re
 
 import openai
 import pytest
-from served import RunningServer, chat, eventually
+from served import RunningServer, chat, eventually, longrope_base, two_adapters
 
 from qadapter.errors import ConfigError
 from qadapter.serving.server import listening_socket
@@ -157,5 +157,22 @@ def test_an_address_that_cannot_be_had_is_refused(server, host):
 
 
 def test_more_context_than_the_base_was_made_for_is_refused():
-    with pytest.raises(ConfigError, match="made for at most"):
+    with pytest.raises(ConfigError, match="at most 200 tokens can be served"):
         RunningServer(max_context=10_000)
+
+
+def test_answers_end_where_longrope_would_change_all_positions_of_a_batch():
+    """Beyond, an answer would depend on how long its neighbours are."""
+    server = RunningServer(two_adapters(longrope_base(original=32)))
+    try:
+        with server.client() as client:
+            options = {"model": "formal", "max_tokens": 12, "temperature": 0}
+            alone = client.completions.create(prompt="short", **options)
+            both = client.completions.create(prompt=["short", "a long prompt here"], **options)
+            assert both.choices[0].text == alone.choices[0].text
+            with pytest.raises(openai.BadRequestError, match="context is 32 tokens"):
+                client.completions.create(prompt="a prompt that is longer than before", **options)
+    finally:
+        server.stop()
+    with pytest.raises(ConfigError, match="at most 32 tokens can be served"):
+        RunningServer(two_adapters(longrope_base(original=32)), max_context=100)

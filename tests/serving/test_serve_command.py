@@ -44,6 +44,14 @@ def test_one_folder_is_served_with_its_stored_weights(folders):
     assert models == {"concise": {"default": 1.0}}
 
 
+def test_a_folder_keeps_its_stored_weight_beside_another(folders, tmp_path):
+    policy = QAdapterForCausalLM.from_pretrained(folders[1])
+    policy.adapter_weights = {"default": 0.25}
+    policy.save_pretrained(tmp_path / "faint", tokenizer=tiny_tokenizer())
+    _, _, models = load_models({"faint": str(tmp_path / "faint"), "formal": folders[0]}, None, True)
+    assert [list(weights.values()) for weights in models.values()] == [[0.25], [1.0]]
+
+
 def test_a_wrapped_lora_is_served_beside_a_trained_adapter(folders, tmp_path):
     export_lora(QAdapterForCausalLM.from_pretrained(folders[1]), tmp_path / "lora", tiny_tokenizer())
     policy, tokenizer = wrap(tmp_path / "lora")

@@ -125,7 +125,7 @@ def load_models(
 ) -> "tuple[QAdapterForCausalLM, Any, dict[str, dict[str, float]]]":
     """(one policy with the adapters of all folders, its tokenizer, {served name: {adapter: weight}}).
 
-    A single folder may hold several adapters; their stored weights are what its name stands for.
+    A name stands for its folder's adapters with their stored weights; a single folder may hold several.
     """
     from qadapter.modeling import QAdapterForCausalLM
     from qadapter.modeling.loading import tokenizer_of
@@ -137,7 +137,7 @@ def load_models(
     # Names of adapters are narrower than names of folders.
     adapters = {f"adapter{number}": folder for number, folder in enumerate(folders.values())}
     model, tokenizer = load_composed(adapters, base_model, verify, **model_kwargs)
-    models = {name: {adapter: 1.0} for name, adapter in zip(folders, adapters, strict=True)}
+    models = {name: {adapter: model.adapter_weights[adapter]} for name, adapter in zip(folders, adapters, strict=True)}
     return model, tokenizer, models
 
 

@@ -212,6 +212,22 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def context_limit(config: Any) -> int | None:
+    """Tokens that a text of this base may have, prompt and answer together; None if its config does not say.
+
+    With LongRoPE, what it was first trained with: beyond, all positions of a batch change with its longest row.
+    """
+    config = config.get_text_config(decoder=True)
+    scalings = getattr(config, "rope_parameters", None) or {}
+    # One for all layers, or one for each kind of layer.
+    of_kinds = [scaling for scaling in scalings.values() if isinstance(scaling, Mapping)] or [scalings]
+    limits = [getattr(config, "max_position_embeddings", None)]
+    for scaling in of_kinds:
+        if scaling.get("rope_type") == "longrope":
+            limits.append(scaling.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def load_tokenizer(source: BaseSource | str | os.PathLike[str]) -> Any:
     """The tokenizer of a base model or folder.
 

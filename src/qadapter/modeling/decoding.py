@@ -14,13 +14,13 @@ from qadapter.modeling.mixing import (
     AdapterWeights,
     StepState,
     Strength,
+    bounded,
     check_shape,
     checked_decay,
     checked_nats,
     checked_number,
     checked_weights,
     evaluated,
-    finite,
     refuse_changing,
 )
 from qadapter.modeling.stacked import streams_in
@@ -57,7 +57,7 @@ class PolicyGenerationMixin(GenerationMixin):
                 (B, new tokens), the strength used at each token.
 
         Raises:
-            ConfigError: a setting that is not finite or has the wrong shape; a callable strength, a decay or
+            ConfigError: a setting that is not finite, too large or of the wrong shape; a callable strength, a decay or
                 `output_strengths` where a step is not one token of one row (assisted decoding, beams) or sees a piece
                 of the prompt (`prefill_chunk_size`); a callable strength, a decay or weights a row with
                 `guidance_scale`; `assistant_early_exit`; a cache that another call has filled with other streams; with
@@ -120,7 +120,7 @@ class PolicyGenerationMixin(GenerationMixin):
         if not isinstance(strength, Tensor):
             return checked_number(strength, "strength")
         check_shape("strength", strength, (rows,))
-        strength = finite(strength, "strength").to(self.device)
+        strength = bounded(strength, "strength").to(self.device)
         # generate repeats tensors row by row
         return strength.reshape(()).expand(rows) if strength.numel() == 1 else strength
 
@@ -222,17 +222,17 @@ def stacked_weights(
     """A weight for each adapter; as one tensor (B, K) if any is a tensor: generate expands its rows with the batch's.
 
     Raises:
-        ConfigError: a weight that is not finite, of another number of rows, or of an unknown adapter.
+        ConfigError: a weight that is not finite or too large, of another number of rows, or of an unknown adapter.
     """
     if isinstance(weights, Tensor):
         check_shape("adapter_weights", weights, (rows, len(adapters)), (1, len(adapters)))
-        return finite(weights, "adapter_weights").to(device).expand(rows, len(adapters))
+        return bounded(weights, "adapter_weights").to(device).expand(rows, len(adapters))
     weights = checked_weights(weights, dict.fromkeys(adapters, 0.0))
     for name, weight in weights.items():
         check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
     if not any(isinstance(weight, Tensor) for weight in weights.values()):
         return weights
-    return finite(stacked_columns(weights, rows, device), "adapter_weights")
+    return bounded(stacked_columns(weights, rows, device), "adapter_weights")
 
 
 def stacked_columns(weights: AdapterWeights, rows: int, device: torch.device) -> Tensor:

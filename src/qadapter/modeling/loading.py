@@ -67,9 +67,10 @@ def load(
 
     Args:
         folder: adapter folder or hub id (`revision` and `token` apply to it); with `adapters`, the base model: folder,
-            hub id or loaded model.
+            hub id or loaded model (the policy's layers are put into it: from then on it is part of the policy).
         adapters: {name: adapter folder or hub id}, each holding one adapter, all trained on one base and template.
-        adapter_weights: default weights of the composition; those not named get 0. None: 1 each, or as stored.
+        adapter_weights: default weights of the composition; those not named get 0. None: as stored, which is 1 unless
+            it was saved otherwise.
         base_model: instead of the base that the folder names: id, folder or loaded model.
         tokenizer: instead of the one in the folder or the base; only checked, not kept.
         verify: refuse another base, chat template or adapter than the ones trained with. Without it, a warning
@@ -99,8 +100,8 @@ def load(
     model.interpolation = model.checked_interpolation(interpolation)
     if adapter_weights is not None:
         model.adapter_weights = weights
-    elif adapters is None:
-        model.adapter_weights = {name: entry.manifest.weights[name] for name, entry in stored.items()}
+    else:
+        model.adapter_weights = {name: entry.manifest.weights[entry.stored_name] for name, entry in stored.items()}
     return model
 
 
@@ -221,7 +222,7 @@ def load_base_of(
     """The base that an adapter was trained on, quantised as it was unless `model_kwargs` say otherwise.
 
     Args:
-        base_model: instead of the one that the manifest names: id, folder, or a loaded model, which stays as it is.
+        base_model: instead of the one that the manifest names: id, folder, or a loaded model, which is given back.
 
     Raises:
         AdapterFormatError, ConfigError: the base has no name, cannot be loaded or cannot be quantised here.

@@ -145,14 +145,14 @@ def checked_nats(
     return nats
 
 
-def finite(value: Tensor, name: str) -> Tensor:
+def bounded(value: Tensor, name: str) -> Tensor:
     """`value`; reads the tensor, so not for every token.
 
     Raises:
-        ConfigError: an entry that is not finite.
+        ConfigError: an entry that is not finite, or larger than any dial.
     """
-    if not bool(value.isfinite().all()):
-        raise ConfigError(f"{name} = {value.tolist()!r}: every entry must be finite.")
+    if not bool((value.abs() <= MAX_DIAL).all()):  # false for NaN too
+        raise ConfigError(f"{name} = {value.tolist()!r}: every entry must be a finite number within ±{MAX_DIAL:g}.")
     return value
 
 
@@ -160,18 +160,21 @@ def evaluated(strength: Strength, state: StepState | None) -> float | Tensor:
     """A callable's strength as a tensor (B,), so that the set of streams is the same at every token.
 
     Raises:
-        ConfigError: there is no state, since embeddings were given for tokens, or the callable's value does not fit.
+        ConfigError: there is no state, as a pass is given embeddings or a part of the text, or the value does not fit.
     """
     if not callable(strength):
         return strength
     if state is None:
-        raise ConfigError("a callable strength reads the text so far: give input_ids, not embeddings.")
+        raise ConfigError(
+            "a callable strength reads the text so far: give input_ids, not embeddings, and all of them, without a "
+            "cache. `generate` does so at each token; a loop of your own gives the callable's value as a tensor (B,)."
+        )
     value, rows = strength(state), state.input_ids.shape[0]
     if not isinstance(value, Tensor):
         value = torch.full((rows,), checked_number(value, "strength (from the callable)"))
     if value.shape != (rows,):
         raise ConfigError(f"the strength callable gave the shape {tuple(value.shape)}; one value a row is ({rows},).")
-    return finite(value, "strength (from the callable)").to(state.input_ids.device)
+    return bounded(value, "strength (from the callable)").to(state.input_ids.device)
 
 
 def times(strength: float | Tensor, weight: float | Tensor) -> float | Tensor:

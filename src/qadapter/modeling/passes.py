@@ -176,15 +176,38 @@ class TrainingPasses:
             completion_mask: (B, T), True on response tokens, which form one run a row.
 
         Raises:
-            ConfigError: a composition of several adapters, for which no Q is defined.
+            ConfigError: a composition of several adapters, for which no Q is defined; masks of another shape than the
+                tokens', or several runs of response tokens in a row.
         """
         if len(self.adapters) > 1:
             raise ConfigError(f"score reads one adapter, and this policy has {self.adapters}: load one folder alone.")
+        check_responses(input_ids, attention_mask, completion_mask)
         training = self.training
         self.eval()
         statistics = self.token_statistics(input_ids, attention_mask, completion_mask)
         self.train(training)
         return implied(statistics, completion_mask[:, 1:].bool(), self.configs[self.adapters[0]])
+
+
+def check_responses(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
+    """Refuse masks that do not mark one response in each row of `input_ids` (B, T); reads them.
+
+    Raises:
+        ConfigError: another shape than the tokens', or response tokens with others between them.
+    """
+    for name, mask in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
+        if mask.shape != input_ids.shape:
+            raise ConfigError(
+                f"{name} has the shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}: it must have one "
+                "entry for each token, those of the prompt included."
+            )
+    marked = completion_mask.bool()
+    begun = (marked & ~F.pad(marked, (1, 0))[:, :-1]).sum(-1)  # runs of each row
+    if bool((begun > 1).any()):
+        raise ConfigError(
+            f"completion_mask marks {begun.tolist()} runs of tokens in its rows: a row holds one response, whose "
+            "tokens stand together."
+        )
 
 
 def laid_out(flat: TokenStatistics, mask: Tensor) -> TokenStatistics:

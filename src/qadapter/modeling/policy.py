@@ -251,7 +251,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
         used, cap, threshold = self._dial_of_pass(
-            strength, adapter_weights, max_kl, min_kl, interpolation, input_ids, *shape_of(batch)
+            strength, adapter_weights, max_kl, min_kl, interpolation, input_ids, past_key_values, *shape_of(batch)
         )
         # With a threshold the dial is turned after the heads, on the way to the policy at strength 1.
         coefficients = self.stream_coefficients(used if threshold is None else 1.0, adapter_weights, interpolation)

@@ -106,6 +106,7 @@ class StackedPasses:
         min_kl: float | Tensor | None,
         interpolation: str | None,
         input_ids: Tensor | None,
+        cache: Any,
         rows: int,
         tokens: int,
     ) -> tuple[float | Tensor, Tensor | None, Tensor | None]:
@@ -119,7 +120,9 @@ class StackedPasses:
         if self.checked_interpolation(interpolation) == "weights":
             refuse_changing("a callable strength" if callable(strength) else "" if threshold is None else "min_kl")
             check_shape("strength", strength, (rows,))
-        used = evaluated(strength, None if input_ids is None else StepState(input_ids, 0))
+        # Asked only where it matters: compiled code cannot ask how much a static cache holds.
+        partial = callable(strength) and cache is not None and cache.get_seq_length() > 0
+        used = evaluated(strength, None if partial or input_ids is None else StepState(input_ids, 0))
         check_shape("strength", used, (rows,), (rows, tokens))
         if isinstance(adapter_weights, Tensor):
             check_shape("adapter_weights", adapter_weights, (rows, len(self.adapters)), (1, len(self.adapters)))

@@ -21,6 +21,7 @@ from qadapter.errors import ConfigError, QAdapterError
 from qadapter.generation import Sampling, encode, stream_text
 from qadapter.inspection import inspect_tokens
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.bases import context_limit
 from qadapter.modeling.mixing import refuse_changing
 
 MAX_PROMPT_CHARACTERS = 20_000
@@ -139,7 +140,7 @@ def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> No
     if body.interpolation == "weights":
         refuse_changing("a decay" if body.decay < 1 else "min_kl" if body.min_kl else "")
     length = encode(tokenizer, [body.prompt])["input_ids"].shape[1]
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_limit(model.config)
     if limit is not None and length + body.max_new_tokens > limit:
         raise ConfigError(
             f"the prompt has {length} tokens; with {body.max_new_tokens} new ones that passes the model's {limit}."

@@ -9,6 +9,7 @@ from qadapter.detokenising import Detokeniser
 from qadapter.errors import ConfigError
 from qadapter.generation import end_tokens
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.bases import context_limit
 from qadapter.serving.answer_text import AnswerText, StopStrings
 from qadapter.serving.api_errors import bad_request
 from qadapter.serving.catalogue import Catalogue, Dial
@@ -108,11 +109,11 @@ def context_length(model: QAdapterForCausalLM, wanted: int | None) -> int:
     Raises:
         ConfigError: more than that, or the base does not say and nothing was wanted.
     """
-    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_limit(model.config)
     if wanted is None:
         if limit is None:
             raise ConfigError("the base model's config names no longest context: give --max-context.")
         return limit
     if limit is not None and wanted > limit:
-        raise ConfigError(f"max_context = {wanted}: the base model was made for at most {limit} tokens.")
+        raise ConfigError(f"max_context = {wanted}: at most {limit} tokens can be served with this base model.")
     return wanted

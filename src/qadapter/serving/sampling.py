@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Below this a temperature means: the likeliest token.
-GREEDY_TEMPERATURE = 1e-5
+from qadapter.generation import GREEDY_TEMPERATURE
 
 
 @dataclass(frozen=True)

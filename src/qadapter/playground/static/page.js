@@ -245,13 +245,14 @@ function show(slider, text) {
   slider.setAttribute("aria-valuetext", text); // the own value of cap and threshold is a logarithm
 }
 
-function setStrength(strength) {
-  const slider = element("strength");
-  if (Math.abs(20 * strength - Math.round(20 * strength)) > 1e-6) slider.step = 0.01;
+// Puts a slider at a value between its steps or beyond its ends, too.
+function setSlider(slider, value) {
+  if (Math.abs(20 * value - Math.round(20 * value)) > 1e-6) slider.step = 0.01;
+  if (Math.abs(100 * value - Math.round(100 * value)) > 1e-6) slider.step = "any";
   // Whole numbers, from which 0 and 1 are reached in steps.
-  if (strength < slider.min) slider.min = Math.floor(strength);
-  if (strength > slider.max) slider.max = Math.ceil(strength);
-  slider.value = strength;
+  if (value < slider.min) slider.min = Math.floor(value);
+  if (value > slider.max) slider.max = Math.ceil(value);
+  slider.value = value;
 }
 
 function addWeights(adapters, labels) {
@@ -265,7 +266,7 @@ function addWeights(adapters, labels) {
     label.textContent = labels[name] || name;
     const slider = document.createElement("input");
     Object.assign(slider, { id: `weight-${name}`, type: "range", min: -1, max: 2, step: 0.05 });
-    slider.value = adapters[name];
+    setSlider(slider, adapters[name]);
     slider.dataset.adapter = name;
     slider.addEventListener("input", dialMoved);
     row.append(label, slider, document.createElement("output"));
@@ -292,7 +293,7 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") hi
 fetch("api/policy").then((response) => response.json()).then((policy) => {
   element("policy-name").textContent = `${policy.title} on ${policy.base}`;
   element("length").max = policy.max_new_tokens;
-  setStrength(policy.strength);
+  setSlider(element("strength"), policy.strength);
   legend(element("measure").value);
   addWeights(policy.adapters, policy.labels);
   element("interpolation").parentElement.hidden = policy.interpolations.length < 2;
