@@ -164,6 +164,15 @@ def test_distilled_approaches_the_policy_at_half_strength(export, exported, base
     assert after < before / 2
 
 
+def test_a_distilled_lora_s_card_names_the_whole_dial(export, exported, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
+    dial = ("--strength", 1.5, "--adapter-weights", "default=0.7", "--cap", 0.1, "--threshold", 0.01, "--decay", 0.9)
+    options = ("--prompts-file", tmp_path / "prompts.txt", "--epochs", 1, "--max-new-tokens", 2)
+    succeeded(export("--format", "distilled", *dial, *options))
+    card = (exported / "README.md").read_text()
+    assert "strength 1.5, adapter weights default=0.7, cap 0.1, threshold 0.01, decay 0.9, distilled on" in card
+
+
 def test_a_distilled_lora_names_the_base_as_the_adapter_does(policy, tmp_path):
     """And not the folder of the built-in model's copy on this machine."""
     policy.base_source = BaseSource(policy.base_source.path, "someone/base", None)
@@ -211,6 +220,9 @@ def test_a_base_that_the_vllm_plugin_lacks_is_refused(exported, tmp_path):
         (("--format", "distilled", "--epochs", 0), "--epochs 0: must be at least 1", 1),
         (("--prompts-file", __file__), "--prompts-file is for --format distilled, not for merged", 1),
         (("--format", "onnx"), "invalid choice: 'onnx'", 2),
+        (("--cap", 0.1), "--cap cannot be exported as merged: use --format distilled", 1),
+        (("--format", "vllm", "--decay", 0.9), "--decay cannot be exported as vllm: use --format distilled", 1),
+        (("--format", "distilled", "--cap", -1), "max_kl = -1.0: must be a finite number, 0 or above", 1),
     ],
 )
 def test_an_impossible_export_writes_nothing(export, exported, options, match, code):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qadapter import AdapterFormatError, ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.export import distil, export_gguf_ready, export_lora, export_merged
+from qadapter.functional import kl_divergence
 from qadapter.modeling.wrapping import wrap
 
 IDS = torch.tensor(models.token_ids(9, 9))
@@ -217,6 +218,40 @@ def test_distilling_closes_most_of_the_gap_at_a_setting_that_cannot_be_merged(fo
     assert result.held_out_prompts + result.train_prompts == 60
     assert result.kl_after < result.kl_before
     assert result.kl_after < 0.5 * result.kl_base
+
+
+def test_every_setting_of_the_dial_is_distilled(folders):
+    paths = {name: folders / name for name in ("concise", "polite")}
+    policy = QAdapterForCausalLM.from_pretrained(folders / "base", adapters=paths)
+    prompts, options = [f"say {index}" for index in range(8)], {"epochs": 0, "max_new_tokens": 4}
+
+    def gaps(**dial):
+        result = distil(policy, models.tiny_tokenizer(), prompts, dial=dial, **options)
+        return result.kl_base, result.kl_before
+
+    weights = {"concise": 0.7, "polite": 0.2}
+    for dial in ({"max_kl": 0.0}, {"min_kl": 1e3}, {"adapter_weights": {}}):
+        assert gaps(**dial)[0] == pytest.approx(0.0, abs=1e-5)
+    interpolated = gaps(adapter_weights=weights, interpolation="weights")
+    assert interpolated[0] > 0.01  # from the base
+    assert interpolated[1] == pytest.approx(0.0, abs=1e-5)  # from the student, which begins as their sum
+    assert gaps(adapter_weights=weights)[1] > 1e-3
+
+
+def test_a_decaying_strength_is_distilled_as_it_is_generated(folders):
+    distillation = import_module("qadapter.export.distil")
+    policy = QAdapterForCausalLM.from_pretrained(folders / "concise")
+    dial = {"strength": 1.5, "decay": 0.5}
+    batch = distillation._sampled(policy, models.tiny_tokenizer(), ["say it", "so"], dial, 5)
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    gaps = []
+    for row in range(2):
+        inputs = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+        for step, place in enumerate(batch["predicts"][row].nonzero().flatten().tolist()):
+            with torch.no_grad():
+                target = policy(**inputs, strength=1.5 * 0.5**step).logits[:, place]
+                gaps.append(float(kl_divergence(target, base(**inputs).logits[:, place])))
+    assert distillation._divergence(policy, base, batch, dial).item() == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [2, 16])

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qadapter.cli import command_parser
 from qadapter.cli.generate import read_prompts
-from qadapter.cli.options import add_policy_options, require
+from qadapter.cli.options import add_dial_options, add_policy_options, dial_of, require
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
 from qadapter.new_folders import into_new_folder, require_new_folder, set_mode_of_weights
@@ -18,19 +18,28 @@ if TYPE_CHECKING:
     from qadapter.modeling import QAdapterForCausalLM
 
 FORMATS = ("merged", "lora", "distilled", "gguf", "vllm")
+# Settings of the dial besides the strength, and the options that give them.
+OPTIONS = {
+    "adapter_weights": "--adapter-weights",
+    "max_kl": "--cap",
+    "min_kl": "--threshold",
+    "decay": "--decay",
+    "interpolation": "--interpolation",
+}
 
 
 def run(arguments: list[str]) -> int:
     """Run the command; its exit code."""
     parser = command_parser("export", "Write a policy as a merged checkpoint, a plain LoRA, GGUF-ready, or for vLLM.")
     add_policy_options(parser)
+    add_dial_options(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="merged",
-        help="merged and lora are the policy at strength 1, but for rounding; distilled approximates any strength on "
-        "your prompts; vllm is exact at any strength and needs the plugin qadapter-vllm",
+        help="merged and lora are the policy at strength 1, but for rounding; distilled approximates any setting of "
+        "the dial on your prompts; vllm is exact at any strength and needs the plugin qadapter-vllm",
     )
     parser.add_argument("--prompts-file", type=Path, help="prompts to distil on (text, one a line, or JSONL)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the prompts' answers when distilling")
@@ -39,6 +48,15 @@ def run(arguments: list[str]) -> int:
     if options.format not in ("distilled", "vllm") and options.strength != 1.0:
         raise ConfigError(
             f"--strength {options.strength} cannot be exported exactly: use --format distilled (or vllm, to serve it)."
+        )
+    from qadapter.evaluation.columns import Column
+
+    column = Column("policy", options.strength, **dial_of(options))
+    further = column.settings().keys() - {"strength"}
+    if further and options.format != "distilled":
+        raise ConfigError(
+            f"{', '.join(sorted(OPTIONS[name] for name in further))} cannot be exported as {options.format}: use "
+            "--format distilled."
         )
     if options.epochs < 1:
         raise ConfigError(f"--epochs {options.epochs}: must be at least 1.")
@@ -61,7 +79,7 @@ def run(arguments: list[str]) -> int:
             export_vllm(model, options.output_dir, tokenizer, options.strength)
             print(f"folder for vLLM written to {options.output_dir}: vllm serve {shlex.quote(str(options.output_dir))}")
         elif options.format == "distilled":
-            _distilled(model, tokenizer, prompts, options)
+            _distilled(model, tokenizer, prompts, options, column.settings())
         else:
             export = export_gguf_ready if options.format == "gguf" else export_merged
             difference = export(model, options.output_dir, tokenizer)
@@ -69,9 +87,12 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _distilled(model: "QAdapterForCausalLM", tokenizer: Any, prompts: list[str], options: Namespace) -> None:
+def _distilled(
+    model: "QAdapterForCausalLM", tokenizer: Any, prompts: list[str], options: Namespace, settings: dict[str, Any]
+) -> None:
     from qadapter.export import distil
 
+    dial = {name: value for name, value in settings.items() if name != "strength"}
     with progress_bar(Console()) as progress:
         task = progress.add_task("Distilling", total=None)
         result = distil(
@@ -82,14 +103,15 @@ def _distilled(model: "QAdapterForCausalLM", tokenizer: Any, prompts: list[str],
             options.epochs,
             max_new_tokens=options.max_new_tokens,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
+            dial=dial,
         )
     figures = (
         f"KL(policy ‖ LoRA) on {result.held_out_prompts} held-out prompts: {result.kl_after:.4f} nats a token "
         f"(before distilling {result.kl_before:.4f}, the bare base {result.kl_base:.4f})"
     )
     card = (
-        f"# Distilled LoRA\n\nA plain LoRA on {model.base_source.name} that imitates a Q-Adapter policy at strength "
-        f"{options.strength:g}, distilled on {result.train_prompts} prompts.\n\n{figures}.\n"
+        f"# Distilled LoRA\n\nA plain LoRA on {model.base_source.name} that imitates a Q-Adapter policy at "
+        f"{described(settings)}, distilled on {result.train_prompts} prompts.\n\n{figures}.\n"
     )
 
     def write(folder: Path) -> None:
@@ -100,3 +122,14 @@ def _distilled(model: "QAdapterForCausalLM", tokenizer: Any, prompts: list[str],
 
     into_new_folder(options.output_dir, write)
     print(f"plain PEFT LoRA written to {options.output_dir}; {figures}")
+
+
+def described(settings: dict[str, Any]) -> str:
+    """The settings of the dial in words, by the names of the options."""
+    words = []
+    for name, value in settings.items():
+        if name == "adapter_weights":
+            value = " ".join(f"{adapter}={weight:g}" for adapter, weight in value.items())
+        option = "strength" if name == "strength" else OPTIONS[name].removeprefix("--").replace("-", " ")
+        words.append(f"{option} {value}" if isinstance(value, str) else f"{option} {value:g}")
+    return ", ".join(words)

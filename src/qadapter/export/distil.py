@@ -1,8 +1,9 @@
 """Any setting of the dial as a plain LoRA: a student trained to the policy's own distribution on the user's prompts."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qadapter.modeling.bases import load_base
 from qadapter.modeling.streams import StreamLinear, parts_of
 
 HELD_OUT_SHARE = 0.2
+Dial = Mapping[str, Any]  # settings of the dial as `generate` takes them
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,21 @@ def distil(
     batch_size: int = 4,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    dial: Dial = MappingProxyType({}),
 ) -> DistilledLora:
     """A plain LoRA that minimises KL(policy ‖ student) on answers sampled from the policy.
 
     A fifth of the prompts, of which repeats are dropped, is held out to measure the gap. `progress` is called with
     (done, total) steps.
 
+    Args:
+        dial: settings of the policy besides its strength, as numbers: `adapter_weights`, `max_kl`, `min_kl`, `decay`
+            and `interpolation` of `generate`; the model's own where it has none.
+
     Raises:
-        ConfigError: fewer than five different prompts.
+        ConfigError: fewer than five different prompts, or a setting that `generate` refuses.
     """
+    dial = {**dial, "strength": strength}
     shuffled = list(dict.fromkeys(prompts))
     if len(shuffled) < 5:
         raise ConfigError(
@@ -64,27 +72,27 @@ def distil(
     random.Random(seed).shuffle(shuffled)
     held_out = max(1, int(HELD_OUT_SHARE * len(shuffled)))
     torch.manual_seed(seed)
-    batches = [_sampled(model, tokenizer, part, strength, max_new_tokens) for part in _parts(shuffled, batch_size)]
+    batches = [_sampled(model, tokenizer, part, dial, max_new_tokens) for part in _parts(shuffled, batch_size)]
     # Whole batches are held out: the first ones that cover the share.
     test = batches[: -(-held_out // batch_size)]
     train = batches[len(test) :]
-    student = _student(model, strength)
+    student = _student(model, dial)
     with student.disable_adapter():
-        bare = _gap(model, student, test, strength)
-    before = _gap(model, student, test, strength)
+        bare = _gap(model, student, test, dial)
+    before = _gap(model, student, test, dial)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     total = epochs * len(train)
     for step in range(total):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * (1 - step / total)
-        _divergence(model, student, train[step % len(train)], strength).backward()
+        _divergence(model, student, train[step % len(train)], dial).backward()
         clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
         if progress is not None:
             progress(step + 1, total)
-    after = _gap(model, student, test, strength)
+    after = _gap(model, student, test, dial)
     tests = sum(len(batch["input_ids"]) for batch in test)
     return DistilledLora(student, bare, before, after, len(shuffled) - tests, tests)
 
@@ -95,7 +103,7 @@ def _parts(items: Sequence[str], size: int) -> list[Sequence[str]]:
 
 @torch.no_grad()
 def _sampled(
-    model: QAdapterForCausalLM, tokenizer: Any, prompts: Sequence[str], strength: float, max_new_tokens: int
+    model: QAdapterForCausalLM, tokenizer: Any, prompts: Sequence[str], dial: Dial, max_new_tokens: int
 ) -> dict[str, Tensor]:
     """Prompts with answers sampled from the policy, and the mask of positions that predict an answer's token."""
     batch = {name: tensor.to(model.device) for name, tensor in encode(tokenizer, prompts).items()}
@@ -103,7 +111,7 @@ def _sampled(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=1.0)
     pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0])
     arguments: dict[str, Any] = {**batch, **sampling.to_kwargs(), "eos_token_id": ends or None, "pad_token_id": pad}
-    ids = model.generate(**arguments, strength=strength)
+    ids = model.generate(**arguments, **dial)
     prompt_length = batch["input_ids"].shape[1]
     answer = ids[:, prompt_length:]
     ended = torch.isin(answer, torch.tensor(ends, device=ids.device)).long()
@@ -114,8 +122,13 @@ def _sampled(
     return {"input_ids": ids, "attention_mask": attention_mask, "predicts": predicts}
 
 
-def _divergence(model: QAdapterForCausalLM, student: nn.Module, batch: dict[str, Tensor], strength: float) -> Tensor:
+def _divergence(model: QAdapterForCausalLM, student: nn.Module, batch: dict[str, Tensor], dial: Dial) -> Tensor:
     """Mean KL(policy ‖ student) over the answers' tokens."""
+    settings = dict(dial)
+    decay = settings.pop("decay", model.decay)
+    if decay < 1:  # the strength of each answer's t-th token, as `generate` has it
+        steps = batch["predicts"].long().cumsum(-1) - 1
+        settings["strength"] = settings["strength"] * decay ** steps.clamp(min=0).float()
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     inputs = {
         "input_ids": batch["input_ids"],
@@ -124,28 +137,29 @@ def _divergence(model: QAdapterForCausalLM, student: nn.Module, batch: dict[str,
         "use_cache": False,
     }
     with torch.no_grad():
-        target = model(**inputs, strength=strength).logits[batch["predicts"]].float()
+        target = model(**inputs, **settings).logits[batch["predicts"]].float()
     return kl_divergence(target, student(**inputs).logits[batch["predicts"]].float()).mean()
 
 
 @torch.no_grad()
-def _gap(model: QAdapterForCausalLM, student: nn.Module, batches: Sequence[Any], strength: float) -> float:
+def _gap(model: QAdapterForCausalLM, student: nn.Module, batches: Sequence[Any], dial: Dial) -> float:
     tokens = sum(int(batch["predicts"].sum()) for batch in batches)
-    total = sum(float(_divergence(model, student, batch, strength)) * int(batch["predicts"].sum()) for batch in batches)
+    total = sum(float(_divergence(model, student, batch, dial)) * int(batch["predicts"].sum()) for batch in batches)
     return total / tokens
 
 
 @torch.no_grad()
-def _student(model: QAdapterForCausalLM, strength: float) -> Any:
+def _student(model: QAdapterForCausalLM, dial: Dial) -> Any:
     """A plain LoRA on a copy of the base that starts as the sum of the policy's adapters, scaled by the dial.
 
     To first order in the adapters' updates that is the policy already, and where weights are interpolated exactly:
     distilling mends the rest.
     """
     modules = {name: module for name, module in model.base.named_modules() if isinstance(module, StreamLinear)}
+    scaled = {name: dial.get(name) for name in ("strength", "adapter_weights", "interpolation")}
     factors = {
         name: float(coefficient) * float(factor)
-        for stream, coefficient in model.stream_coefficients(strength).items()
+        for stream, coefficient in model.stream_coefficients(**scaled).items()
         for name, factor in parts_of(stream)
     }
     rank = sum(max(module.r.get(name, 0) for module in modules.values()) for name in model.adapters)
