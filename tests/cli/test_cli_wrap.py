@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import QAdapterForCausalLM
 from qadapter.export import export_lora
-from qadapter.modeling import wrapping
+from qadapter.modeling import loading, wrapping
 from qadapter.modeling.bases import BaseSource, load_base
 from qadapter.modeling.wrapping import wrap
 
@@ -184,3 +184,26 @@ def test_tokens_that_the_base_has_no_embeddings_for_are_warned_of_by_name(base, 
     message = rf"has 7 tokens that the base has no embeddings for \({tokens}, \.\.\.\).*\(--base-model\)"
     with pytest.warns(UserWarning, match=message):
         wrap(folder)
+
+
+def test_a_lora_on_the_hub_is_wrapped_by_its_id(base, tmp_path, monkeypatch):
+    write_lora(tmp_path / "snapshot", base, CONFIGS["axolotl 0.9"])
+    asked = []
+
+    def download(repo_id, revision=None, token=None, allow_patterns=None):
+        asked.append((repo_id, {"adapter_config.json", "adapter_model.safetensors"} <= set(allow_patterns)))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    policy, _ = wrap("someone/polite", base)
+    assert asked == [("someone/polite", True)]
+    with torch.no_grad():
+        torch.testing.assert_close(policy(IDS).logits, wrap(tmp_path / "snapshot", base)[0](IDS).logits, rtol=0, atol=0)
+
+
+def test_a_lora_that_is_neither_here_nor_on_the_hub_is_named(base, tmp_path):
+    outcome = qadapter("wrap", "nobody/nothing", "--base-model", base, "--output-dir", tmp_path / "out")
+    assert_refused(outcome, "nobody/nothing: no such folder here, and the hub has no readable repository of that name")
+    outcome = qadapter("wrap", "./nothing", "--base-model", base, "--output-dir", tmp_path / "out")
+    assert_refused(outcome, "nothing: there is no such folder")
+    assert not (tmp_path / "out").exists()

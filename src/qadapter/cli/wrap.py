@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     parser = command_parser(
         "wrap", "Make any PEFT LoRA (trained by TRL, axolotl, ...) an adapter folder: dial, composition, audit, server."
     )
-    parser.add_argument("lora", help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("lora", help="folder or hub id with adapter_config.json and adapter_model.safetensors")
     parser.add_argument("--output-dir", type=Path, required=True, help="the adapter folder to write")
     parser.add_argument("--base-model", default=None, help="base model instead of the one that the LoRA names")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import check_probe
 from qadapter.modeling.quantised import described, quantisation_of, quantised_again
 from qadapter.modeling.streams import narrow_adapters
+
+TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.jinja")  # in a hub repository
 
 
 @dataclass(frozen=True)
@@ -193,21 +195,29 @@ def check_same_origin(stored: Mapping[str, StoredAdapter]) -> None:
 
 def local_folder(folder: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:
     """The folder itself if it exists, else a snapshot of the hub repository of that name."""
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+    if Path(folder).is_dir():
+        return Path(folder)
+    if not may_be_repository(folder):
         raise AdapterFormatError(f"{folder}: there is no such adapter folder. Train one with `qadapter train`.")
-    patterns = [
-        MANIFEST_NAME,
-        f"adapters/*/{CONFIG_NAME}",
-        f"adapters/*/{WEIGHTS_NAME}",
-        "*token*",
-        "*.jinja",
-        "*.md",
-    ]
+    files = [MANIFEST_NAME, f"adapters/*/{CONFIG_NAME}", f"adapters/*/{WEIGHTS_NAME}", *TOKENIZER_FILES, "*.md"]
+    return snapshot_of(folder, files, revision, token)
+
+
+def may_be_repository(name: str | os.PathLike[str]) -> bool:
+    """Whether the name of no folder can be that of a hub repository."""
+    return not Path(name).exists() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
+
+
+def snapshot_of(
+    folder: str | os.PathLike[str], files: Sequence[str], revision: str | None = None, token: str | None = None
+) -> Path:
+    """The folder of a hub repository's files of such names, from the cache or downloaded.
+
+    Raises:
+        AdapterFormatError: they are not to be had.
+    """
     try:
-        snapshot = snapshot_download(str(folder), revision=revision, token=token, allow_patterns=patterns)
+        snapshot = snapshot_download(str(folder), revision=revision, token=token, allow_patterns=list(files))
     except Exception as error:  # the hub client raises a dozen types; all mean: not to be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterFormatError(

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base
-from qadapter.modeling.loading import load_tensors
-from qadapter.modeling.lora_files import CONFIG_NAME, read_foreign_lora
+from qadapter.modeling.loading import TOKENIZER_FILES, load_tensors, may_be_repository, snapshot_of
+from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, read_foreign_lora
 from qadapter.modeling.manifest import MANIFEST_NAME, read_json_object
 from qadapter.modeling.policy import DEFAULT_ADAPTER, QAdapterForCausalLM
 from qadapter.modeling.rewritten_bases import write_base
@@ -35,7 +35,7 @@ def wrap(
     At strength 1 it is the LoRA itself: the residual form with α₀ = α̃, whose policy logits are z_θ.
 
     Args:
-        lora: folder with adapter_config.json and adapter_model.safetensors.
+        lora: folder or hub id with adapter_config.json and adapter_model.safetensors.
         base_model: instead of the base that the LoRA names.
         tokenizer: instead of the LoRA folder's or the base's.
         new_base: folder for a base model that has the weights trained or resized along with the LoRA (embeddings of
@@ -46,10 +46,12 @@ def wrap(
         AdapterFormatError: the folder is no LoRA that a frozen base can carry.
     """
     folder = Path(lora)
-    if (folder / MANIFEST_NAME).exists():
-        raise AdapterFormatError(f"{folder} is an adapter folder of qadapter already: use it as it is.")
     if not folder.is_dir():
-        raise AdapterFormatError(f"{folder}: there is no such folder.")
+        if not may_be_repository(lora):
+            raise AdapterFormatError(f"{folder}: there is no such folder.")
+        folder = snapshot_of(lora, [MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME, *TOKENIZER_FILES])
+    if (folder / MANIFEST_NAME).exists():
+        raise AdapterFormatError(f"{lora} is an adapter folder of qadapter already: use it as it is.")
     peft_config, tensors, base_weights = read_foreign_lora(folder)
     source = _source_of_base(folder / CONFIG_NAME, base_model)
     if tokenizer is None:
