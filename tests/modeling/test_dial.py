@@ -175,6 +175,15 @@ def test_kl_never_exceeds_the_cap_and_reaches_it_where_it_binds(policy, cap):
     torch.testing.assert_close(capped[~binds], free[~binds])
 
 
+@pytest.mark.parametrize("cap", [1e-3, 0.05])
+def test_the_cap_holds_in_bfloat16(cap):
+    policy = models.tiny_policy(models.tiny_base(dtype=torch.bfloat16))
+    # The base of the same pass, as a pass of its own rounds otherwise: a cap of 0 leaves nothing else.
+    base, capped, free = (logits(policy, strength=1.5, max_kl=limit).double() for limit in (0.0, cap, None))
+    assert (kl_divergence(capped, base) <= cap).all()
+    assert (kl_divergence(free, base) > cap).any()
+
+
 @pytest.mark.parametrize("cap", [0.0, 1e-5, 1e-3, 0.3])
 def test_the_cap_holds_for_a_vocabulary_whose_kl_float32_rounds(cap):
     base, delta = torch.randn(2, 1, 9, 50_000, generator=torch.Generator().manual_seed(0)) * torch.tensor(5.0)
