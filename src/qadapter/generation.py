@@ -14,6 +14,7 @@ from qadapter.data.messages import user
 from qadapter.detokenising import Detokeniser, detokenised
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.mixing import Strength
 
 Message = dict[str, str]
 GREEDY_TEMPERATURE = 1e-5  # below it the likeliest token: logits divided by less overflow
@@ -119,7 +120,7 @@ def generate_texts(
     tokenizer: Any,
     prompts: Sequence[str | Sequence[Message]],
     sampling: Sampling,
-    strength: float | None = None,
+    strength: Strength | None = None,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
@@ -202,7 +203,7 @@ def stream_text(
     tokenizer: Any,
     prompt: str | Sequence[Message],
     sampling: Sampling,
-    strength: float | None = None,
+    strength: Strength | None = None,
     on_end: Callable[[torch.Tensor, int], None] | None = None,
     **settings: Any,
 ) -> Generator[str, None, None]:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
+from qadapter import OffInside
 from qadapter.cli.chat import converse
 
 
@@ -44,6 +45,15 @@ def test_interpolated_weights_answer_as_the_base_with_the_scaled_lora(adapter, b
     assert succeeded(qadapter("generate", adapter, "--prompt", PROMPT, *options)).strip() == written
     by_logits = succeeded(qadapter("generate", adapter, "--prompt", PROMPT, "--strength", 2.5, *SHORT)).strip()
     assert by_logits != written
+
+
+def test_code_and_the_like_are_left_to_the_base(adapter, answers, monkeypatch):
+    options = ("generate", adapter, "--prompt", PROMPT, *SHORT, "--off-inside")
+    assert succeeded(qadapter(*options)).strip() == answers[1]  # there is none of it in the answer
+    monkeypatch.setattr(OffInside, "off", lambda self, text: True)
+    assert succeeded(qadapter(*options)).strip() == answers[0]
+    outcome = qadapter(*options, "--interpolation", "weights")
+    assert_refused(outcome, 'a callable strength cannot be used with interpolation="weights"')
 
 
 def test_a_threshold_leaves_tokens_to_the_base(adapter):

@@ -10,6 +10,8 @@ import time
 import pytest
 from playground_client import ask
 
+from qadapter import OffInside
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -156,8 +158,8 @@ def test_everything_is_done_without_a_mouse(address, browser):
     assert [tab().get_attribute("id") for _ in range(2)] == ["prompt", "send"]  # `stop` is off
     press(ENTER)
     page.wait()
-    sliders = ["strength", "weight-concise", "weight-polite", "cap", "threshold", "decay"]
-    assert [tab().get_attribute("id") for _ in sliders] == sliders
+    dials = ["strength", "weight-concise", "weight-polite", "cap", "threshold", "decay", "inside"]
+    assert [tab().get_attribute("id") for _ in dials] == dials
     assert tab().tag_name == "summary"
     press(ENTER)
     assert [tab().get_attribute("id") for _ in range(4)] == ["temperature", "length", "seed", "measure"]
@@ -344,6 +346,18 @@ def test_a_strength_between_the_sliders_steps_is_kept(address, browser):
         assert float(page.find("strength").get_attribute("value")) == asked
         browser.execute_script("arguments[0].value = 0", page.find("strength"))
         assert float(page.find("strength").get_attribute("value")) == 0
+
+
+def test_the_adapter_can_be_kept_out_of_code_and_the_like(address, browser, monkeypatch):
+    monkeypatch.setattr(OffInside, "off", lambda self, text: True)
+    page = Page(browser, address)
+    page.send("what is it")
+    policy, base = page.text("policy-answer"), page.text("base-answer")
+    assert policy != base
+    page.find("inside").send_keys(" ")
+    page.wait(lambda: page.text("policy-answer") == base)
+    page.find("inside").send_keys(" ")
+    page.wait(lambda: page.text("policy-answer") == policy)
 
 
 @pytest.mark.parametrize("weights", [{"formal": 0.33, "terse": 2.5}, {"formal": 0.125, "terse": -1.5}])

@@ -11,6 +11,7 @@ from playground_client import ask
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
+from qadapter import OffInside  # noqa: E402
 from qadapter.generation import encode  # noqa: E402
 from qadapter.playground.app import added_texts, create_app  # noqa: E402  of the extra
 
@@ -99,6 +100,14 @@ def test_tokens_keep_the_spaces_between_them():
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
     assert added_texts(tokenizer, [2, 3, 4]) == ["the", " sky", "."]
+
+
+def test_an_answer_off_inside_is_the_bases_there(address, monkeypatch):
+    monkeypatch.setattr(OffInside, "off", lambda self, text: len(text) < 4)
+    views = ask(address, off_inside=True)[-1]["tokens"]
+    written = [sum(len(view["text"]) for view in views[:place]) for place in range(len(views))]
+    assert [view["strength"] for view in views] == [float(length >= 4) for length in written]
+    assert all(view["kl"] < 1e-6 for view, length in zip(views, written, strict=True) if length < 4)
 
 
 def test_weights_select_the_adapters(address):

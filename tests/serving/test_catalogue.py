@@ -38,6 +38,8 @@ def test_strength_goes_from_the_base_through_the_policy_and_beyond():
         ("base", {}),
         ("base", {"strength": 0.0}),
         ("base", {"decay": 1.0}),
+        ("base", {"off_inside": False}),
+        ("formal", {"strength": 0.0, "off_inside": True}),
         ("base", {"min_kl": 0.0}),
         ("formal", {"strength": 0.0, "min_kl": 0.1}),
         ("formal", {"strength": 0.0}),
@@ -95,7 +97,8 @@ def test_a_threshold_takes_the_policy_at_strength_1_and_the_base():
 
 
 NOT_THE_BASES = (
-    {"max_kl": 0.1}, {"max_kl": 0.0}, {"min_kl": 0.1}, {"decay": 0.9}, {"strength": 0.0, "max_kl": 1}
+    {"max_kl": 0.1}, {"max_kl": 0.0}, {"min_kl": 0.1}, {"decay": 0.9}, {"off_inside": True},
+    {"strength": 0.0, "max_kl": 1},
 )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def test_a_body_that_is_no_json_object_is_refused(server, raw, said):
 
 FIELDS = {
     "decay": ["0", "1.1", "-0.5", "true", '"0.9"'],
+    "off_inside": ["1", '"true"', "[]"],
     "strength": ["1e999", "-1e999", '"1"', "true", "101", "[1]"],
     "min_kl": ["-0.1", "1e999", "true"],
     "max_kl": ["-0.1", "1e999", '"a"'],

@@ -8,6 +8,8 @@ import torch
 from models import tiny_tokenizer
 from served import RunningServer, chat, dial, greedy_text, prompt_ids_of
 
+from qadapter import OffInside
+
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 FIRST, SECOND = {"first": 1.0}, {"second": 1.0}
 # Request (model, dial) and the same policy as arguments of the model's forward.
@@ -55,6 +57,39 @@ def test_policies_of_this_test_differ(client):
         for name, options, _ in POLICIES.values()
     }
     assert len(texts) >= 9  # three of them are the base
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0.8}, {"min_kl": 0.3}, {"max_kl": 0.1}], ids=str)
+def test_an_answer_off_inside_is_what_generate_makes_of_the_condition(server, client, monkeypatch, options):
+    """With a rule that turns the adapter off and on again every few characters."""
+    monkeypatch.setattr(OffInside, "off", lambda self, text: len(text) % 5 < 2)
+    model, ids = server.service.engine._decoder.model, torch.tensor([prompt_ids_of("tell me")])
+    answers = [
+        chat(client, "tell me", **GREEDY, extra_body=dial(strength=1.5, off_inside=inside, **options))
+        for inside in (True, False)
+    ]
+    texts = [answer.choices[0].message.content for answer in answers]
+    condition = OffInside(tiny_tokenizer(), strength=1.5)
+    greedy = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": 1, "pad_token_id": 0}
+    expected = model.generate(ids, strength=condition, adapter_weights=FIRST, **options, **greedy)[0, ids.shape[1] :]
+    assert texts[0] == tiny_tokenizer().decode(expected, skip_special_tokens=True)
+    assert texts[0] != texts[1]
+
+
+def test_reasoning_that_the_prompt_opens_is_the_bases_until_it_ends(client):
+    prompt, options = "why? <think> ", {"max_tokens": 12, "temperature": 0}
+    answers = [
+        client.completions.create(model=name, prompt=prompt, extra_body=body, **options).choices[0].text
+        for name, body in (("formal", dial(off_inside=True)), ("base", {}), ("formal", {}))
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_off_inside_has_no_place_in_a_prompt_that_is_scored(client):
+    with pytest.raises(openai.BadRequestError, match="off_inside is of answers"):
+        client.completions.create(
+            model="formal", prompt="hello", echo=True, logprobs=0, extra_body=dial(off_inside=True)
+        )
 
 
 def test_models_are_the_base_and_the_adapters(client):

@@ -108,7 +108,7 @@ def test_an_answer_is_the_policys(server, name, options, arguments):
     assert answer.choices[0].message.content == expected
 
 
-@pytest.mark.parametrize("asked", [{"decay": 0.9}, {"min_kl": 0.1}])
+@pytest.mark.parametrize("asked", [{"decay": 0.9}, {"min_kl": 0.1}, {"off_inside": True}])
 def test_what_the_cache_would_not_allow_is_refused(server, asked):
     (name,) = asked
     with server.client() as client, pytest.raises(openai.BadRequestError, match=f"{name} needs a server that interpol"):

@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--system", default=None, help="system message")
     options = parser.parse_args(arguments)
 
-    from qadapter.cli.policies import load_policy, quiet_libraries, sampling_of
+    from qadapter.cli.policies import load_policy, quiet_libraries, sampling_of, strength_of
     from qadapter.generation import stream_text
 
     sampling = sampling_of(options)
@@ -36,7 +36,9 @@ def run(arguments: list[str]) -> int:
             )
         print(f"{options.adapter} on {model.base_source.name}. {HELP}")
         return converse(
-            lambda messages, strength: stream_text(model, tokenizer, messages, sampling, strength),
+            lambda messages, strength: stream_text(
+                model, tokenizer, messages, sampling, strength_of(strength, tokenizer, options)
+            ),
             options.strength,
             options.system,
         )

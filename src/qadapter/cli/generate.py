@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
     add_sampling_options(parser)
     options = parser.parse_args(arguments)
 
-    from qadapter.cli.policies import load_policy, quiet_libraries, sampling_of
+    from qadapter.cli.policies import load_policy, quiet_libraries, sampling_of, strength_of
     from qadapter.generation import generate_texts, stream_text
 
     sampling = sampling_of(options)
@@ -34,15 +34,16 @@ def run(arguments: list[str]) -> int:
     prompts = prompts_of(options)
     with quiet_libraries():
         model, tokenizer = load_policy(options)
+        strength = strength_of(options.strength, tokenizer, options)
         if len(prompts) == 1 and not options.json and not options.compare:
-            for piece in stream_text(model, tokenizer, prompts[0], sampling, options.strength):
+            for piece in stream_text(model, tokenizer, prompts[0], sampling, strength):
                 print(piece, end="", flush=True)
             print()
             return 0
-        strengths = {"base": 0.0, "policy": options.strength} if options.compare else {"policy": options.strength}
+        strengths = {"base": 0.0, "policy": strength} if options.compare else {"policy": strength}
         columns = {
-            name: generate_texts(model, tokenizer, prompts, sampling, strength, options.batch_size)
-            for name, strength in strengths.items()
+            name: generate_texts(model, tokenizer, prompts, sampling, own, options.batch_size)
+            for name, own in strengths.items()
         }
     for index, prompt in enumerate(prompts):
         answers = {name: column[index].text for name, column in columns.items()}

@@ -64,6 +64,15 @@ def add_template_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_condition_option(parser: argparse.ArgumentParser) -> None:
+    """Where the strength is 0."""
+    parser.add_argument(
+        "--off-inside",
+        action="store_true",
+        help="leave code fences, JSON, reasoning and tool calls to the base",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that generates."""
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
@@ -72,6 +81,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     add_threshold_option(parser)
     add_decay_option(parser)
+    add_condition_option(parser)
     add_interpolation_option(parser)
     add_template_option(parser)
 

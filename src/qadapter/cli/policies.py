@@ -15,8 +15,9 @@ from qadapter.data.template_variables import fix_variables
 from qadapter.devices import default_device, pick_dtype
 from qadapter.generation import Sampling
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.conditions import OffInside
 from qadapter.modeling.loading import tokenizer_of
-from qadapter.modeling.mixing import checked_decay, checked_number, checked_threshold
+from qadapter.modeling.mixing import Strength, checked_decay, checked_number, checked_threshold
 
 
 @contextlib.contextmanager
@@ -82,6 +83,11 @@ def tokenizer_with(tokenizer: Any, options: argparse.Namespace) -> Any:
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """The sampling settings among a command's options."""
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+
+
+def strength_of(strength: float, tokenizer: Any, options: argparse.Namespace) -> Strength:
+    """The strength as `generate` takes it: off inside code and the like, where a command's options say so."""
+    return OffInside(tokenizer, strength) if options.off_inside and strength else strength
 
 
 def loading_options(options: argparse.Namespace) -> dict[str, Any]:

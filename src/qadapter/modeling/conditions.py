@@ -72,9 +72,18 @@ class OffInside:
         prompts, answers = state.input_ids[:, : state.prompt_length], state.input_ids[:, state.prompt_length :]
         ends = self.tokenizer.batch_decode(prompts[:, -PROMPT_END:], skip_special_tokens=False)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=False)
-        whole = [self.opened(end) + text for end, text in zip(ends, texts, strict=True)]
-        values = [0.0 if self.off(text) else self.strength for text in whole]
+        values = [
+            0.0 if self.off(self.opened(end) + text) else self.strength for end, text in zip(ends, texts, strict=True)
+        ]
         return torch.tensor(values, device=state.input_ids.device)
+
+    def after(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> float:
+        """The strength of the token that follows a row's prompt and answer so far, without padding."""
+        end, text = (
+            self.tokenizer.decode(list(ids), skip_special_tokens=False)
+            for ids in (prompt_ids[-PROMPT_END:], answer_ids)
+        )
+        return 0.0 if self.off(self.opened(end) + text) else self.strength
 
     def opened(self, prompt: str) -> str:
         """The mark with which `prompt` ends, "" if it ends with none: some templates open the reasoning themselves."""

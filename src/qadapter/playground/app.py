@@ -22,6 +22,7 @@ from qadapter.generation import Sampling, encode, stream_text
 from qadapter.inspection import inspect_tokens
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import context_limit
+from qadapter.modeling.conditions import OffInside
 from qadapter.modeling.mixing import refuse_changing
 
 MAX_PROMPT_CHARACTERS = 20_000
@@ -51,15 +52,16 @@ class AnswerRequest(BaseModel):
     max_kl: float | None = Field(default=None, ge=0)
     min_kl: float | None = Field(default=None, ge=0)
     decay: float = Field(default=1.0, gt=0, le=1)
+    off_inside: bool = False
     interpolation: Literal["logits", "weights"] = "logits"
     max_new_tokens: int = Field(default=128, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=5)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, tokenizer: Any) -> dict[str, Any]:
         """The policy's settings, as of `generate`."""
         return {
-            "strength": self.strength,
+            "strength": OffInside(tokenizer, self.strength) if self.off_inside else self.strength,
             "adapter_weights": self.weights,
             "max_kl": self.max_kl,
             "min_kl": self.min_kl,
@@ -138,7 +140,8 @@ def check(model: QAdapterForCausalLM, tokenizer: Any, body: AnswerRequest) -> No
     """Raise QAdapterError for a dial that cannot be, and a prompt that is refused or leaves no room for an answer."""
     model.stream_coefficients(body.strength, body.weights, body.interpolation)
     if body.interpolation == "weights":
-        refuse_changing("a decay" if body.decay < 1 else "min_kl" if body.min_kl else "")
+        changing = {"a decay": body.decay < 1, "min_kl": body.min_kl, "off_inside": body.off_inside}
+        refuse_changing(next((what for what, wanted in changing.items() if wanted), ""))
     length = encode(tokenizer, [body.prompt])["input_ids"].shape[1]
     limit = context_limit(model.config)
     if limit is not None and length + body.max_new_tokens > limit:
@@ -153,7 +156,7 @@ def answer_events(
     """{"text": piece} as they come, then {"tokens": views}."""
     finished: list[tuple[torch.Tensor, int]] = []
     sampling = Sampling(body.max_new_tokens, body.temperature, seed=body.seed)
-    settings = body.settings()
+    settings = body.settings(tokenizer)
     pieces = stream_text(
         model, tokenizer, body.prompt, sampling, on_end=lambda ids, start: finished.append((ids, start)), **settings
     )

@@ -10,6 +10,7 @@ from qadapter.errors import ConfigError
 from qadapter.generation import end_tokens
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import context_limit
+from qadapter.modeling.conditions import OffInside
 from qadapter.serving.answer_text import AnswerText, StopStrings
 from qadapter.serving.api_errors import bad_request
 from qadapter.serving.catalogue import Catalogue, Dial
@@ -41,6 +42,7 @@ class Admission:
         self.context = context_length(model, settings.max_context)
         self._encoder = PromptEncoder(tokenizer, vocabulary, self.context)
         self._decoding_tokenizer = copy.deepcopy(tokenizer)  # for the engine's thread
+        self._condition = OffInside(self._decoding_tokenizer)
         self._ends = frozenset(end_tokens(model, tokenizer))
 
     def jobs(self, request: GenerationRequest, deliver: Callable[[Event], None]) -> list[Job]:
@@ -50,6 +52,10 @@ class Admission:
             ApiError: an unknown model, too many tokens or choices, or a prompt that cannot be encoded.
         """
         dial = self._catalogue.dial(request.model, request.qadapter)
+        if dial.conditional and isinstance(request, CompletionRequest) and request.echo:
+            raise bad_request(
+                "off_inside is of answers, and echo scores a prompt: leave one out.", "qadapter.off_inside"
+            )
         if request.n > self._settings.max_n:
             raise bad_request(f"n = {request.n}: this server gives at most {self._settings.max_n} choices.", "n")
         prompts, param = self._prompts(request)
@@ -100,7 +106,8 @@ class Admission:
             for choice in range(request.n)
         ]
         model, _ = self._catalogue.named(request.model)
-        return Job(model, prompt_ids, dial, answers, deliver, echo)
+        condition = self._condition.after if dial.conditional else None
+        return Job(model, prompt_ids, dial, answers, deliver, condition, echo)
 
 
 def context_length(model: QAdapterForCausalLM, wanted: int | None) -> int:

@@ -33,6 +33,8 @@ class Dial:
         min_kl: threshold in nats; with it the coefficients are those of strength 1, and `strength` comes on top.
         decay: factor ρ of the way from the base from one token of the answer to the next.
         factors: those of the adapters in the blend.
+        conditional: off inside code, JSON, reasoning and tool calls: the way from the base is multiplied by the row's
+            share, 0 or 1.
     """
 
     coefficients: Mapping[str | None, float]
@@ -41,10 +43,20 @@ class Dial:
     factors: Mapping[str, float] = field(default_factory=dict)
     min_kl: float | None = None
     strength: float = 1.0
+    conditional: bool = False
 
-    def at(self, stream: str | None, step: int) -> float:
-        """c_k of a stream at the answer's `step`-th token: the base's is 1 and the others' 0 once nothing is left."""
-        share = self.decay**step if self.min_kl is None else 1.0
+    @property
+    def changing(self) -> bool:
+        """Whether the coefficients change along the answer."""
+        return self.decay < 1 or self.conditional
+
+    def at(self, stream: str | None, step: int, share: float = 1.0) -> float:
+        """c_k of a stream at the answer's `step`-th token: the base's is 1 and the others' 0 once nothing is left.
+
+        Args:
+            share: of the strength, where the dial is conditional.
+        """
+        share = share * self.decay**step if self.min_kl is None else 1.0
         coefficient = self.coefficients[stream]
         return share * coefficient + (1 - share if stream is None else 0.0)
 
@@ -103,8 +115,9 @@ class Catalogue:
                 raise bad_request(
                     f"model {BASE_NAME!r} has no adapter to give weight to: name an adapter as the model.", "qadapter"
                 )
-            for field, value in (("max_kl", options.max_kl), ("min_kl", options.min_kl), ("decay", options.decay)):
-                if value is not None and (field, value) not in (("min_kl", 0.0), ("decay", 1.0)):  # ask for nothing
+            for field, nothing in (("max_kl", None), ("min_kl", 0.0), ("decay", 1.0), ("off_inside", False)):
+                value = getattr(options, field)
+                if value is not None and value != nothing:
                     raise bad_request(
                         f"{field} = {value:g} does nothing for model {BASE_NAME!r}, which has no dial: leave it out "
                         "or name an adapter as the model.",
@@ -117,18 +130,21 @@ class Catalogue:
         weights = {adapter: strength * weight for adapter, weight in whole.items()}
         if any(abs(weight) > MAX_REQUEST_DIAL for weight in weights.values()):
             raise bad_request(f"strength times weight exceeds {MAX_REQUEST_DIAL:g}.", "qadapter.weights")
-        decay = 1.0 if options.decay is None else options.decay
+        decay, conditional = 1.0 if options.decay is None else options.decay, bool(options.off_inside)
         if self.interpolation == "weights":
-            for field, wrong in (("decay", decay < 1), ("min_kl", options.min_kl)):
+            for field, wrong in (("decay", decay < 1), ("min_kl", options.min_kl), ("off_inside", conditional)):
                 if wrong:
                     message = f"{field} needs a server that interpolates logits: leave it out."
                     raise bad_request(message, f"qadapter.{field}")
             return _blended(weights, options.max_kl)
         if options.min_kl and any(weights.values()):
             coefficients = self._coefficients(whole, base_needed=True)
-            return Dial(coefficients, options.max_kl, decay, min_kl=options.min_kl, strength=strength)
-        coefficients = self._coefficients(weights, base_needed=options.max_kl is not None or decay < 1)
-        return Dial(coefficients, options.max_kl, decay if len(coefficients) > 1 else 1.0)
+            return Dial(coefficients, options.max_kl, decay, {}, options.min_kl, strength, conditional)
+        changing = decay < 1 or conditional
+        coefficients = self._coefficients(weights, base_needed=options.max_kl is not None or changing)
+        if len(coefficients) == 1:  # nothing to lower
+            return Dial(coefficients, options.max_kl)
+        return Dial(coefficients, options.max_kl, decay, conditional=conditional)
 
     def _adapter_weights(self, served: Mapping[str, float]) -> dict[str, float]:
         """The weight of each adapter, from weights of served names; adapters served twice add up."""

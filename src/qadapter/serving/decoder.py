@@ -30,6 +30,8 @@ class RowBatch:
 
     Args:
         steps: how many logits were read of each row: which token of its answer comes next.
+        shares: of the strength at each row's next token: 1, but where its dial is conditional what the text so far asks
+            for, which others know.
         like: a tensor of the model's device and of the dtype to mix in.
     """
 
@@ -44,7 +46,8 @@ class RowBatch:
             pairs, key=lambda lane: (lane[1] is None, lane[1] or "", lane[0])
         )
         self.lane_rows = self.tensor([row for row, _ in self.lanes])
-        self.decaying = any(dial.decay < 1 for dial in dials)
+        self.shares = [1.0] * len(self.dials)
+        self.changing = any(dial.changing for dial in dials)
         coefficients = [dials[row].coefficients[stream] for row, stream in self.lanes]
         self._constant = self.tensor(coefficients, like.dtype).unsqueeze(-1)  # (L, 1)
         self._blend = self._blended()
@@ -70,9 +73,9 @@ class RowBatch:
 
     def coefficients(self) -> Tensor:
         """The weight of each lane in its row's next logits (L, 1)."""
-        if not self.decaying:
+        if not self.changing:
             return self._constant
-        values = [self.dials[row].at(stream, self.steps[row]) for row, stream in self.lanes]
+        values = [self.dials[row].at(stream, self.steps[row], self.shares[row]) for row, stream in self.lanes]
         return self.tensor(values, self.like.dtype).unsqueeze(-1)
 
     def lanes_of(self, name: str | None) -> list[int]:
@@ -199,9 +202,9 @@ class Decoder:
                 delta = logits[rows] - base_logits
             else:  # of hidden states, where a difference is finer than of logits
                 delta = self.model.head.logits(mixed[rows] - base_hidden.to(mixed)).to(self.like)
-            dials = [batch.dials[row] for row in rows]
-            used = [dial.strength * dial.decay ** batch.steps[row] for row, dial in zip(rows, dials, strict=True)]
-            thresholds = batch.tensor([dial.min_kl for dial in dials], self.like.dtype)
+            dials = [(row, batch.dials[row]) for row in rows]
+            used = [batch.shares[row] * dial.strength * dial.decay ** batch.steps[row] for row, dial in dials]
+            thresholds = batch.tensor([dial.min_kl for _, dial in dials], self.like.dtype)
             moved, _ = thresholded_logits(base_logits, delta, batch.tensor(used, self.like.dtype), thresholds)
             logits = logits.index_copy(0, batch.tensor(rows), moved.to(logits))
         return logits

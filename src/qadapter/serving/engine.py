@@ -193,7 +193,8 @@ class Engine:
             self._advance(self._prefill)
         if self._batch is not None:
             started = time.perf_counter()
-            logits = self._decoder.feed(self._batch, [[answer.last_token] for _, answer in self._rows])
+            self._batch.shares = [job.share(answer.taken) for job, answer in self._rows]
+            logits = self._decoder.feed(self._batch, [answer.taken[-1:] for _, answer in self._rows])
             self._keep(self._take_tokens(logits, self._rows))  # type: ignore[arg-type]
             self._metrics.step_seconds.observe(time.perf_counter() - started)
 
@@ -228,7 +229,11 @@ class Engine:
                     break
                 jobs.append(self._waiting.popleft())
                 free -= len(jobs[-1].answers)
-        return Prefill(jobs, self._decoder.empty([job.dial for job in jobs]), budget) if jobs else None
+        if not jobs:
+            return None
+        batch = self._decoder.empty([job.dial for job in jobs])
+        batch.shares = [job.share() for job in jobs]
+        return Prefill(jobs, batch, budget)
 
     def _advance(self, prefill: Prefill) -> None:
         """Feed the prompts' next chunk; once they are complete, draw the first tokens and join the batch."""

@@ -44,8 +44,12 @@ class Answer:
     def __init__(self, index: int, sampler: Sampler, text: AnswerText, ends: frozenset[int], max_tokens: int) -> None:
         self.index, self.sampler, self.text = index, sampler, text
         self.ends, self.max_tokens = ends, max_tokens
-        self.tokens = 0
-        self.last_token = -1
+        self.taken: list[int] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.taken)
 
     def echo(self, tokens: Sequence[Chosen], complete: bool) -> Delta:
         """Take the prompt's next tokens in; what may be sent. An answer of no token ends with a complete prompt."""
@@ -59,8 +63,7 @@ class Answer:
 
     def take(self, chosen: Chosen) -> Delta:
         """Take the next token in; what may be sent since the last time."""
-        self.tokens += 1
-        self.last_token = chosen.token
+        self.taken.append(chosen.token)
         reason = None
         if chosen.token in self.ends or self.text.add(chosen):
             reason = "stop"
@@ -81,6 +84,8 @@ class Job:
         dial: the policy they come from.
         answers: one a choice.
         deliver: called in the engine's thread with every event.
+        condition: the share of the strength at the token that follows the prompt's ids and the answer's so far; None
+            leaves it whole.
         echo: whether the answers begin with the prompt.
         cancelled: set, by any thread, when nobody waits for the answers any more.
     """
@@ -90,8 +95,13 @@ class Job:
     dial: Dial
     answers: Sequence[Answer]
     deliver: Callable[[Event], None]
+    condition: Callable[[Sequence[int], Sequence[int]], float] | None = None
     echo: bool = False
     cancelled: bool = False
+
+    def share(self, answer_ids: Sequence[int] = ()) -> float:
+        """The share of the strength at the token that follows an answer so far."""
+        return 1.0 if self.condition is None else self.condition(self.prompt_ids, answer_ids)
 
     @property
     def top_logprobs(self) -> int | None:

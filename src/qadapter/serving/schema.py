@@ -70,6 +70,7 @@ class QAdapterOptions(Strict):
         max_kl: cap on KL(policy ‖ base) at each token, in nats.
         min_kl: threshold in nats: the strength at each token is multiplied by max(0, 1 − min_kl / KL at strength 1).
         decay: factor ρ of the strength from one token of the answer to the next: λ ρᵗ at the t-th.
+        off_inside: the strength is 0 inside code fences, JSON, reasoning and tool calls (`qadapter.OffInside`).
     """
 
     strength: Weight | None = None
@@ -77,6 +78,7 @@ class QAdapterOptions(Strict):
     max_kl: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = None
     min_kl: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = None
     decay: Annotated[float, Field(allow_inf_nan=False, gt=0, le=1)] | None = None
+    off_inside: bool | None = None
 
 
 class StreamOptions(Strict):

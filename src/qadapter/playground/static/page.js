@@ -38,6 +38,7 @@ function dial() {
     max_kl: strength === 0 ? null : capValue(),
     min_kl: strength === 0 ? null : thresholdValue(),
     decay: interpolation === "weights" ? 1 : Number(element("decay").value),
+    off_inside: strength !== 0 && interpolation !== "weights" && element("inside").checked,
   };
 }
 
@@ -229,7 +230,7 @@ function hideTip() { element("tip").hidden = true; }
 
 let waiting = null;
 function dialMoved() {
-  for (const id of ["decay", "threshold"]) element(id).disabled = element("interpolation").value === "weights";
+  for (const id of ["decay", "threshold", "inside"]) element(id).disabled = element("interpolation").value === "weights";
   const cap = capValue(), threshold = thresholdValue(), decay = Number(element("decay").value);
   show(element("strength"), Number(element("strength").value).toFixed(2));
   show(element("cap"), cap === null ? "off" : cap.toPrecision(2));
@@ -279,7 +280,7 @@ element("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); answer(); }
 });
 element("stop").addEventListener("click", () => { if (running) running.abort(); });
-for (const id of ["strength", "cap", "threshold", "decay", "interpolation"]) element(id).addEventListener("input", dialMoved);
+for (const id of ["strength", "cap", "threshold", "decay", "inside", "interpolation"]) element(id).addEventListener("input", dialMoved);
 element("measure").addEventListener("change", shadeAll);
 // A field that is not seen cannot say what is wrong with it.
 element("sampling").addEventListener("invalid", () => { element("sampling").open = true; }, true);
