@@ -172,9 +172,20 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
+OTHER_POSITIONS = {"rope_type": "default", "rope_theta": 100.0}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
-    [("pairs", "pairs"), ("base", "base"), ("layer", "shared_layers"), ("dtype", "dtype")],
+    [
+        ("pairs", "pairs"),
+        ("base", "base"),
+        ("one weight", "base"),
+        ("order", "base"),
+        ("positions", "base"),
+        ("layer", "shared_layers"),
+        ("dtype", "base, dtype"),
+    ],
 )
 def test_states_of_something_else_are_refused(tmp_path, change, named):
     folder_of_states(tmp_path)
@@ -185,6 +196,15 @@ def test_states_of_something_else_are_refused(tmp_path, change, named):
         pairs = pairs.select([1, 0, 2, 3, 4, 5])
     elif change == "base":
         base.get_input_embeddings().weight.data.mul_(1.5)
+    elif change == "one weight":
+        base.get_input_embeddings().weight.data[7, 5] *= 1 + 1e-9
+    elif change == "order":
+        weight = base.get_input_embeddings().weight.data
+        weight[[3, 4]] = weight[[4, 3]]
+    elif change == "positions":
+        changed = tiny_base("llama", dtype=torch.float64, num_hidden_layers=4, rope_parameters=OTHER_POSITIONS)
+        changed.load_state_dict(base.state_dict())
+        base = changed
     elif change == "layer":
         layers = lora(target_modules=["v_proj"], layers_to_transform=[3])
     else:
