@@ -2,13 +2,19 @@
 
 from typing import Any
 
+DEFAULT: dict[str, Any] = {"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25}  # the package's own settings
 KL_PENALTY: dict[str, Any] = {"penalty": "kl", "alpha": 3.0, "length_normalised": True}  # the preset "kl"
 # Ablations: name -> the variants that are compared, as options of the method that stands before the colon.
 ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "alpha": [("qadapter", {"alpha": alpha}) for alpha in (0.03, 0.1, 0.3, 1.0)],
     "alpha-ratio": [("qadapter", {"alpha_tilde": 0.1, "alpha_0": 0.1 * ratio}) for ratio in (0.5, 0.8, 1.0, 1.25, 2.0)],
     "gamma": [("qadapter", {"gamma": gamma}) for gamma in (1.0, 0.99, 0.95, 0.9)],
-    "value": [("qadapter", {"value_at": place}) for place in ("next", "current")],
+    "floor": [("qadapter", {"gamma": 0.95, "discount_floor": floor}) for floor in (0.0, 0.1, 0.25, 0.5)],
+    "value": [
+        ("qadapter", options | {"value_at": place})
+        for options in ({}, {"gamma": 0.95})
+        for place in ("next", "current")
+    ],
     "parametrisation": [
         ("qadapter", {}),
         ("qadapter-logits", {"preset": "authors"}),

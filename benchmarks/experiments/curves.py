@@ -51,6 +51,18 @@ def _samples(value: Any) -> Any:
     return lambda point: value(point["samples"]) if "samples" in point else None
 
 
+def _preferred(point: Mapping[str, Any]) -> list[float] | None:
+    """Whether the policy finds a pair's chosen answer likelier, less whether the base does: 1, 0 or −1."""
+    pairs = point["pairs"]
+    if "base_prefers" not in pairs:
+        return None
+    return [own - before for own, before in zip(pairs["prefers"], pairs["base_prefers"], strict=True)]
+
+
+def _forgotten(point: Mapping[str, Any]) -> list[float] | None:
+    return [-change for pairs in point.get("retained", {}).values() for change in pairs["margin_gain"]] or None
+
+
 def _lost(point: Mapping[str, Any]) -> list[float] | None:
     return [value for losses in point.get("lost", {}).values() for value in losses] or None
 
@@ -68,6 +80,7 @@ GAINS = {
     ),
     "margin": Measure("margin a token, change in nats", "pairs", _pairs("margin_gain")),
     "body": Measure("margin a token without the answers' ends, change in nats", "pairs", _pairs("body_gain")),
+    "accuracy": Measure("pairs whose chosen answer is the likelier a token, change of the share", "pairs", _preferred),
 }
 DRIFTS = {
     "kl": Measure("KL(policy ‖ base) a token on held-out answers, nats", "pairs", _pairs("kl")),
@@ -75,6 +88,8 @@ DRIFTS = {
                           _samples(lambda found: found["kl"])),
     "kl-prose": Measure("KL(policy ‖ base) a token on prose, nats", "prose",
                         lambda point: point["texts"].get("prose", {}).get("kl")),
+    "retained": Measure("margin a token lost on the preference that the base was tuned to before, nats", "retained",
+                        _forgotten, limit=0.1),
     "benchmarks": Measure("score lost on the benchmarks", "items", _lost, limit=0.04),
 }  # fmt: skip
 

@@ -89,7 +89,8 @@ def qadapter(
     """The package's objective (the defaults of the last five arguments), and the variants that ablations ask for.
 
     Args:
-        value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does.
+        value_at: "next" subtracts γ V(s_{t+1}), "current" γ V(s_t) as the authors' code does. Nothing of V(s_0) is
+            left of the latter to be taken off: with γ = 1 both have the same returns, and the penalty alone differs.
         penalty: what β penalises: what the settings say ("reward" or "kl"), or the squares of the "reward", of the
             "residual" Q, or of the "advantage" Q − V(s_t), which is α̃ log π̃ − α₀ log π_b.
         margin: subtracted from the difference of returns.
@@ -99,12 +100,13 @@ def qadapter(
     """
     if normalised not in (None, "pair"):
         raise ConfigError(f"normalised = {normalised!r}: choose pair, or leave it out.")
-    q, values, rewards, _ = implied(statistics, mask, config)
+    if value_at == "current" and config.discount_floor:
+        raise ConfigError("value_at = 'current' is of the authors' sums, which know no floor of the discount.")
+    q, values, rewards, returns = implied(statistics, mask, config)
     if value_at == "current":
         rewards = (q - config.gamma * values) * mask
-    returns = functional.response_returns(
-        rewards, values, mask, config.gamma, config.length_normalised, config.discount_floor
-    )
+        settings = config.gamma, config.length_normalised
+        returns = functional.response_returns(rewards, torch.zeros_like(values), mask, *settings)
     if normalised == "pair":
         returns = returns / mask.sum(-1).view(2, -1).to(returns.dtype).mean(0).repeat(2)
     returns = returns - margin * torch.arange(len(returns), device=returns.device).lt(len(returns) // 2)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.experiments.ablations import DEFAULT
 from benchmarks.experiments.likelihood import LIKELIHOOD
 from benchmarks.experiments.named_settings import KEPT, TASKS, dsp, hh, terse
 from benchmarks.experiments.settings import Measuring, Setting, Training
@@ -15,7 +16,7 @@ MEDIUM_MEASURING = Measuring(
 MEDIUM_TRAINING = Training(pairs_a_step=8, micro_batch=8, learning_rate=5e-4, lora_layers="upper")
 MEDIUM_ABLATIONS = ("penalty", "alpha", "value", "gamma", "parametrisation", "length", "lora", "noise")
 MEDIUM_KNOBS: dict[str, list[dict[str, Any]]] = {
-    "qadapter": [{"beta": 10.0}, {"beta": 1.0}, {"beta": 3.0}],
+    "qadapter": [{"beta": 10.0}, {"beta": 1.0}, {"beta": 3.0}, DEFAULT],
     "dpo": [{"beta": 0.1}, {"beta": 0.3}, {"beta": 0.03}],
     "ipo": [{"beta": 0.3}],
     "kto": [{"beta": 0.1}],

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from benchmarks.experiments import losses, objectives
+from benchmarks.experiments.ablations import DEFAULT
 from benchmarks.experiments.answers import cached_answers, sample_answers
 from benchmarks.experiments.objectives import Objective
 from benchmarks.experiments.pools import Pools
@@ -214,7 +215,7 @@ METHODS: dict[str, Method] = {
 }
 # The option that a method is tuned over, and its values, from the mildest customisation to the strongest.
 MAIN_KNOBS: dict[str, list[dict[str, Any]]] = {
-    "qadapter": [{"beta": beta} for beta in (30.0, 10.0, 3.0, 1.0, 0.3)],
+    "qadapter": [DEFAULT, *({"beta": beta} for beta in (30.0, 10.0, 3.0, 1.0, 0.3))],
     "qadapter-logits": [{"preset": "authors", "beta": beta} for beta in (1.0, 0.1)],
     "authors": [{"beta": beta} for beta in (1.0, 0.1, 0.01)],
     "sft": [{}],

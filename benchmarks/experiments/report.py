@@ -39,7 +39,7 @@ from qadapter.modeling.bases import BUILTIN_MODEL
 from qadapter.plots import line_chart
 
 # (gain, drift) of the folded tables; those of the verdict stand in front of them.
-FURTHER = (("win", "kl"), ("score", "kl-samples"))
+FURTHER = (("accuracy", "kl"), ("win", "kl"), ("score", "kl-samples"))
 SERIES_A_PLOT = 6
 LEGEND = 24  # characters
 PLACES = ("--data", "--work", "--results", "--threads")  # of files on the machine that ran: no matter to a reader

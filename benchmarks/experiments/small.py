@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.experiments.ablations import DEFAULT
 from benchmarks.experiments.named_settings import capitals, dsp, hh, terse
 from benchmarks.experiments.settings import DOMAINS, Measuring, Setting, Training
 
@@ -12,7 +13,7 @@ CPU_MEASURING = Measuring(
 )  # fmt: skip
 CPU_TRAINING = Training(pairs_a_step=4, micro_batch=4, learning_rate=1e-3, lora_layers="upper")
 CPU_KNOBS: dict[str, list[dict[str, Any]]] = {
-    "qadapter": [{"beta": 10.0}, {"beta": 1.0}],
+    "qadapter": [{"beta": 10.0}, {"beta": 1.0}, DEFAULT],
     "dpo": [{"beta": 0.3}, {"beta": 0.1}],
     "authors": [{"beta": 0.1}, {"beta": 0.01}],
     "sft": [{}, {"training.learning_rate": 3e-4}],  # it has no knob but how far it goes
@@ -21,7 +22,8 @@ CPU_KNOBS: dict[str, list[dict[str, Any]]] = {
     "ipo": [{"beta": 0.3}, {"beta": 0.1}],
     "simpo": [{"beta": 2.0, "margin": 1.0}, {"beta": 5.0, "margin": 2.5}],
     "kto": [{"beta": 0.1}, {"beta": 0.3}],
-    "ppo": [{"kl_coefficient": 0.1}, {"kl_coefficient": 0.03}],
+    # The last has as many steps as the other methods; with 32 answers a rollout there are six.
+    "ppo": [{"kl_coefficient": 0.1}, {"kl_coefficient": 0.03}, {"kl_coefficient": 0.03, "rollouts": 8}],
     "qadapter-logits": [{"preset": "authors", "beta": 0.1}, {"preset": "authors", "beta": 1.0}],
 }
 

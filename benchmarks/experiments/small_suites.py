@@ -3,15 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.experiments.ablations import ABLATIONS, KL_PENALTY
+from benchmarks.experiments.ablations import ABLATIONS, DEFAULT, KL_PENALTY
 from benchmarks.experiments.settings import Setting
 from benchmarks.experiments.small import CPU_KNOBS, CPU_MEASURING, CPU_TRAINING, cpu_settings
 from benchmarks.experiments.suite import Suite
 
 
 def dsp_small() -> Suite:
-    """Every method with two values of its knob and three seeds on one domain, small."""
-    purpose = "Every method with two values of its own knob and three seeds: one domain, few short pairs, for a CPU."
+    """Every method with two or three values of its knob and three seeds on one domain, small."""
+    purpose = (
+        "Every method with two or three values of its own knob and three seeds: one domain, few short pairs, for a CPU."
+    )
     return Suite((cpu_settings()["dsp-entertainment"],), CPU_KNOBS, (0, 1, 2), purpose)
 
 
@@ -137,7 +139,7 @@ def discount_small() -> Suite:
             {"beta": 10.0, "gamma": 0.9},
             {"beta": 10.0},
             {"beta": 10.0, "gamma": 0.95},
-            {"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25},
+            DEFAULT,
             {"beta": 10.0, "gamma": 0.98},
             {"beta": 10.0, "gamma": 0.8},
             {"beta": 30.0, "gamma": 0.9},
@@ -183,7 +185,7 @@ def scales_small() -> Suite:
     )  # fmt: skip
     once = {"training.epochs": 1.0}
     knobs: dict[str, list[dict[str, Any]]] = {
-        "qadapter": [{"beta": 10.0}, {"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25}],
+        "qadapter": [{"beta": 10.0}, DEFAULT],
         "dpo": [{"beta": 0.1, **once}, {"beta": 0.3, **once}],
         "sft": [once],
     }
@@ -209,7 +211,7 @@ def threshold_small() -> Suite:
     )  # fmt: skip
     once = {"training.epochs": 1.0}
     knobs: dict[str, list[dict[str, Any]]] = {
-        "qadapter": [{"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25, **once}],
+        "qadapter": [{**DEFAULT, **once}],
         "dpo": [{"beta": 0.1, **once}],
     }
     purpose = (
@@ -256,7 +258,7 @@ def longer_small() -> Suite:
         if setting.name.startswith("dsp-")
     )  # fmt: skip
     knobs: dict[str, list[dict[str, Any]]] = {
-        "qadapter": [{"beta": 10.0, "gamma": 0.95, "discount_floor": 0.25}, {"beta": 10.0}],
+        "qadapter": [DEFAULT, {"beta": 10.0}],
         "dpo": [{"beta": 0.1, "training.epochs": 1.0}, {"beta": 0.1}, {"beta": 0.3, "training.epochs": 1.0}],
     }
     purpose = "The discount with a floor on answers over twice as long as in discount-small, beside γ = 1 and DPO."

@@ -24,14 +24,16 @@ from qadapter import QAdapterConfig
 from qadapter.config import ADDED_LATER
 from qadapter.evaluation.intervals import wilson
 
-# Judged samples and margin, against drift on the answers and on other texts, and (where tasks were run) against what
-# benchmarks lose.
+# Judged samples and margin, against drift on the answers and on other texts, and, where that was measured, against what
+# is lost of the preference that the base was tuned to before, and on benchmarks.
 YARDSTICKS = (
     ("score", "kl"),
     ("margin", "kl"),
     ("body", "kl"),
     ("score", "kl-prose"),
     ("margin", "kl-prose"),
+    ("score", "retained"),
+    ("margin", "retained"),
     ("score", "benchmarks"),
     ("margin", "benchmarks"),
 )
@@ -46,7 +48,7 @@ ROUNDING = 1e-9  # what equal areas may differ by
 GAIN_TITLES = {"score": "judged samples", "margin": "margin", "body": "margin without ends"}
 GOAL_GAINS = ("score", "margin")
 DEFAULT_YARDSTICKS = tuple((gain, drift) for drift in ("kl", "kl-prose") for gain in GOAL_GAINS)
-DRIFT_TITLES = {"kl": "KL", "kl-prose": "KL on prose", "benchmarks": "benchmarks"}
+DRIFT_TITLES = {"kl": "KL", "kl-prose": "KL on prose", "retained": "earlier preference", "benchmarks": "benchmarks"}
 # The heads of a contest's columns.
 CONTEST = (
     "seeds | variants | area | DPO's | difference | larger | difference by √drift | larger by √drift | "

@@ -87,6 +87,16 @@ def test_draws_keep_the_halves_apart_and_are_the_same_for_every_method():
     assert len(np.unique(counts[1:], axis=0)) > 5
 
 
+def test_the_share_of_pairs_and_what_is_lost_of_an_earlier_preference_are_read_from_the_pairs():
+    pairs = {"kl": [0.1] * 4, "prefers": [1.0, 1.0, 0.0, 1.0], "base_prefers": [1.0, 0.0, 1.0, 0.0]}
+    point = {"pairs": pairs, "retained": {"hh-rlhf/helpful": {"margin_gain": [-0.2, 0.1]}}}
+    draws = Draws()
+    drifts, gains = curve([point, {"pairs": {"kl": [0.1]}}], [0, 1, 2, 3], GAINS["accuracy"], DRIFTS["kl"], draws)
+    assert (drifts[0].tolist(), gains[0].tolist()) == ([pytest.approx(0.1)], [pytest.approx(0.25)])
+    drifts, gains = curve([point, {"pairs": pairs}], [0, 1, 2, 3], GAINS["accuracy"], DRIFTS["retained"], draws)
+    assert (drifts[0].tolist(), gains[0].tolist()) == ([pytest.approx(0.05)], [pytest.approx(0.25)])
+
+
 def test_a_curve_leaves_out_points_without_samples():
     def point(value, sampled):
         made = {"pairs": {"kl": [value] * 3, "margin_gain": [value, value, 4 * value]}}

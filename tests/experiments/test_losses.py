@@ -149,13 +149,29 @@ def test_variants_of_the_objective_change_what_they_say(policy, batch):
     chosen, rejected = rewards.sum(-1).chunk(2)
     squares, counts = (rewards**2).sum(-1).chunk(2), mask.sum(-1).chunk(2)
     penalty = (squares[0] + squares[1]) / (counts[0] + counts[1])
-    expected = -F.logsigmoid(chosen - rejected - 0.4) + 3 * penalty
+    expected = -F.logsigmoid(chosen - rejected - 0.4) + 3 * penalty  # both share s_0, but V(s_0) is not taken off
     found = losses.qadapter(statistics, mask, config, value_at="current", penalty="advantage", margin=0.4)
     torch.testing.assert_close(found, expected)
     residual = losses.qadapter(statistics, mask, config, penalty="residual")
     plain = losses.qadapter(statistics, mask, replace(config, beta=0.0))
     q_squares = ((q * mask) ** 2).sum(-1).chunk(2)
     torch.testing.assert_close(residual - plain, 3 * (q_squares[0] + q_squares[1]) / (counts[0] + counts[1]))
+
+
+def test_the_value_at_which_rewards_are_taken_matters_to_the_pair_only_with_a_discount(policy, batch):
+    """Σ (Q − V(s_t)) is the sum of log-ratios, as is Σ r − V(s_0) with γ = 1; a policy knows of no shift of a state."""
+    mask = objectives.response_mask(batch)
+    for normalised in (False, True):
+        for gamma, alike in ((1.0, True), (0.9, False)):
+            config = QAdapterConfig.preset("undiscounted", beta=0.0, gamma=gamma, length_normalised=normalised)
+            policy.configs["default"] = config
+            statistics = policy.token_statistics(**batch)
+            at_next, current = (
+                losses.qadapter(statistics, mask, config, value_at=place) for place in ("next", "current")
+            )
+            assert torch.allclose(at_next, current, rtol=1e-6, atol=1e-6) == alike
+    with pytest.raises(ConfigError, match="no floor"):
+        losses.qadapter(statistics, mask, replace(config, discount_floor=0.25), value_at="current")
 
 
 def test_the_authors_loss_from_statistics_is_that_from_logits(base, batch):

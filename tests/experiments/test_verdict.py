@@ -25,7 +25,7 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr("benchmarks.experiments.curves.RESAMPLES", 400)
 
 
-def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None):
+def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None, forgotten=None):
     """A cell whose margin (and score) grows with √KL; pairs and seeds differ a little."""
 
     def gains(height, kl):
@@ -37,6 +37,9 @@ def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None)
         point["pairs"] = {"kl": [kl] * PAIRS, "margin_gain": gains(margin, kl)}
         scores = gains(margin if score is None else score, kl)
         point["samples"] = {"score": scores, "base_score": [0.0] * PAIRS, "repetition": [kl] * PAIRS}
+        if forgotten is not None:
+            same = {"prefers": [1.0] * 5, "base_prefers": [1.0] * 5}
+            point["retained"] = {"earlier": {"margin_gain": [-forgotten * kl] * 5, **same}}
         if lost is not None:
             point["lost"] = {"arc_easy": [lost * kl] * 5}
         points.append(point)
@@ -62,6 +65,14 @@ def test_a_third_more_gain_is_met_or_not_by_the_numbers():
     assert "| 1.40 |" in page
     page = text([*dpo, *(result("qadapter", seed, 1.2) for seed in (0, 1))])
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 0 of 2" in page
+
+
+def test_gain_is_also_held_against_what_is_lost_of_an_earlier_preference():
+    """With gains as √KL, who loses a quarter at the same KL has twice the gain at equal loss."""
+    own = [result("qadapter", seed, 1.0, forgotten=0.1) for seed in (0, 1)]
+    page = text([*own, *(result("dpo", seed, 1.0, forgotten=0.4) for seed in (0, 1))])
+    assert "| s | x | margin | earlier preference | 2 | 1 / 1 |" in page
+    assert "a larger area is met in 2 of 4 comparisons, a third more gain in the lower half in 2 of 4" in page
 
 
 def with_threshold(cell, margin):
