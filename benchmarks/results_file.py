@@ -21,8 +21,8 @@ def command() -> str:
     return shlex.join(["python", *(["-m", spec.name] if spec else [shown]), *sys.argv[1:]])
 
 
-def write(output: Path | None, name: str, device: str, dtype: str, versions: Mapping[str, str], **found: Any) -> None:
-    """Write the command, the device, the versions and what was found into `output`, or into results/NAME.json."""
+def write(output: Path | None, name: str, device: str, dtype: str, versions: Mapping[str, str], **found: Any) -> Path:
+    """Write command, device, versions and what was found into `output`, or into results/NAME.json; the path of it."""
     processor = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     report = {
         "command": command(),
@@ -34,3 +34,4 @@ def write(output: Path | None, name: str, device: str, dtype: str, versions: Map
     output = output or RESULTS / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
+    return output

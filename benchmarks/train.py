@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from qadapter import load_preference_dataset
 from qadapter.data import tokenise_preferences
 from qadapter.modeling.bases import load_base, load_tokenizer, resolve_base
+from qadapter.plots import line_chart
 
 # What --check holds: pairs a second over TRL's, a bit more than half of what they are; peak allocations of a step over
 # TRL's; and matmuls of a step over what it cannot do without. The latter two are counted, and so have next to no room:
@@ -202,6 +203,21 @@ def check(figures: dict[str, dict[str, Any]]) -> list[str]:
     return problems
 
 
+def plot(figures: dict[str, dict[str, Any]]) -> str:
+    """Speed against memory as SVG: for each contender a line from all layers adapted to their upper half alone."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for contender, values in figures.items():
+        if "padded" not in contender:
+            point = values["peak_mib"], values["pairs_per_second"]
+            series.setdefault(contender.replace(", upper half", ""), []).append(point)
+    return line_chart(
+        series,
+        "Training: speed against memory; from all layers to the upper half",
+        "MiB that a step allocates at its peak, besides the weights",
+        "pairs a second",
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -236,7 +252,7 @@ def main() -> int:
         figures = measure(base, options)
         results.append({"pairs": options.pairs, "checkpoint_every": options.checkpoint_every, "figures": figures})
         if not options.check:  # after each setting: a run that is cut short leaves what it has measured
-            write(
+            written = write(
                 options.output,
                 f"train_{options.shape}_{options.device}",
                 options.device,
@@ -248,6 +264,8 @@ def main() -> int:
                 prompt=options.prompt,
                 results=results,
             )
+            stem = written.stem if len(options.settings) == 1 else f"{written.stem}_{setting.replace('/', '-')}"
+            written.with_name(f"{stem}.svg").write_text(plot(figures))
         print(f"{options.pairs} pairs a step, checkpoints every {options.checkpoint_every} layers")
         for contender, values in figures.items():
             ratio = values["ratio_to_rival"] or math.nan
