@@ -349,7 +349,7 @@ def test_a_distilled_lora_begins_where_the_policy_is(policy, base, tmp_path):
         tmp_path / "adapter", base_model=tmp_path / "base", interpolation="weights"
     )
     with torch.no_grad():
-        student = _student(model, 0.5).eval()(IDS).logits
+        student = _student(model, {"strength": 0.5}).eval()(IDS).logits
     torch.testing.assert_close(student, logits(policy, strength=0.5), rtol=1e-4, atol=1e-4)
 
 
