@@ -140,7 +140,9 @@ def checked_nats(
     nats = torch.as_tensor(value if isinstance(value, Tensor) else float(value), dtype=torch.float32, device=device)
     if nats.numel() == 1:
         nats = nats.reshape(())
-    if read and not bool((nats >= 0).all()):  # false for NaN too
+    # A number is looked at as one: compiled code would be cut in two by a look into a tensor.
+    sound = not read or (bool((nats >= 0).all()) if isinstance(value, Tensor) else value >= 0)  # false for NaN too
+    if not sound:
         raise ConfigError(f"{name} = {value!r}: must be 0 or above, in nats per token.")
     return nats
 
