@@ -133,7 +133,6 @@ def discount_small() -> Suite:
         training=replace(CPU_TRAINING, packed=True),
     )  # one epoch, also of the tuning to helpfulness before
     once = {"training.epochs": 1.0}  # more do DPO no good (epochs-small)
-    floor = {"gamma": 0.95, "discount_floor": 0.25}
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [
             {"beta": 10.0, "gamma": 0.9},
@@ -143,9 +142,9 @@ def discount_small() -> Suite:
             {"beta": 10.0, "gamma": 0.98},
             {"beta": 10.0, "gamma": 0.8},
             {"beta": 30.0, "gamma": 0.9},
-            {**floor, "beta": 10.0, "retention": 1.0, **once},
-            {**floor, "beta": 10.0, **once},
-            {**floor, "beta": 1.0, "retention": 1.0, **once},
+            {**DEFAULT, "retention": 1.0, **once},
+            {**DEFAULT, **once},
+            {**DEFAULT, "beta": 1.0, "retention": 1.0, **once},
         ],
         "dpo": [
             {"beta": 0.1, **once},

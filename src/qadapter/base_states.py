@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from qadapter.data.packing import SIDES, PackedSequences
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.base_digest import base_digest
 from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.packed import packed_batch
 from qadapter.modeling.passes import BaseStates
@@ -41,7 +42,6 @@ IN_MEMORY = "memory"
 # Of what is free; the rest is left to the run itself.
 USABLE_SHARE = 0.8
 FINAL, TRUNK = "base_final", "base_trunk"
-SUMMED_AT_ONCE = 2**22  # numbers; their sums take 8 bytes each
 
 Pair = Mapping[str, Any]
 Shard = Mapping[str, Tensor]
@@ -209,41 +209,11 @@ def fingerprint(model: QAdapterForCausalLM, pairs: Dataset) -> dict[str, Any]:
         dtype = f"{dtype} with products in {torch.get_autocast_dtype(device)}"
     return {
         "format": FORMAT,
-        "base": base_digest(model),
+        "base": base_digest(model.base),
         "pairs": digest.hexdigest(),
         "shared_layers": model.shared_layers,
         "dtype": dtype.replace("torch.", ""),
     }
-
-
-def base_digest(model: QAdapterForCausalLM) -> str:
-    """SHA-256 over the base's config and the sums of all its weights and buffers, which change with any one number.
-
-    The fingerprint in an adapter folder samples the weights; here a base may be the same but for a row of its
-    embeddings, or the frequencies of its positions.
-    """
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    named = [*model.base.named_parameters(), *model.base.named_buffers()]
-    frozen = {name.replace(".base_layer.", "."): tensor for name, tensor in named if "lora_" not in name}
-    for name in sorted(frozen):
-        digest.update(f"{name} {tuple(frozen[name].shape)} {bit_sums(frozen[name])}".encode())
-    return digest.hexdigest()
-
-
-def bit_sums(tensor: Tensor) -> tuple[int, int]:
-    """Σ bᵢ and Σ bᵢ·(i mod m) of the numbers as integers bᵢ, modulo 2⁶⁴: exact, in whatever order they are summed."""
-    flat = tensor.detach().reshape(-1)
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    total = bits.new_zeros(2, dtype=torch.int64)
-    places = torch.arange(1, min(SUMMED_AT_ONCE, max(1, bits.numel())) + 1, device=bits.device)
-    for part in bits.split(SUMMED_AT_ONCE):
-        wide = part.to(torch.int64)
-        total += torch.stack([wide.sum(), (wide * places[: len(wide)]).sum()])
-    plain, placed = total.tolist()
-    return plain, placed
 
 
 def estimated_bytes(model: QAdapterForCausalLM, pairs: Dataset) -> int:

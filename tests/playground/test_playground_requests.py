@@ -8,10 +8,11 @@ import pytest
 import torch
 from playground_client import ask
 
+from qadapter import OffInside
+
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
-from qadapter import OffInside  # noqa: E402
 from qadapter.generation import encode  # noqa: E402
 from qadapter.playground.app import added_texts, create_app  # noqa: E402  of the extra
 

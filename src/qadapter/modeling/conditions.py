@@ -30,9 +30,9 @@ FENCE = re.compile(r"^(.*?)(`{3,}|~{3,})(.*)$", re.MULTILINE)
 BEFORE_FENCE = " \t>"  # a fence may stand in a quotation
 INFO = re.compile(r"[\w+#.-]*\s*")  # the language, and nothing else: after a fence that opens within a line
 # What may follow a bracket in JSON, as far as it is written; so "[Your name]", "[0-9]" and "{name}" are none.
-NUMBER = r"-?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d*)?)?\s*(?:[,\]]|$)"
-WORD = r"t(?:r|$)(?:u|$)(?:e|$)|f(?:a|$)(?:l|$)(?:s|$)(?:e|$)|n(?:u|$)(?:l|$)(?:l|$)"
-JSON_START = rf"(?:\{{\s*(?:[\"}}]|\Z)|\[\s*(?:[\]\[{{\"]|{NUMBER}|{WORD}))".replace("$", r"\Z")
+NUMBER = r"-?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d*)?)?\s*(?:[,\]]|\Z)"
+WORD = r"t(?:r|\Z)(?:u|\Z)(?:e|\Z)|f(?:a|\Z)(?:l|\Z)(?:s|\Z)(?:e|\Z)|n(?:u|\Z)(?:l|\Z)(?:l|\Z)"
+JSON_START = rf"(?:\{{\s*(?:[\"}}]|\Z)|\[\s*(?:[\]\[{{\"]|{NUMBER}|{WORD}))"
 # At the beginning of a line any JSON, within one an object with a key.
 JSON = re.compile(rf"^[ \t>]*(?={JSON_START})|(?=\{{\s*\")", re.MULTILINE)
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
@@ -72,9 +72,7 @@ class OffInside:
         prompts, answers = state.input_ids[:, : state.prompt_length], state.input_ids[:, state.prompt_length :]
         ends = self.tokenizer.batch_decode(prompts[:, -PROMPT_END:], skip_special_tokens=False)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=False)
-        values = [
-            0.0 if self.off(self.opened(end) + text) else self.strength for end, text in zip(ends, texts, strict=True)
-        ]
+        values = [self._value(end, text) for end, text in zip(ends, texts, strict=True)]
         return torch.tensor(values, device=state.input_ids.device)
 
     def after(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> float:
@@ -83,7 +81,10 @@ class OffInside:
             self.tokenizer.decode(list(ids), skip_special_tokens=False)
             for ids in (prompt_ids[-PROMPT_END:], answer_ids)
         )
-        return 0.0 if self.off(self.opened(end) + text) else self.strength
+        return self._value(end, text)
+
+    def _value(self, prompt_end: str, answer: str) -> float:
+        return 0.0 if self.off(self.opened(prompt_end) + answer) else self.strength
 
     def opened(self, prompt: str) -> str:
         """The mark with which `prompt` ends, "" if it ends with none: some templates open the reasoning themselves."""
