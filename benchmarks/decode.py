@@ -6,7 +6,7 @@
     python benchmarks/decode.py --one-thread                       # by processor time: for a machine with other work
 
 The variants take turns within each round, and with --processes compile side by side before; figures are medians over
-rounds, ratios are to the base of the same round.
+rounds, ratios are to the base of the same round. The results file is written anew after each batch size.
 """
 
 import argparse
@@ -231,11 +231,14 @@ def _serve(end: Any, name: str, batch: int, options: argparse.Namespace, static:
 def measure(rounds: Rounds, options: argparse.Namespace) -> dict[int, dict[str, dict[str, float]]]:
     """By batch size and variant: median milliseconds a token, and median ratio to the base."""
     times: dict[tuple[int, str], list[float]] = {key: [] for key in rounds}
-    for round_number in range(options.rounds + 1):
+    for (batch, name), run in rounds.items():  # compiles, or warms up
+        start = time.monotonic()
+        run()
+        print(f"ready: batch {batch}, {name}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"timing {options.rounds} rounds", file=sys.stderr, flush=True)
+    for _ in range(options.rounds):
         for key, run in rounds.items():
-            milliseconds = run()
-            if round_number:  # the first round warms up
-                times[key].append(milliseconds)
+            times[key].append(run())
     figures: dict[int, dict[str, dict[str, float]]] = {}
     for (batch, name), values in times.items():
         base = times.get((batch, "base"), [math.nan] * len(values))
@@ -270,13 +273,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.one_thread:
         torch.set_num_threads(1)
+    # All variants share one forward's code: past eight of them the compiler would run the rest eagerly and not say so.
+    torch._dynamo.config.recompile_limit = 4 * len(VARIANTS)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     options.only = [variant for variant in VARIANTS if variant in ("base", *options.only)]
     options.kinds = [kind for kind, wanted in ((False, not options.no_eager), (True, options.compile)) if wanted]
     name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.dtype = getattr(torch, name)
     torch.manual_seed(0)
     model = None if options.processes else base_model(options)
-    results = []
+    results: list[dict[str, Any]] = []
+    save = functools.partial(
+        write,
+        options.output,
+        f"decode_{options.shape}_{options.device}",
+        options.device,
+        name,
+        {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        shape=options.shape,
+        results=results,
+    )
     for static in options.kinds:
         # All batch sizes at once only where they compile side by side: caches and copies take memory.
         for batches in [options.batches] if model is None else [[batch] for batch in options.batches]:
@@ -290,15 +306,7 @@ def main() -> None:
                 print(f"{kind}, batch {batch}")
                 for variant, values in figures.items():
                     print(f"  {variant:<44} {values['milliseconds']:>9.2f} ms  {values['ratio']:>6.2f}x")
-    write(
-        options.output,
-        f"decode_{options.shape}_{options.device}",
-        options.device,
-        name,
-        {module.__name__: module.__version__ for module in (torch, transformers, peft)},
-        shape=options.shape,
-        results=results,
-    )
+            save()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from benchmarks.experiments.tables import (
     threshold_table,
     variant_table,
 )
-from benchmarks.experiments.verdict import YARDSTICKS, measured, measured_gains, verdict_lines
+from benchmarks.experiments.verdict import verdict_lines
+from benchmarks.experiments.yardsticks import YARDSTICKS, measured, measured_gains
 from qadapter.errors import DataError
 from qadapter.evaluation.part_store import jsonable, write_ordered_json
 from qadapter.modeling.bases import BUILTIN_MODEL

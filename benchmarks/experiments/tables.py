@@ -21,7 +21,7 @@ from benchmarks.experiments.summary import (
     point_figures,
     variant_areas,
 )
-from benchmarks.experiments.verdict import GAIN_TITLES, bracketed, measured_gains
+from benchmarks.experiments.yardsticks import GAIN_TITLES, bracketed, measured_gains
 
 LEVELS = (0.04, 0.12, 0.25, 1.0)  # shares of the drift limit
 

@@ -6,56 +6,31 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.contests import (
-    OWN,
-    Contest,
-    Interval,
-    contests,
-    pooled,
-    pooled_difference,
-    variant_difference,
-)
-from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, Measure, interval
-from benchmarks.experiments.measure import STRENGTH
+from benchmarks.experiments.contests import OWN, Contest, contests, pooled
+from benchmarks.experiments.curves import DRIFTS, GAINS
+from benchmarks.experiments.default_lines import default_lines
+from benchmarks.experiments.failure_lines import failure_lines
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
-from benchmarks.experiments.summary import FORMS, RIVAL, Variant, dial_points, point_figures, variant_areas
-from qadapter import QAdapterConfig
-from qadapter.config import ADDED_LATER
-from qadapter.evaluation.intervals import wilson
-
-# Judged samples and margin, against drift on the answers and on other texts, and, where that was measured, against what
-# is lost of the preference that the base was tuned to before, and on benchmarks.
-YARDSTICKS = (
-    ("score", "kl"),
-    ("margin", "kl"),
-    ("body", "kl"),
-    ("score", "kl-prose"),
-    ("margin", "kl-prose"),
-    ("score", "retained"),
-    ("margin", "retained"),
-    ("score", "benchmarks"),
-    ("margin", "benchmarks"),
+from benchmarks.experiments.summary import FORMS, RIVAL, Variant, dial_points
+from benchmarks.experiments.yardsticks import (
+    DRIFT_TITLES,
+    GAIN_TITLES,
+    GOAL_GAINS,
+    YARDSTICKS,
+    Settings,
+    bracketed,
+    measured,
+    measures,
+    word,
 )
-DEFAULT_WORDS = {
-    "met": "better",
-    "one seed": "better on one seed, which is no ground to change it",
-    "not shown": "no ground to change it",
-    "not met": "the default leads",
-    "behind": "the default is better",
-}
-ROUNDING = 1e-9  # what equal areas may differ by
-GAIN_TITLES = {"score": "judged samples", "margin": "margin", "body": "margin without ends"}
-GOAL_GAINS = ("score", "margin")
-DEFAULT_YARDSTICKS = tuple((gain, drift) for drift in ("kl", "kl-prose") for gain in GOAL_GAINS)
-DRIFT_TITLES = {"kl": "KL", "kl-prose": "KL on prose", "retained": "earlier preference", "benchmarks": "benchmarks"}
+
 # The heads of a contest's columns.
 CONTEST = (
     "seeds | variants | area | DPO's | difference | larger | difference by √drift | larger by √drift | "
     "lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
 )
 CONTEST_COLUMNS = CONTEST.count("|") + 1
-Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
 
 INTRODUCTION = """## Verdict
 
@@ -135,25 +110,6 @@ def points_of(variant: Variant, form: str, yardstick: tuple[str, str]) -> bool:
     )
 
 
-def measures(yardstick: tuple[str, str]) -> tuple[Measure, Measure]:
-    """Its gain and its drift."""
-    return GAINS[yardstick[0]], DRIFTS[yardstick[1]]
-
-
-def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
-    """Whether each seed of each variant has a point with both: some yardsticks are younger than some results."""
-    return all(
-        any(all(measure.read(point) for measure in measures(yardstick)) for point in result["points"])
-        for variant in variants
-        for result in variant.results
-    )
-
-
-def measured_gains(variants: Sequence[Variant]) -> list[str]:
-    """The gains that were measured together with the KL."""
-    return [gain for gain in GAIN_TITLES if measured(variants, (gain, "kl"))]
-
-
 def only_ablations(suite: str) -> bool:
     """Whether a suite has no methods beside its ablations."""
     return suite in SUITES and not make_suite(suite).knobs
@@ -163,16 +119,6 @@ def rivals(found: Sequence[Contest]) -> list[Contest]:
     """The contests with other methods, with the dial or with scaled weights."""
     others = (one for one in found if not one.other.method.startswith(OWN))
     return [one for one in others if one.other.form in ("dial", "scaled")]
-
-
-def word(value: Interval, seeds: int) -> str:
-    """Whether a difference is above 0, outside the spread over prompts and seeds."""
-    estimate, low, high = value
-    if low > ROUNDING:
-        return "met" if seeds > 1 else "one seed"
-    if high < -ROUNDING and seeds > 1:
-        return "behind"
-    return "not shown" if estimate > ROUNDING else "not met"
 
 
 def domain_table(
@@ -276,117 +222,3 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
             cells += [bracketed(row[gain].whole), word(row[gain].whole, row[gain].seeds)] if gain in row else ["–", "–"]
         yield "| " + " | ".join(cells) + " |"
     yield "\n</details>\n"
-
-
-def default_of(variants: Sequence[Variant]) -> Variant | None:
-    """The variant that the package's defaults give, or None."""
-    own = (variant for variant in variants if variant.method == OWN)
-    usual = QAdapterConfig().to_dict()
-    # Results are older than some settings, as adapter folders are.
-    named = (v for v in own if ADDED_LATER | v.results[0]["policy"] == usual and set(v.named_options) <= set(usual))
-    return next(named, None)
-
-
-def default_lines(settings: Settings) -> Iterator[str]:
-    """The package's default against the best of Q-Adapter's other variants by each gain."""
-    lines = []
-    for (suite, setting), variants in settings.items():
-        default = default_of(variants)
-        others = [variant for variant in variants if variant.method.startswith(OWN) and variant is not default]
-        for gain in measured_gains(variants) if default is not None else ():
-            compared = [(variant_difference(other, default, GAINS[gain], DRIFTS["kl"]), other) for other in others]
-            known = [(value, other) for value, other in compared if value is not None]
-            if known:
-                value, best = max(known, key=lambda pair: pair[0][0])
-                says = DEFAULT_WORDS[word(value, len(best.seeds & default.seeds))]
-                lines.append(
-                    f"- {suite}, {setting}, {GAIN_TITLES[gain]}: best of {len(known)} other variants is {best.label}; "
-                    f"area − the default's {bracketed(value)}: {says}."
-                )
-    if lines:
-        yield (
-            "**The default** is "
-            + ", ".join(f"{name} = {value}" for name, value in QAdapterConfig().to_dict().items())
-            + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it.\n"
-        )
-        yield from pooled_default_lines(settings)
-        yield "[Why γ = 0.95 with a floor](method.md#the-discount), and what speaks for γ = 1.\n"
-        yield "<details><summary>The default beside the best other variant</summary>\n"
-        yield from lines
-        yield "\n</details>\n"
-
-
-def pooled_default_lines(settings: Settings) -> Iterator[str]:
-    """Each variant that all of a suite's domains of DSP have, against the default, in the mean over the domains."""
-    suites: dict[str, list[tuple[Variant, dict[str, Variant]]]] = {}
-    for (suite, setting), variants in settings.items():
-        default = default_of(variants)
-        if setting.startswith("dsp-") and default is not None:
-            others = {v.label: v for v in variants if v.method.startswith(OWN) and v is not default}
-            suites.setdefault(suite, []).append((default, others))
-    rows = []
-    for suite, domains in suites.items():
-        labels = [label for label in domains[0][1] if all(label in others for _, others in domains)]
-        for label in labels if len(domains) > 1 else ():
-            pairs = [(others[label], default) for default, others in domains]
-            seeds = min(len(one.seeds & other.seeds) for one, other in pairs)
-            cells = [suite, str(len(domains)), label, str(seeds)]
-            for gain, drift in DEFAULT_YARDSTICKS:
-                known = all(measured(pair, (gain, drift)) for pair in pairs)
-                value = pooled_difference(pairs, GAINS[gain], DRIFTS[drift]) if known else None
-                cells += ["–", "–"] if value is None else [bracketed(value), DEFAULT_WORDS[word(value, seeds)]]
-            rows.append("| " + " | ".join(cells) + " |")
-    if rows:
-        yield "Area − the default's, in the mean over the domains of DSP (seeds: the fewest that both have):\n"
-        yield (
-            "| suite | domains | variant | seeds | "
-            + " | ".join(f"{GAIN_TITLES[gain]} against {DRIFT_TITLES[drift]} | " for gain, drift in DEFAULT_YARDSTICKS)
-            + " |"
-        )
-        yield "|---" * (4 + 2 * len(DEFAULT_YARDSTICKS)) + "|"
-        yield from rows
-        yield ""
-
-
-def failure_lines(settings: Settings) -> Iterator[str]:
-    """What did not work, by rules: a judge near chance, methods that gain nothing, answers that fall apart."""
-    lines = [line for (suite, setting), variants in settings.items() for line in failures(suite, setting, variants)]
-    if lines:
-        yield "**What did not work:**\n"
-        yield from lines
-        yield ""
-
-
-def failures(suite: str, setting: str, variants: Sequence[Variant]) -> Iterator[str]:
-    """Of a setting."""
-    place = f"- {suite}, {setting}: "
-    first = variants[0].results[0]
-    accuracy, pairs = first["judge"]["held_out_accuracy"], first["data"]["held_out_pairs"]
-    right = wilson(accuracy * pairs, pairs)
-    gains = measured_gains(variants)
-    if right.low <= 0.5 and "score" in gains:
-        yield (
-            f"{place}the judge ranks {accuracy:.3f} [{right.low:.3f}, {right.high:.3f}] of {pairs} held-out pairs "
-            "right, which may be chance: judged samples say little here."
-        )
-    for gain in gains:
-        weak = []
-        for variant in variants:
-            whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws())
-            if interval(whole)[1] < 0.001:
-                weak.append(f"{TITLES.get(variant.method, variant.method)} ({variant.label})")
-        if weak:
-            yield f"{place}no gain by {GAIN_TITLES[gain]} (the interval of the area reaches 0): {'; '.join(weak)}."
-    for variant in variants:
-        figures = point_figures(variant, STRENGTH, 1.0) or {}
-        if figures.get("sample repetition", 0) > 0.1:
-            yield (
-                f"{place}{TITLES.get(variant.method, variant.method)} ({variant.label}) repeats itself: "
-                f"{figures['sample repetition']:.0%} of its sequences of four words."
-            )
-
-
-def bracketed(values: Interval) -> str:
-    """Estimate [low, high]; a dash for what is no number."""
-    value, low, high = (round(number, 3) + 0.0 for number in values)  # no minus before a nought
-    return "–" if not np.isfinite(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -7,10 +7,12 @@ import pytest
 
 from benchmarks.experiments.contests import contests, gains_at, pooled, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
+from benchmarks.experiments.default_lines import pooled_default_lines
 from benchmarks.experiments.report import shown_command, up_to
 from benchmarks.experiments.summary import Variant, method_areas, seed_mean, variants
 from benchmarks.experiments.tables import ablation_table, is_usual
-from benchmarks.experiments.verdict import measured_gains, pooled_default_lines, verdict_lines, word
+from benchmarks.experiments.verdict import verdict_lines
+from benchmarks.experiments.yardsticks import measured_gains, word
 from qadapter import QAdapterConfig
 
 PAIRS = 12

@@ -1,0 +1,63 @@
+"""What a gain is held against, whether it was measured, and the words for a difference."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.experiments.contests import Interval
+from benchmarks.experiments.curves import DRIFTS, GAINS, Measure
+from benchmarks.experiments.summary import Variant
+
+# Judged samples and margin, against drift on the answers and on other texts, and, where that was measured, against what
+# is lost of the preference that the base was tuned to before, and on benchmarks.
+YARDSTICKS = (
+    ("score", "kl"),
+    ("margin", "kl"),
+    ("body", "kl"),
+    ("score", "kl-prose"),
+    ("margin", "kl-prose"),
+    ("score", "retained"),
+    ("margin", "retained"),
+    ("score", "benchmarks"),
+    ("margin", "benchmarks"),
+)
+GOAL_GAINS = ("score", "margin")
+ROUNDING = 1e-9  # what equal areas may differ by
+GAIN_TITLES = {"score": "judged samples", "margin": "margin", "body": "margin without ends"}
+DRIFT_TITLES = {"kl": "KL", "kl-prose": "KL on prose", "retained": "earlier preference", "benchmarks": "benchmarks"}
+Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
+
+
+def measures(yardstick: tuple[str, str]) -> tuple[Measure, Measure]:
+    """Its gain and its drift."""
+    return GAINS[yardstick[0]], DRIFTS[yardstick[1]]
+
+
+def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
+    """Whether each seed of each variant has a point with both: some yardsticks are younger than some results."""
+    return all(
+        any(all(measure.read(point) for measure in measures(yardstick)) for point in result["points"])
+        for variant in variants
+        for result in variant.results
+    )
+
+
+def measured_gains(variants: Sequence[Variant]) -> list[str]:
+    """The gains that were measured together with the KL."""
+    return [gain for gain in GAIN_TITLES if measured(variants, (gain, "kl"))]
+
+
+def word(value: Interval, seeds: int) -> str:
+    """Whether a difference is above 0, outside the spread over prompts and seeds."""
+    estimate, low, high = value
+    if low > ROUNDING:
+        return "met" if seeds > 1 else "one seed"
+    if high < -ROUNDING and seeds > 1:
+        return "behind"
+    return "not shown" if estimate > ROUNDING else "not met"
+
+
+def bracketed(values: Interval) -> str:
+    """Estimate [low, high]; a dash for what is no number."""
+    value, low, high = (round(number, 3) + 0.0 for number in values)  # no minus before a nought
+    return "–" if not np.isfinite(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
