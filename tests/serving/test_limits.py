@@ -1,7 +1,9 @@
 """Places, time and size are bounded, and whoever goes away frees a place."""
 
 import json
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -194,3 +196,33 @@ def test_stopping_ends_answers_that_take_too_long_with_an_error(running):
     assert whole.status_code == 503
     assert whole.json()["error"]["code"] == "shutting_down"
     assert '"code":"shutting_down"' in streamed.text.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_connection_that_never_sends_a_whole_head_is_closed(server, monkeypatch, asked_before):
+    """However slowly its bytes come, and whether or not it asked something before."""
+    monkeypatch.setattr("qadapter.serving.connections.HEAD_SECONDS", 0.5)
+    with socket.create_connection(server.listener.getsockname()[:2], timeout=10) as connection:
+        if asked_before:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        start = time.monotonic()
+        try:
+            while time.monotonic() < start + 10:
+                connection.sendall(b"A: b\r\n")
+                time.sleep(0.05)
+        except OSError:  # the other end is closed
+            pass
+        assert 0.3 < time.monotonic() - start < 5
+    assert server.get("/health").status_code == 200
+
+
+def test_an_answer_may_take_longer_than_a_head(running, monkeypatch):
+    monkeypatch.setattr("qadapter.serving.connections.HEAD_SECONDS", 0.2)
+    server = running()
+    with server.client() as client:
+        for _ in range(2):  # by the same connection
+            start = time.monotonic()
+            client.completions.create(**{**FOREVER, "max_tokens": 400})
+            assert time.monotonic() - start > 0.4

@@ -8,6 +8,7 @@ import uvicorn
 
 from qadapter.errors import ConfigError
 from qadapter.serving.app import Service, create_app
+from qadapter.serving.connections import TimedProtocol
 
 # What uvicorn waits beyond our own deadline, for the last bytes.
 LAST_BYTES_SECONDS = 5
@@ -29,6 +30,8 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
+                http=TimedProtocol,
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
