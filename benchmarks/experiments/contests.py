@@ -2,25 +2,29 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.experiments.curves import Array, Draws, Measure, curve, gain_at, interval
+from benchmarks.experiments.curves import Draws, Measure, curve, gain_at
+from benchmarks.experiments.estimates import Estimate, Interval, mean_of_settings, seed_mean
 from benchmarks.experiments.summary import (
     RIVAL,
     MethodArea,
     Variant,
     dial_points,
-    method_areas,
-    seed_mean,
+    forms_of,
+    limit_of,
+    method_area,
+    reach,
     variant_areas,
 )
 
 OWN = "qadapter"
 GOAL = 4 / 3  # of DPO's mean gain over the lower half: a third more
 UNLIKE = "*"
-Interval = tuple[float, float, float]
+SHORT = 0.1  # of the limit: two methods of which one was measured to less are not compared
+FEW_STEPS = 0.5  # of the other side's: a method that was trained for fewer is no rival
 
 
 @dataclass(frozen=True)
@@ -28,33 +32,37 @@ class Contest:
     """A method's area and another's under the same resamples.
 
     Args:
-        values: how many variants each side chose from, as text: "3 / 1", with a mark where their training differs.
+        values: how many variants each side chose from, as text: "3 / 1", with a mark where they are not `alike`.
+        alike: whether the other was given the own side's training (epochs, say), and took at least half as many steps.
+        share: of the drift's limit, to which both were measured and are compared; below SHORT they are not compared.
     """
 
     own: MethodArea
     other: MethodArea
     seeds: int
     values: str
+    alike: bool = True
+    share: float = 1.0
 
     @property
     def whole(self) -> Interval:
         """Difference of the areas."""
-        return interval(self.own.whole - self.other.whole)
+        return (self.own.whole - self.other.whole).interval
 
     @property
     def lower(self) -> Interval:
         """Difference of the lower halves."""
-        return interval(self.own.lower - self.other.lower)
+        return (self.own.lower - self.other.lower).interval
 
     @property
     def beyond_goal(self) -> Interval:
         """Own lower half less 4/3 of the other's. (A ratio has no interval where the other's comes near 0.)"""
-        return interval(self.own.lower - GOAL * self.other.lower)
+        return (self.own.lower - GOAL * self.other.lower).interval
 
     @property
     def ratio(self) -> float:
         """Of the lower halves; nan where the other's is not above 0."""
-        return float(self.own.lower[0] / self.other.lower[0]) if self.other.lower[0] > 0 else np.nan
+        return self.own.lower.value / self.other.lower.value if self.other.lower.value > 0 else np.nan
 
 
 def contests(
@@ -64,6 +72,7 @@ def contests(
     own: str = OWN,
     read_by: Measure | None = None,
     form: str = "dial",
+    within_reach: bool = True,
 ) -> list[Contest]:
     """`own`, its knob tuned and with the strength dial (or in another form), against every method and form of it.
 
@@ -73,6 +82,7 @@ def contests(
 
     Args:
         read_by: the drift of the areas, where the same variants and seeds are to be read in another way.
+        within_reach: compare no further than both were measured: what a curve does beyond its last point is not known.
     """
     result, draws = [], Draws()
     methods = {method: tuned_over([v for v in found if v.method == method], gain, drift, draws)
@@ -84,21 +94,30 @@ def contests(
             continue
         pair = [v for v in found if v in pair or (v.method == OWN and OWN in (own, method) and v.seeds >= seeds)]
         pair = [on_seeds(variant, seeds) for variant in pair]
-        rows = method_areas(pair, gain, read_by or drift, draws)
-        first = next(row for row in rows if row.method == own and row.form == form)
-        others = [row for row in rows if row is not first and row.method == method]
-        result += [Contest(first, row, len(seeds), knob_values(pair, own, method)) for row in others]
+        sides = [[variant for variant in pair if variant.method == side] for side in (own, method)]
+        alike = trained_alike(*sides)
+        values = f"{len(sides[0])} / {len(sides[1])}" + UNLIKE * (not alike)
+        for other in forms_of(sides[1], gain):
+            if (method, other) == (own, form):
+                continue
+            limit = limit_of(pair[0].results[0], drift)
+            reached = min(reach(side, of, gain, drift) for side, of in zip(sides, (form, other), strict=True))
+            share = min(1.0, reached / limit)
+            cut = share if within_reach and share >= SHORT else 1.0
+            read = replace(read_by or drift, limit=cut * limit)
+            areas = (method_area(of, side, gain, read, draws) for side, of in zip(sides, (form, other), strict=True))
+            result.append(Contest(*areas, len(seeds), values, alike, share))
     return result
 
 
-def knob_values(pair: Sequence[Variant], own: str, other: str) -> str:
-    """How many variants the two methods choose from; UNLIKE marks sides that were not trained alike."""
-    counts, trainings = [], []
-    for method in (own, other):
-        variants = [variant for variant in pair if variant.method == method]
-        counts.append(str(len(variants)))
-        trainings.append({json.dumps(v.results[0]["cell"]["setting"]["training"], sort_keys=True) for v in variants})
-    return " / ".join(counts) + UNLIKE * (trainings[0] != trainings[1])
+def trained_alike(own: Sequence[Variant], other: Sequence[Variant]) -> bool:
+    """Whether the other side has each training of the own one (epochs, say), and at least half as many steps."""
+
+    def trainings(side: Sequence[Variant]) -> set[str]:
+        return {json.dumps(v.results[0]["cell"]["setting"]["training"], sort_keys=True) for v in side}
+
+    steps = [max(v.results[0]["training"]["steps"] for v in side) for side in (own, other)]
+    return trainings(own) <= trainings(other) and steps[1] >= FEW_STEPS * steps[0]
 
 
 def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> list[Variant]:
@@ -115,7 +134,7 @@ def tuned_over(found: Sequence[Variant], gain: Measure, drift: Measure, draws: D
         if not other.seeds > variant.seeds:
             return False
         rows = _resampled_difference(variant, other, gain, drift, draws) if variant.method != OWN else None
-        return rows is None or rows[0] <= 0
+        return rows is None or rows.value <= 0
 
     return [variant for variant in found if not any(beaten(variant, other) for other in covered)]
 
@@ -125,18 +144,12 @@ def pooled(found: Sequence[Contest]) -> Contest:
 
     def mean(side: str) -> MethodArea:
         areas: list[MethodArea] = [getattr(one, side) for one in found]
-        whole = mean_of_settings([area.whole for area in areas])
-        lower = mean_of_settings([area.lower for area in areas])
+        whole, lower = (mean_of_settings([getattr(area, part) for area in areas]) for part in ("whole", "lower"))
         return MethodArea(areas[0].method, areas[0].form, whole, lower, ())
 
     values = ", ".join(dict.fromkeys(one.values for one in found))
-    return Contest(mean("own"), mean("other"), min(one.seeds for one in found), values)
-
-
-def mean_of_settings(rows: Sequence[Array]) -> Array:
-    """The mean of what was resampled in several settings: their prompts differ, so each is resampled by itself."""
-    orders = [np.random.default_rng(place).permutation(len(row) - 1) + 1 for place, row in enumerate(rows)]
-    return np.mean([np.append(row[0], row[order]) for row, order in zip(rows, orders, strict=True)], 0)
+    seeds, share = min(one.seeds for one in found), min(one.share for one in found)
+    return Contest(mean("own"), mean("other"), seeds, values, all(one.alike for one in found), share)
 
 
 def on_seeds(variant: Variant, seeds: frozenset[int]) -> Variant:
@@ -147,23 +160,24 @@ def on_seeds(variant: Variant, seeds: frozenset[int]) -> Variant:
 
 def against_rival(found: Sequence[Variant], gain: Measure, drift: Measure) -> dict[tuple[str, str], Contest]:
     """{(method, form): contest of DPO with the dial against it}."""
-    return {(one.other.method, one.other.form): one for one in contests(found, gain, drift, RIVAL)}
+    whole = contests(found, gain, drift, RIVAL, within_reach=False)
+    return {(one.other.method, one.other.form): one for one in whole}
 
 
 def variant_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Interval | None:
     """Difference of two variants' areas along the dial, on the seeds that both have; None if they share none."""
     rows = _resampled_difference(one, other, gain, drift, Draws())
-    return None if rows is None else interval(rows)
+    return None if rows is None else rows.interval
 
 
 def pooled_difference(pairs: Sequence[tuple[Variant, Variant]], gain: Measure, drift: Measure) -> Interval | None:
     """Its mean over settings, each with its pair of variants; None if a pair shares no seed."""
     rows = [_resampled_difference(*pair, gain, drift, Draws()) for pair in pairs]
     known = [row for row in rows if row is not None]
-    return interval(mean_of_settings(known)) if len(known) == len(rows) else None
+    return mean_of_settings(known).interval if len(known) == len(rows) else None
 
 
-def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Measure, draws: Draws) -> Array | None:
+def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Measure, draws: Draws) -> Estimate | None:
     seeds = one.seeds & other.seeds
     if not seeds:
         return None
@@ -171,10 +185,12 @@ def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Me
     return left - right
 
 
-def gains_at(variant: Variant, gain: Measure, drift: Measure, level: float, draws: Draws, form: str = "dial") -> Array:
-    """Gain (or another drift) at a drift along the dial or in another form, in each resample, mean over seeds."""
+def gains_at(
+    variant: Variant, gain: Measure, drift: Measure, level: float, draws: Draws, form: str = "dial"
+) -> Estimate:
+    """Gain (or another drift) at a drift along the dial or in another form, mean over seeds."""
     rows = []
     for result in variant.results:
         drifts, gains = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws)
         rows.append(np.array([gain_at(*row, level) for row in zip(drifts, gains, strict=True)]))
-    return seed_mean(rows, draws)
+    return seed_mean(rows)

@@ -1,4 +1,4 @@
-"""Trade-off curves and their area, with intervals over prompts and seeds; the definitions of the results page.
+"""Trade-off curves and their area under resamples of the prompts; the definitions of the results page.
 
 A curve is what a policy reaches along its dial: points (drift, gain), the base being (0, 0). Since less is always to be
 had for less, its *envelope* is the largest gain at or below a drift. Between two measured points it is a straight line
@@ -22,6 +22,9 @@ GRID = 4001
 # So many that the ends of an interval vary by a twenty-fifth of a standard error with the seed of the draws.
 RESAMPLES = 4_000
 HALVES = (0, 1)
+# An answer of which a larger share of the sequences of four words are repeats gains nothing, whatever a judge of style
+# says: it is a loop. At most one in a hundred of the base's answers is beyond.
+LOOPS = 0.3
 Array = np.ndarray
 
 
@@ -51,6 +54,14 @@ def _samples(value: Any) -> Any:
     return lambda point: value(point["samples"]) if "samples" in point else None
 
 
+def _unless_loops(value: Any) -> Any:
+    def gains(found: Mapping[str, Any]) -> list[float]:
+        pairs = zip(value(found), found["repetition"], strict=True)
+        return [min(gain, 0.0) if repeated > LOOPS else gain for gain, repeated in pairs]
+
+    return _samples(gains)
+
+
 def _preferred(point: Mapping[str, Any]) -> list[float] | None:
     """Whether the policy finds a pair's chosen answer likelier, less whether the base does: 1, 0 or −1."""
     pairs = point["pairs"]
@@ -71,12 +82,12 @@ GAINS = {
     "score": Measure(
         "judge's score of samples, change",
         "samples",
-        _samples(lambda found: [a - b for a, b in zip(found["score"], found["base_score"], strict=True)]),
+        _unless_loops(lambda found: [a - b for a, b in zip(found["score"], found["base_score"], strict=True)]),
     ),
     "win": Measure(
         "win rate at equal length, minus ½",
         "samples",
-        _samples(lambda found: [value - 0.5 for value in found["win"]]),
+        _unless_loops(lambda found: [value - 0.5 for value in found["win"]]),
     ),
     "margin": Measure("margin a token, change in nats", "pairs", _pairs("margin_gain")),
     "body": Measure("margin a token without the answers' ends, change in nats", "pairs", _pairs("body_gain")),
@@ -131,18 +142,13 @@ class Draws:
     """Resampled counts of units, the same for every method, so that differences are paired.
 
     Row 0 is the sample itself. For each half of the units there are draws of their own: the halves choose a method's
-    knob for each other.
+    knob for each other. Seeds are not drawn: see estimates.py.
     """
 
     def __init__(self, resamples: int | None = None, seed: int = 0) -> None:
         self.resamples, self.seed = RESAMPLES if resamples is None else resamples, seed
         self._counts: dict[tuple[str, int, int | None], Array] = {}
         self.known: dict[tuple[Any, ...], Any] = {}  # what others have computed under these draws
-
-    def seeds(self, count: int) -> Array:
-        """Which of so many seeds were drawn, (resamples + 1, count)."""
-        generator = np.random.default_rng([self.seed, 0])
-        return np.concatenate([[np.arange(count)], generator.integers(0, count, (self.resamples, count))])
 
     def counts(self, kind: str, units: int, half: int | None = None) -> Array:
         """How often each unit was drawn, (resamples + 1, units)."""
@@ -223,10 +229,3 @@ def _mean_over_root(xs: Array, ys: Array, until: float, root: bool) -> Array:
 def _mean_height(heights: Array) -> Array:
     """The mean of functions from their values at equal steps, by the trapezoidal rule."""
     return (heights.sum(-1) - (heights[..., 0] + heights[..., -1]) / 2) / (heights.shape[-1] - 1)
-
-
-def interval(values: Array) -> tuple[float, float, float]:
-    """The estimate (row 0) with its 95% percentile interval."""
-    finite = values[1:][np.isfinite(values[1:])]
-    low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
-    return float(values[0]), float(low), float(high)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, interval
+from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.summary import Variant, point_figures, variant_areas
 from benchmarks.experiments.yardsticks import GAIN_TITLES, Settings, measured_gains
 from qadapter.evaluation.intervals import wilson
+
+BABBLE = 0.1  # of the sequences of four words of a policy's answers
 
 
 def failure_lines(settings: Settings) -> Iterator[str]:
@@ -35,14 +37,18 @@ def failures(suite: str, setting: str, variants: Sequence[Variant]) -> Iterator[
         weak = []
         for variant in variants:
             whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws())
-            if interval(whole)[1] < 0.001:
+            if whole.interval[1] < 0.001:
                 weak.append(f"{TITLES.get(variant.method, variant.method)} ({variant.label})")
         if weak:
             yield f"{place}no gain by {GAIN_TITLES[gain]} (the interval of the area reaches 0): {'; '.join(weak)}."
     for variant in variants:
-        figures = point_figures(variant, STRENGTH, 1.0) or {}
-        if figures.get("sample repetition", 0) > 0.1:
-            yield (
-                f"{place}{TITLES.get(variant.method, variant.method)} ({variant.label}) repeats itself: "
-                f"{figures['sample repetition']:.0%} of its sequences of four words."
-            )
+        points = variant.results[0]["points"]
+        for strength in sorted(p["value"] for p in points if p["dial"] == STRENGTH and "samples" in p):
+            repeated = (point_figures(variant, STRENGTH, strength) or {}).get("sample repetition", 0)
+            if repeated > BABBLE:
+                name = TITLES.get(variant.method, variant.method)
+                yield (
+                    f"{place}{name} ({variant.label}) repeats itself from strength {strength:g} on: {repeated:.0%} "
+                    "of its sequences of four words."
+                )
+                break

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.experiments.cells import read_results
 from benchmarks.experiments.contests import OWN
-from benchmarks.experiments.curves import DRIFTS, GAINS, RESAMPLES, Draws
+from benchmarks.experiments.curves import DRIFTS, GAINS, LOOPS, RESAMPLES, Draws
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
 from benchmarks.experiments.summary import (
@@ -40,7 +40,7 @@ from qadapter.modeling.bases import BUILTIN_MODEL
 from qadapter.plots import line_chart
 
 # (gain, drift) of the folded tables; those of the verdict stand in front of them.
-FURTHER = (("accuracy", "kl"), ("win", "kl"), ("score", "kl-samples"))
+FURTHER = (("accuracy", "kl"),)
 SERIES_A_PLOT = 6
 LEGEND = 24  # characters
 PLACES = ("--data", "--work", "--results", "--threads")  # of files on the machine that ran: no matter to a reader
@@ -57,7 +57,8 @@ DEFINITIONS = """## How to read it
 A trade-off curve holds (drift, gain) points along the strength dial, the base being (0, 0). The area is the mean height
 of its envelope (the largest gain at or below a drift) over √(drift / limit) from 0 to 1, in the gain's unit; a curve
 that ends before the limit is flat from there. The lower half is the same over drifts up to a quarter of the limit: the
-mean gain at equal small drift. No area is below 0, since the base is always there to fall back on.
+mean gain at equal small drift. No area is below 0, since the base is always there to fall back on. In the verdict two
+methods are compared up to the drift that some variant of either was measured to, where that is less than the limit.
 
 Between measured points the envelope is a straight line in drift, which answering a share of the requests at each of the
 two strengths reaches. Along a dial gains grow about with √drift, so that such lines credit too little between points
@@ -67,7 +68,9 @@ the whole curve (benchmarks/LOG.md).
 
 Gains: the change of the judge's score on sampled answers; its win rate against the base's answers at equal length,
 less ½ (figures up to 2026-11-28 were cut at blanks alone: words joined by line breaks counted as one); the change of
-log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the answers' ends.
+log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the answers' ends. By the
+first two an answer of which more than {loops:.0%} of the sequences of four words are repeats gains nothing: judges of
+style like loops. (Of the base's answers about one in a hundred is such a loop.)
 Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the score that
 benchmarks lost, up to 0.04.
 
@@ -77,9 +80,9 @@ A method's knob is chosen on one half of the prompts and measured on the other, 
 dial z_b + λ (z̃ − z_b), given to every method (on a DPO LoRA it is DeRa); "scaled" averages weights with the base's
 (WiSE-FT); "by its own knob alone" is the curve through the knob's values at full strength.
 
-Brackets are 95% intervals (bootstrap of held-out prompts and of seeds, {resamples:,} resamples, the same for all
-methods). With one seed they are over prompts alone. Two or three seeds hardly show their spread: take such intervals as
-too narrow.
+Brackets are 95% intervals over held-out prompts (bootstrap, {resamples:,} resamples, the same for all methods) and over
+seeds (their unbiased variance; both by Student's t, with Satterthwaite's degrees of freedom). With one seed they are
+over prompts alone. Many comparisons stand on this page, and nothing is corrected for that.
 """
 
 
@@ -110,7 +113,7 @@ def write_report(results: Path, output: Path) -> None:
             HEAD.format(results=source, places=places),
             *index,
             *verdict_lines(settings),
-            DEFINITIONS.format(resamples=RESAMPLES),
+            DEFINITIONS.format(resamples=RESAMPLES, loops=LOOPS),
         ],
     )
     figures: dict[str, Any] = {}

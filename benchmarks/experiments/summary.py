@@ -2,22 +2,24 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve
+from benchmarks.experiments.estimates import Estimate, seed_mean
 from benchmarks.experiments.measure import SCALE, STRENGTH, THRESHOLD
 from qadapter.errors import DataError
 
 Result = dict[str, Any]
+KNOB = "knob"
 FORMS = {
     "dial": "with the strength dial",
     "scaled": "with scaled weights (WiSE-FT)",
     "thresholded": "with the strength dial and a threshold",
-    "knob": "by its own knob alone",
+    KNOB: "by its own knob alone",
 }
 # Forms that only some settings measure, by the dial of their points.
 FURTHER_FORMS = {"scaled": SCALE, "thresholded": THRESHOLD}
@@ -50,12 +52,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class MethodArea:
-    """A method's area, all and lower half, in each resample, and the variants that the two halves chose."""
+    """A method's area, all and lower half, and the variants that the two halves chose."""
 
     method: str
     form: str
-    whole: Array
-    lower: Array
+    whole: Estimate
+    lower: Estimate
     chosen: tuple[str, ...]
 
 
@@ -113,12 +115,15 @@ def _commonest_training(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def dial_points(result: Result, form: str) -> list[dict[str, Any]]:
-    """The points of a form: along the dial, or of a further form (full strength belongs to the scaled weights, too)."""
+    """The points of a form: along the dial, at full strength, or of a further form (scaled weights have that, too)."""
     points = [point for point in result["points"] if point["dial"] == STRENGTH]
     if form == "dial":
         return points
-    full = [point for point in points if point["value"] == 1.0 and form == "scaled"]
-    return [*full, *(point for point in result["points"] if point["dial"] == FURTHER_FORMS[form])]
+    full = [point for point in points if point["value"] == 1.0]
+    if form == KNOB:
+        return full
+    further = [point for point in result["points"] if point["dial"] == FURTHER_FORMS[form]]
+    return [*full, *further] if form == "scaled" else further
 
 
 def limit_of(result: Result, drift: Measure) -> float:
@@ -126,20 +131,24 @@ def limit_of(result: Result, drift: Measure) -> float:
     return drift.limit or result["cell"]["setting"]["drift_limit"]
 
 
-def seed_mean(rows: Sequence[Array], draws: Draws) -> Array:
-    """Mean over seeds of (resamples + 1,) arrays, seeds resampled with the rest."""
-    stacked = np.stack(rows, 1)
-    return np.take_along_axis(stacked, draws.seeds(len(rows)), 1).mean(1)
+def reach(found: Sequence[Variant], form: str, gain: Measure, drift: Measure) -> float:
+    """How far along a drift the gain was measured of some variant in a form, of each of its seeds."""
+
+    def farthest(result: Result) -> float:
+        points = [point for point in dial_points(result, form) if gain.read(point)]
+        return max((float(np.mean(values)) for values in map(drift.read, points) if values), default=0.0)
+
+    return max(min(map(farthest, variant.results)) for variant in found)
 
 
 def variant_areas(
     variant: Variant, form: str, gain: Measure, drift: Measure, draws: Draws, half: int | None = None
-) -> tuple[Array, Array]:
-    """The area of a variant's curve, all and lower half, in each resample, mean over seeds."""
+) -> tuple[Estimate, Estimate]:
+    """The area of a variant's curve, all and lower half, mean over seeds."""
     key = (variant, form, gain, drift, half)
     if key not in draws.known:
         rows = [_result_areas(result, form, gain, drift, draws, half) for result in variant.results]
-        whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
+        whole, lower = (seed_mean(list(part)) for part in zip(*rows, strict=True))
         draws.known[key] = whole, lower
     return draws.known[key]
 
@@ -158,17 +167,24 @@ def _result_areas(
 
 def method_areas(found: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> list[MethodArea]:
     """Each method in each form, its knob chosen on one half of the prompts and measured on the other."""
-    methods = list(dict.fromkeys(variant.method for variant in found))
     rows = []
-    for method in methods:
+    for method in dict.fromkeys(variant.method for variant in found):
         own = [variant for variant in found if variant.method == method]
-        for form in ("dial", *FURTHER_FORMS):
-            if form in FURTHER_FORMS and not any(form_gain(variant, form, gain) for variant in own):
-                continue
-            rows.append(_tuned(method, form, own, gain, drift, draws))
-        if len(own) > 1 and frozenset.intersection(*(variant.seeds for variant in own)):
-            rows.append(_knob_alone(method, own, gain, drift, draws))
+        rows += [method_area(form, own, gain, drift, draws) for form in forms_of(own, gain)]
     return rows
+
+
+def forms_of(own: Sequence[Variant], gain: Measure) -> Iterator[str]:
+    """The forms in which a method was measured."""
+    yield "dial"
+    yield from (form for form in FURTHER_FORMS if any(form_gain(variant, form, gain) for variant in own))
+    if len(own) > 1 and frozenset.intersection(*(variant.seeds for variant in own)):
+        yield KNOB
+
+
+def method_area(form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
+    """A method, its variants given, in one form."""
+    return (_knob_alone if form == KNOB else _tuned)(form, own, gain, drift, draws)
 
 
 def form_gain(variant: Variant, form: str, gain: Measure) -> bool:
@@ -178,31 +194,25 @@ def form_gain(variant: Variant, form: str, gain: Measure) -> bool:
     return any(gain.read(point) is not None for point in points)
 
 
-def _tuned(method: str, form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
+def _tuned(form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
     table = {half: [variant_areas(variant, form, gain, drift, draws, half) for variant in own] for half in HALVES}
-    best = {half: int(np.argmax([whole[0] for whole, _ in table[half]])) for half in HALVES}
-    crossed = [table[half][best[1 - half]] for half in HALVES]
-    whole, lower = (np.mean(part, 0) for part in zip(*crossed, strict=True))
+    best = {half: int(np.argmax([whole.value for whole, _ in table[half]])) for half in HALVES}
+    one, other = (table[half][best[1 - half]] for half in HALVES)
+    whole, lower = (0.5 * (a + b) for a, b in zip(one, other, strict=True))
     chosen = tuple(dict.fromkeys(own[best[half]].label for half in HALVES))
-    return MethodArea(method, form, whole, lower, chosen)
+    return MethodArea(own[0].method, form, whole, lower, chosen)
 
 
-def _knob_alone(method: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
+def _knob_alone(form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
     """The curve through a method's variants at full strength, on the seeds of all of them: nothing is chosen."""
     parts = []
     for seed in sorted(frozenset.intersection(*(variant.seeds for variant in own))):
         of_seed = [next(row for row in variant.results if row["cell"]["seed"] == seed) for variant in own]
-        curves = [
-            curve(
-                [point for point in dial_points(result, "dial") if point["value"] == 1.0],
-                result["data"]["groups"], gain, drift, draws,
-            )
-            for result in of_seed
-        ]  # fmt: skip
+        curves = [curve(dial_points(row, form), row["data"]["groups"], gain, drift, draws) for row in of_seed]
         parts.append([np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1)])
     rows = [areas(*part, limit_of(own[0].results[0], drift), drift.root) for part in parts]
-    whole, lower = (seed_mean(part, draws) for part in zip(*rows, strict=True))
-    return MethodArea(method, "knob", whole, lower, ())
+    whole, lower = (seed_mean(list(part)) for part in zip(*rows, strict=True))
+    return MethodArea(own[0].method, form, whole, lower, ())
 
 
 def number_of_seeds(results: Sequence[Result]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.experiments.ablations import ABLATIONS
 from benchmarks.experiments.contests import OWN, against_rival, gains_at, variant_difference
-from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, Measure, curve, drift_for, gain_at, interval
+from benchmarks.experiments.curves import DRIFTS, GAINS, Draws, Measure, curve, drift_for, gain_at
 from benchmarks.experiments.measure import STRENGTH
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.summary import (
@@ -35,8 +35,8 @@ def area_table(
     yield f"Gain: {GAINS[gain].name}. Drift: {DRIFTS[drift].name}.\n"
     yield "| method | form | seeds | area | lower half | area − DPO's | lower half − DPO's | chosen knob |"
     yield "|---|---|---|---|---|---|---|---|"
-    for row in sorted(rows, key=lambda row: -row.whole[0]):
-        whole, lower = interval(row.whole), interval(row.lower)
+    for row in sorted(rows, key=lambda row: -row.whole.value):
+        whole, lower = row.whole.interval, row.lower.interval
         one = compared.get((row.method, row.form))
         cells = [TITLES.get(row.method, row.method), FORMS[row.form], seeds[row.method]]
         cells += [bracketed(whole), bracketed(lower)]
@@ -63,7 +63,7 @@ def best_variants(found: Sequence[Variant], gain: Measure, drift: Measure, draws
     """Each method's variant of the largest area, the best method first."""
     best: dict[str, tuple[float, Variant]] = {}
     for variant in found:
-        value = float(variant_areas(variant, "dial", gain, drift, draws)[0][0])
+        value = variant_areas(variant, "dial", gain, drift, draws)[0].value
         if variant.method not in best or value > best[variant.method][0]:
             best[variant.method] = (value, variant)
     return [variant for _, variant in sorted(best.values(), key=lambda pair: -pair[0])]
@@ -95,7 +95,7 @@ def equal_lines(found: Sequence[Variant], gain: str, draws: Draws) -> Iterator[s
     yield "|---" * (len(columns) + 2) + "|"
     for variant, values in curves.items():
         cells = [f"{TITLES.get(variant.method, variant.method)}, {variant.label}", str(len(variant.seeds))]
-        cells += [bracketed(interval(gains_at(variant, *measures, level, draws))) for level in levels]
+        cells += [bracketed(gains_at(variant, *measures, level, draws).interval) for level in levels]
         if half > 0:
             reached = drift_for(*values, half)
             cells.append("not reached" if reached is None else f"{reached:.4f}")
@@ -119,7 +119,7 @@ def ablation_table(
             cells = [name, TITLES.get(method, method), label, str(len(variant.seeds))]
             for gain in gains:
                 measures = GAINS[gain], DRIFTS["kl"]
-                cells.append(bracketed(interval(variant_areas(variant, "dial", *measures, draws)[0])))
+                cells.append(bracketed(variant_areas(variant, "dial", *measures, draws)[0].interval))
                 same = unchanged is None or variant is unchanged
                 value = None if same else variant_difference(variant, unchanged, *measures)
                 cells.append("–" if value is None else bracketed(value))
@@ -155,7 +155,7 @@ def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
         cells = [TITLES.get(variant.method, variant.method), variant.label, str(len(variant.results))]
         cells += ["–" if figures is None or name not in figures else f"{figures[name]:.4g}" for name in columns]
         for gain in gains:
-            cells.append(bracketed(interval(variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], draws)[0])))
+            cells.append(bracketed(variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], draws)[0].interval))
         yield "| " + " | ".join(cells) + " |"
     yield ""
 
@@ -180,7 +180,7 @@ def form_tables(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
                 dial, other = (variant_areas(variant, name, *measures) for name in ("dial", form))
                 values = dial[0], other[0], other[0] - dial[0], other[1] - dial[1]
                 cells = [gain, TITLES.get(variant.method, variant.method), variant.label, str(len(variant.seeds))]
-                yield "| " + " | ".join([*cells, *(bracketed(interval(value)) for value in values)]) + " |"
+                yield "| " + " | ".join([*cells, *(bracketed(value.interval) for value in values)]) + " |"
             yield ""
 
 
@@ -200,7 +200,8 @@ def threshold_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
             for name, measure in columns.items():
                 digits = 5 if name == "KL on prose" else 3
                 values = (
-                    gains_at(variant, measure, DRIFTS["kl"], level, draws, form)[0] for form in ("dial", "thresholded")
+                    gains_at(variant, measure, DRIFTS["kl"], level, draws, form).value
+                    for form in ("dial", "thresholded")
                 )
                 cells.append(" → ".join(f"{value:.{digits}f}" for value in values))
             row = [TITLES.get(variant.method, variant.method), variant.label, f"{level:.3g}", *cells]

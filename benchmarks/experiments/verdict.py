@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.contests import OWN, Contest, contests, pooled
+from benchmarks.experiments.contests import OWN, SHORT, Contest, contests, pooled
 from benchmarks.experiments.curves import DRIFTS, GAINS
 from benchmarks.experiments.default_lines import default_lines
 from benchmarks.experiments.failure_lines import failure_lines
@@ -22,12 +22,12 @@ from benchmarks.experiments.yardsticks import (
     bracketed,
     measured,
     measures,
-    word,
+    says,
 )
 
 # The heads of a contest's columns.
 CONTEST = (
-    "seeds | variants | area | DPO's | difference | larger | difference by √drift | larger by √drift | "
+    "seeds | variants | up to | area | DPO's | difference | larger | difference by √drift | larger by √drift | "
     "lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
 )
 CONTEST_COLUMNS = CONTEST.count("|") + 1
@@ -40,12 +40,15 @@ half of Q-Adapter − 4/3 × lower half of DPO > 0).
 
 | in the tables | means |
 |---|---|
-| met | the whole interval is on the right side; between equals, one comparison in forty would be met by chance |
+| met | the whole interval is on the right side, on several seeds |
 | one seed | the same, but it says nothing of the spread over seeds |
 | not shown | the estimate is on the right side, the interval is not |
 | not met | neither is |
 | behind | the whole interval is on the wrong side, on several seeds |
-| variants | how many each side chose from, Q-Adapter's / the rival's; a star: not trained alike (epochs, say) |
+| unlike | does not count: the rival never had Q-Adapter's training (epochs, say), or took less than half the steps |
+| short | does not count: one of the two was measured to less than a tenth of the drift's limit |
+| variants | how many each side chose from, Q-Adapter's / the rival's; a star: unlike |
+| up to | the share of the limit that both were measured to: the areas and their halves end there |
 | by √drift | lines straight in √drift join the points; where this disagrees, too few strengths were measured to tell |
 """
 
@@ -151,27 +154,26 @@ def goal_table(
     form: str = "dial",
 ) -> Iterator[str]:
     """Q-Adapter against DPO in a form of it, by each yardstick."""
-    rows, words, repeated = [], [], 0
+    rows, words, counted = [], [], 0
     for place, own in found.items():
         (suite, setting), (gain, drift) = place
         one, rooted = against_dpo(own, form), against_dpo(by_root[place], form)
         if one is None or rooted is None:
             continue
-        words.append(
-            [word(value, one.seeds) for value in (one.whole, one.beyond_goal, rooted.whole, rooted.beyond_goal)]
-        )
-        repeated += one.seeds > 1
+        words.append([says(one, value) for value in (one.whole, one.beyond_goal, rooted.whole, rooted.beyond_goal)])
+        counted += one.seeds > 1 and one.alike and one.share >= SHORT
         rows.append(contest_row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one, rooted))
     if not rows:
         return
     larger, third, root_larger, root_third = (
-        sum(says == "met" for says in column) for column in zip(*words, strict=True)
+        sum(entry == "met" for entry in column) for column in zip(*words, strict=True)
     )
-    behind = sum(says == "behind" for says, *_ in words)
+    behind = sum(row[0] == "behind" for row in words)
     yield (
         f"**{title}: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
         f"half in {third} of {len(rows)}; by √drift in {root_larger} and in {root_third}. DPO's area is the larger, "
-        f"outside the interval, in {behind}. Only the {repeated} comparisons with several seeds can be met or lost.**\n"
+        f"outside the interval, in {behind}. Only the {counted} comparisons with several seeds, like training and "
+        "enough reach can be met or lost.**\n"
     )
     yield "<details><summary>Each comparison</summary>\n"
     yield f"| suite | setting | gain by | against | {CONTEST} |"
@@ -188,10 +190,11 @@ def against_dpo(found: Sequence[Contest], form: str = "dial") -> Contest | None:
 def contest_row(place: Sequence[str], one: Contest, rooted: Contest) -> str:
     """A row of a table of contests; `rooted` is the same one, read by √drift."""
     ratio = f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
-    areas = [f"{one.own.whole[0]:.3f}", f"{one.other.whole[0]:.3f}", bracketed(one.whole)]
-    larger = [word(one.whole, one.seeds), bracketed(rooted.whole), word(rooted.whole, one.seeds)]
-    goals = [ratio, bracketed(one.beyond_goal), word(one.beyond_goal, one.seeds)]
-    return "| " + " | ".join([*place, str(one.seeds), one.values, *areas, *larger, *goals]) + " |"
+    areas = [f"{one.own.whole.value:.3f}", f"{one.other.whole.value:.3f}", bracketed(one.whole)]
+    larger = [says(one, one.whole), bracketed(rooted.whole), says(one, rooted.whole)]
+    goals = [ratio, bracketed(one.beyond_goal), says(one, one.beyond_goal)]
+    kind = [str(one.seeds), one.values, f"{one.share:.2f}"]
+    return "| " + " | ".join([*place, *kind, *areas, *larger, *goals]) + " |"
 
 
 def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
@@ -202,7 +205,7 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
             rows.setdefault((suite, setting, one.other.method, one.other.form), {})[gain] = one
     gains = GOAL_GAINS
     beaten = sum(
-        all(gain in row and word(row[gain].whole, row[gain].seeds) == "met" for gain in gains) for row in rows.values()
+        all(gain in row and says(row[gain], row[gain].whole) == "met" for gain in gains) for row in rows.values()
     )
     yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.**\n"
     yield "<details><summary>Area − the rival's</summary>\n"
@@ -219,6 +222,6 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
         )
         cells = [suite, setting, TITLES.get(method, method), FORMS[form], seeds, values]
         for gain in gains:
-            cells += [bracketed(row[gain].whole), word(row[gain].whole, row[gain].seeds)] if gain in row else ["–", "–"]
+            cells += [bracketed(row[gain].whole), says(row[gain], row[gain].whole)] if gain in row else ["–", "–"]
         yield "| " + " | ".join(cells) + " |"
     yield "\n</details>\n"

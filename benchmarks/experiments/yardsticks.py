@@ -4,17 +4,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.experiments.contests import Interval
+from benchmarks.experiments.contests import SHORT, Contest
 from benchmarks.experiments.curves import DRIFTS, GAINS, Measure
+from benchmarks.experiments.estimates import Interval
 from benchmarks.experiments.summary import Variant
 
-# Judged samples and margin, against drift on the answers and on other texts, and, where that was measured, against what
-# is lost of the preference that the base was tuned to before, and on benchmarks.
+# Judged samples, also at equal length, and margin, against drift on the answers and on other texts, and, where that was
+# measured, against what is lost of the preference that the base was tuned to before, and on benchmarks.
 YARDSTICKS = (
     ("score", "kl"),
+    ("win", "kl"),
     ("margin", "kl"),
     ("body", "kl"),
+    ("score", "kl-samples"),
     ("score", "kl-prose"),
+    ("win", "kl-prose"),
     ("margin", "kl-prose"),
     ("score", "retained"),
     ("margin", "retained"),
@@ -23,8 +27,20 @@ YARDSTICKS = (
 )
 GOAL_GAINS = ("score", "margin")
 ROUNDING = 1e-9  # what equal areas may differ by
-GAIN_TITLES = {"score": "judged samples", "margin": "margin", "body": "margin without ends"}
-DRIFT_TITLES = {"kl": "KL", "kl-prose": "KL on prose", "retained": "earlier preference", "benchmarks": "benchmarks"}
+GAIN_TITLES = {
+    "score": "judged samples",
+    "win": "judged samples at equal length",
+    "margin": "margin",
+    "body": "margin without ends",
+}
+TABLE_GAINS = ("score", "margin", "body")
+DRIFT_TITLES = {
+    "kl": "KL",
+    "kl-samples": "KL on its samples",
+    "kl-prose": "KL on prose",
+    "retained": "earlier preference",
+    "benchmarks": "benchmarks",
+}
 Settings = Mapping[tuple[str, str], Sequence[Variant]]  # by suite and setting
 
 
@@ -43,8 +59,8 @@ def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
 
 
 def measured_gains(variants: Sequence[Variant]) -> list[str]:
-    """The gains that were measured together with the KL."""
-    return [gain for gain in GAIN_TITLES if measured(variants, (gain, "kl"))]
+    """The gains of the tables that were measured together with the KL."""
+    return [gain for gain in TABLE_GAINS if measured(variants, (gain, "kl"))]
 
 
 def word(value: Interval, seeds: int) -> str:
@@ -55,6 +71,13 @@ def word(value: Interval, seeds: int) -> str:
     if high < -ROUNDING and seeds > 1:
         return "behind"
     return "not shown" if estimate > ROUNDING else "not met"
+
+
+def says(one: Contest, value: Interval) -> str:
+    """The word for a difference of a contest; "short" or "unlike" where it does not count."""
+    if one.share < SHORT:
+        return "short"
+    return word(value, one.seeds) if one.alike else "unlike"
 
 
 def bracketed(values: Interval) -> str:

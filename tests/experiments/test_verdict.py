@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from benchmarks.experiments.contests import contests, gains_at, pooled, variant_difference
+from benchmarks.experiments.contests import SHORT, contests, gains_at, pooled, trained_alike, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.default_lines import pooled_default_lines
+from benchmarks.experiments.estimates import Estimate, mean_of_settings, seed_mean
 from benchmarks.experiments.report import shown_command, up_to
-from benchmarks.experiments.summary import Variant, method_areas, seed_mean, variants
+from benchmarks.experiments.summary import Variant, method_areas, reach, variants
 from benchmarks.experiments.tables import ablation_table, is_usual
 from benchmarks.experiments.verdict import verdict_lines
-from benchmarks.experiments.yardsticks import measured_gains, word
+from benchmarks.experiments.yardsticks import YARDSTICKS, measured_gains, word
 from qadapter import QAdapterConfig
 
 PAIRS = 12
@@ -22,13 +24,15 @@ TRAINING = {"lora_r": 8, "lora_layers": "all"}
 
 
 @pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """What is asserted here needs no exact intervals."""
+def little(monkeypatch):
+    """What is asserted here needs no exact intervals, and of what is measured on samples one yardstick."""
     monkeypatch.setattr("benchmarks.experiments.curves.RESAMPLES", 400)
+    few = tuple(yard for yard in YARDSTICKS if yard[0] != "win" and yard[1] != "kl-samples")
+    monkeypatch.setattr("benchmarks.experiments.verdict.YARDSTICKS", few)
 
 
-def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None, forgotten=None):
-    """A cell whose margin (and score) grows with √KL; pairs and seeds differ a little."""
+def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None, forgotten=None, loops=0.0):
+    """A cell whose margin (and score) grows with √KL, its repetition with KL; pairs and seeds differ a little."""
 
     def gains(height, kl):
         return [height * kl**0.5 * (1 + 0.02 * (unit % 3 - 1) + 0.01 * seed) for unit in range(PAIRS)]
@@ -38,7 +42,8 @@ def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None,
         point = {"dial": "strength", "value": 4 * kl, "texts": {}, "retained": {}}
         point["pairs"] = {"kl": [kl] * PAIRS, "margin_gain": gains(margin, kl)}
         scores = gains(margin if score is None else score, kl)
-        point["samples"] = {"score": scores, "base_score": [0.0] * PAIRS, "repetition": [kl] * PAIRS}
+        point["samples"] = {"score": scores, "base_score": [0.0] * PAIRS, "repetition": [loops * kl] * PAIRS}
+        point["samples"] |= {"win": [0.5 + value for value in scores], "kl": [kl] * PAIRS}
         if forgotten is not None:
             same = {"prefers": [1.0] * 5, "base_prefers": [1.0] * 5}
             point["retained"] = {"earlier": {"margin_gain": [-forgotten * kl] * 5, **same}}
@@ -51,6 +56,7 @@ def result(method, seed, margin, options=None, score=None, judge=0.9, lost=None,
         "data": {"groups": list(range(PAIRS)), "held_out_pairs": PAIRS},
         "judge": {"held_out_accuracy": judge},
         "policy": QAdapterConfig().to_dict(),
+        "training": {"steps": 24},
         "points": points,
     }  # fmt: skip
 
@@ -63,7 +69,7 @@ def test_a_third_more_gain_is_met_or_not_by_the_numbers():
     dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
     page = text([*dpo, *(result("qadapter", seed, 1.4) for seed in (0, 1))])
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 2 of 2" in page
-    assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} | 0.09" in page
+    assert f"| s | x | margin | KL | 2 | 1 / 1 | 1.00 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} | 0.09" in page
     assert "| 1.40 |" in page
     page = text([*dpo, *(result("qadapter", seed, 1.2) for seed in (0, 1))])
     assert "a larger area is met in 2 of 2 comparisons, a third more gain in the lower half in 0 of 2" in page
@@ -98,8 +104,8 @@ def test_a_threshold_is_judged_beside_the_dial_and_beside_dpos_threshold():
     # Our threshold on its adapters is no form of the rival that the plain dial has to beat.
     assert "met against 1 of 1" in page
     part = page.split("### With a threshold")[1]
-    assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in part
-    assert f"| s | x | margin | KL | 2 | 1 / 1 | {1.4 * AREA * 1.005:.3f} | {1.3 * AREA * 1.005:.3f} |" in part
+    assert f"| s | x | margin | KL | 2 | 1 / 1 | 1.00 | {1.4 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in part
+    assert f"| s | x | margin | KL | 2 | 1 / 1 | 1.00 | {1.4 * AREA * 1.005:.3f} | {1.3 * AREA * 1.005:.3f} |" in part
 
 
 def test_thresholds_are_compared_only_where_every_seed_has_them():
@@ -127,7 +133,7 @@ def test_a_lead_that_hangs_on_the_lines_between_points_is_shown_by_both_readings
     everywhere = contests(
         variants([*dpo, result("qadapter", 0, 1.0)]), GAINS["margin"], replace(DRIFTS["kl"], root=True)
     )
-    assert everywhere[0].other.whole[0] == pytest.approx(0.25, rel=1e-3)  # the mean of √KL up to √0.25
+    assert everywhere[0].other.whole.value == pytest.approx(0.25, rel=1e-3)  # the mean of √KL up to √0.25
 
 
 def test_how_many_variants_each_side_chose_from_and_unlike_training_are_told():
@@ -201,7 +207,7 @@ def test_both_readings_of_a_contest_are_of_the_same_variants_and_seeds():
         contests(variants(results), GAINS["margin"], DRIFTS["kl"], read_by=read_by) for read_by in (None, root)
     )
     assert (one.seeds, one.values) == (rooted.seeds, rooted.values) == (2, "1 / 1")
-    assert rooted.other.whole[0] == pytest.approx(0.9 * 0.25 * 1.005, rel=1e-2)
+    assert rooted.other.whole.value == pytest.approx(0.9 * 0.25 * 1.005, rel=1e-2)
     assert contests(variants(results), GAINS["margin"], root)[0].seeds == 1  # what a choice of its own would give
 
 
@@ -232,15 +238,120 @@ def test_domains_are_pooled_and_resampled_each_by_itself():
     names = {("s", "dsp-a"): cells(1.1), ("s", "dsp-b"): cells(1.5), ("s", "polite"): cells(9.0)}
     page = "\n".join(verdict_lines(names))
     assert (
-        f"| [s](results/s.md) | 2 | margin | KL | 2 | 1 / 1 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |" in page
+        f"| [s](results/s.md) | 2 | margin | KL | 2 | 1 / 1 | 1.00 | {1.3 * AREA * 1.005:.3f} | {AREA * 1.005:.3f} |"
+        in page
     )
 
 
-def test_fewer_seeds_than_the_others_have_are_drawn_alike():
-    # Two seeds beside a method with three: the first was drawn in two thirds of the cases.
-    draws = Draws(resamples=4000)
-    assert seed_mean([np.zeros(4001), np.ones(4001)], draws)[1:].mean() == pytest.approx(0.5, abs=0.03)
-    assert set(draws.seeds(3)[1:].ravel()) == {0, 1, 2}
+def test_an_interval_over_seeds_is_students():
+    """Prompts that do not vary: the interval of a mean of three seeds is that of three measurements."""
+    heights = [0.1, 0.3, 0.2]
+    value, low, high = seed_mean([np.full(401, height) for height in heights]).interval
+    expected = stats.t.interval(0.95, df=2, loc=np.mean(heights), scale=stats.sem(heights))
+    assert value == pytest.approx(0.2)
+    assert (low, high) == pytest.approx(expected)
+
+
+def test_an_interval_over_prompts_alone_is_the_bootstraps():
+    draws = np.concatenate([[0.5], np.random.default_rng(0).normal(0.5, 0.1, 4000)])
+    for seeds in ([0.5], [0.5, 0.5]):  # one seed, or seeds that agree
+        assert Estimate(draws, (np.array(seeds),)).interval == pytest.approx(
+            (0.5, *np.percentile(draws[1:], [2.5, 97.5]))
+        )
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    """Noise of prompts that all seeds share, and of two seeds in four settings, as in the mean over domains."""
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        own = [generator.normal(0, 0.1) + generator.normal(0, 0.1, 2) for _ in range(4)]
+        rows = [[np.append(value, value + generator.normal(0, 0.1, 200)) for value in seeds] for seeds in own]
+        # What a bootstrap of shared prompts draws moves all seeds alike.
+        rows = [[seeds[0], seeds[0] - seeds[0][0] + seeds[1][0]] for seeds in rows]
+        _, low, high = mean_of_settings([seed_mean(seeds) for seeds in rows]).interval
+        covered += low <= 0 <= high
+    assert 0.93 <= covered / 400 <= 0.99
+
+
+def test_combined_estimates_are_combined_seed_by_seed():
+    """Two methods whose seeds move together differ by what they always differ by."""
+    one = seed_mean([np.full(401, 1.0), np.full(401, 3.0)])
+    other = seed_mean([np.full(401, 0.5), np.full(401, 2.5)])
+    assert (one - other).interval == pytest.approx((0.5, 0.5, 0.5))
+    assert (0.5 * (one + other)).value == pytest.approx(1.75)
+
+
+def test_loops_gain_nothing():
+    """Answers are loops from KL 0.0625 on: what was gained before is all there is."""
+    sound, loops = (result("qadapter", 0, 1.0, loops=share) for share in (0.0, 6.0))
+    for gain in ("score", "win"):
+        values = [[sum(GAINS[gain].read(point)) / PAIRS for point in cell["points"]] for cell in (sound, loops)]
+        assert values[1][:2] == values[0][:2]
+        assert values[1][2:] == [0.0, 0.0]
+    worse = result("qadapter", 0, -1.0, loops=6.0)
+    assert all(sum(GAINS["score"].read(point)) < 0 for point in worse["points"])
+
+
+def test_samples_are_also_held_against_their_own_drift_and_compared_at_equal_length(monkeypatch):
+    monkeypatch.setattr("benchmarks.experiments.verdict.YARDSTICKS", YARDSTICKS)
+    page = text([result("qadapter", 0, 1.0), result("dpo", 0, 1.0)])
+    assert "| s | x | judged samples at equal length | KL |" in page
+    assert "| s | x | judged samples | KL on its samples |" in page
+
+
+def until(cell, kl):
+    """The cell measured no further than that KL."""
+    cell["points"] = [point for point in cell["points"] if point["pairs"]["kl"][0] <= kl]
+    return cell
+
+
+def test_two_methods_are_compared_as_far_as_both_were_measured():
+    dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
+    own = [until(result("qadapter", seed, 1.2), 0.0625) for seed in (0, 1)]
+    found = variants([*dpo, *own])
+    assert reach([v for v in found if v.method == "qadapter"], "dial", GAINS["margin"], DRIFTS["kl"]) == 0.0625
+    (one,) = contests(found, GAINS["margin"], DRIFTS["kl"])
+    assert one.share == 0.25
+    assert one.ratio == pytest.approx(1.2)
+    (cut,) = contests(found, GAINS["margin"], replace(DRIFTS["kl"], limit=0.0625))
+    assert one.whole == cut.whole
+    (flat,) = contests(found, GAINS["margin"], DRIFTS["kl"], within_reach=False)
+    assert flat.own.whole.value < 1.2 * flat.other.whole.value  # what a flat end would have cost it
+    # A seed that goes less far than the others is how far the variant goes; another variant may go further.
+    further = variants([*dpo, *own[:1], until(result("qadapter", 1, 1.2), 0.04)])
+    assert contests(further, GAINS["margin"], DRIFTS["kl"])[0].share == pytest.approx(0.16)
+    two = variants([*dpo, *own, *(result("qadapter", seed, 1.2, {"beta": 1.0}) for seed in (0, 1))])
+    assert next(c for c in contests(two, GAINS["margin"], DRIFTS["kl"]) if c.other.method == "dpo").share == 1.0
+
+
+def test_what_was_hardly_measured_is_not_counted():
+    dpo = [result("dpo", seed, 1.0) for seed in (0, 1)]
+    page = text([*dpo, *(until(result("qadapter", seed, 1.4), 0.02) for seed in (0, 1))])
+    assert SHORT > 0.01 / 0.25
+    assert "a larger area is met in 0 of" in page
+    assert "Only the 0 comparisons" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| s | x | margin | KL |")]
+    assert line.count("| short |") == 3
+
+
+def test_a_rival_of_other_training_or_of_few_steps_is_not_counted():
+    own = variants([result("qadapter", 0, 1.0)])
+    few = result("dpo", 0, 1.0)
+    few["training"] = {"steps": 11}
+    assert trained_alike(own, variants([result("dpo", 0, 1.0)]))
+    assert not trained_alike(own, variants([few]))
+    short, long = (result("dpo", 0, 1.0, {"beta": beta}) for beta in (0.1, 0.2))
+    long["cell"]["setting"] = {"drift_limit": 0.25, "training": TRAINING | {"epochs": 3.0}}
+    usual = TRAINING | {"epochs": 1.0}
+    short["cell"]["setting"] = {"drift_limit": 0.25, "training": usual}
+    thrice = result("qadapter", 0, 1.0)
+    thrice["cell"]["setting"] = long["cell"]["setting"]
+    assert trained_alike(variants([thrice], usual), variants([short, long], usual))
+    assert not trained_alike(variants([thrice], usual), variants([short], usual))
+    page = text([few, result("qadapter", 0, 1.4)])
+    assert "| unlike |" in page
+    assert "met against 0 of 1" in page
 
 
 def test_the_curve_of_a_knob_is_of_one_training_seed_at_a_time():
@@ -254,7 +365,7 @@ def test_the_curve_of_a_knob_is_of_one_training_seed_at_a_time():
     further = [full(0, 0.0625, 9.0, 0.3)]  # of a seed that the other value lacks
     (alone,) = [row for row in areas_of(variants(both)) if row.form == "knob"]
     (beside,) = [row for row in areas_of(variants([*both, *further])) if row.form == "knob"]
-    assert beside.whole[0] == pytest.approx(alone.whole[0])
+    assert beside.whole.value == pytest.approx(alone.whole.value)
     assert all(row.form != "knob" for row in areas_of(variants([further[0], both[1]])))
 
 
@@ -265,15 +376,18 @@ def areas_of(found):
 def test_a_gain_at_equal_drift_has_an_interval():
     (dpo,) = variants([result("dpo", seed, 1.0) for seed in (0, 1)])
     gains = gains_at(dpo, GAINS["margin"], DRIFTS["kl"], 0.0225, Draws())
-    assert gains[0] == pytest.approx((0.1 + 0.1 * 0.0125 / 0.03) * 1.005)  # between KL 0.01 and 0.04
-    assert gains[1:].min() < gains[0] < gains[1:].max()
+    assert gains.value == pytest.approx((0.1 + 0.1 * 0.0125 / 0.03) * 1.005)  # between KL 0.01 and 0.04
+    _, low, high = gains.interval
+    assert low < gains.value < high
 
 
 def test_what_benchmarks_lose_is_a_drift_of_its_own():
     page = text([result("dpo", 0, 1.0, lost=0.16), result("qadapter", 0, 1.0, lost=0.04)])
     assert "| s | x | margin | benchmarks | 1 | " in page
     found = variants([result("dpo", 0, 1.0, lost=-1.0)])
-    assert gains_at(found[0], GAINS["margin"], DRIFTS["benchmarks"], 0.0, Draws())[0] >= 0  # a gain counts as no loss
+    assert (
+        gains_at(found[0], GAINS["margin"], DRIFTS["benchmarks"], 0.0, Draws()).value >= 0
+    )  # a gain counts as no loss
 
 
 def test_the_default_is_compared_with_the_best_other_variant():
@@ -321,10 +435,12 @@ def test_variants_are_compared_with_the_default_in_the_mean_over_domains():
 
 
 def test_a_judge_at_chance_a_method_without_gain_and_babble_are_named():
-    page = text([result("dpo", 0, -1.0, judge=0.6), result("qadapter", 0, 1.0, judge=0.6)])
+    page = text([result("dpo", 0, -1.0, judge=0.6), result("qadapter", 0, 1.0, judge=0.6, loops=1.0)])
     assert "s, x: the judge ranks 0.600 [" in page
     assert "no gain by margin (the interval of the area reaches 0): DPO (defaults)." in page
-    assert "Q-Adapter (defaults) repeats itself: 25%" in page  # at full strength KL, and so repetition, is 0.25
+    assert "Q-Adapter (defaults) repeats itself from strength 1 on: 25%" in page  # where KL, and so repetition, is 0.25
+    page = text([result("dpo", 0, 1.0), result("qadapter", 0, 1.0, loops=8.0)])
+    assert "Q-Adapter (defaults) repeats itself from strength 0.16 on: 32%" in page
 
 
 def test_without_a_rival_there_is_no_verdict():
