@@ -21,16 +21,17 @@ from qadapter.data.retained import RETAINED
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.checkpoint import write_json
+from qadapter.modeling.checkpoint import copy_adapter, write_json
 from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.loading import load_adapter_weights
+from qadapter.modeling.policy import DEFAULT_ADAPTER
 from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
 from qadapter.retention import given_texts, with_retained_texts
 from qadapter.run_folder import nothing_left_of_refusals
 from qadapter.training_arguments import QAdapterTrainingArguments
-from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, with_options
+from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, warn_of_tokens, with_options
 from qadapter.training_log import TrainingLogCallback
 from qadapter.training_metrics import PairMetrics
 from qadapter.training_sharded import fit_sharding
@@ -108,12 +109,21 @@ class QAdapterTrainer(Trainer):
 
     def _check_trainable(self) -> None:
         """Refuse a model without weights to train."""
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        model = self.accelerator.unwrap_model(self.model)
+        first, *others = model.adapters
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            given = "" if first == DEFAULT_ADAPTER else repr(first)
             raise ConfigError(
                 "no weight of the model can be trained: from_pretrained loads an adapter for use, and "
                 "LoraConfig.inference_mode freezes a new one. Make a new one with from_base, or go on with the loaded "
-                "one after `for weight in model.adapter_parameters().values(): weight.requires_grad_(True)`."
+                f"one after `for weight in model.adapter_parameters({given}).values(): weight.requires_grad_(True)`."
             )
+        for name in others:
+            if any(parameter.requires_grad for parameter in model.adapter_parameters(name).values()):
+                raise ConfigError(
+                    f"the adapter {name!r} is set to be trained, but of several only the first, {first!r}, can be: "
+                    "train it in a policy of its own, and compose the folders afterwards."
+                )
 
     def _check_batch(self) -> None:
         """Refuse pairs, with the texts among them, that fill no batch where the last one is dropped."""
@@ -207,7 +217,9 @@ class QAdapterTrainer(Trainer):
             return require_fit(dataset, config)
         if tokenizer is None:
             raise ConfigError(f"{name} holds text but processing_class is missing: pass the base model's tokenizer.")
-        dataset, self.tokenisation_reports[name] = tokenised_pairs(dataset, tokenizer, args)
+        dataset, report = tokenised_pairs(dataset, tokenizer, args)
+        self.tokenisation_reports[name] = report
+        warn_of_tokens(name, report)
         return require_fit(dataset, config)
 
     def compute_loss(
@@ -329,6 +341,12 @@ class QAdapterTrainer(Trainer):
             return
         model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class, probe=probe)
         write_json(folder / "training_arguments.json", self.args.to_sanitized_dict())
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the Trainer's, which copies only files that it knows from the checkpoint into the folder it uploads."""
+        if self.is_world_process_zero():
+            copy_adapter(Path(checkpoint_folder), Path(str(self.args.output_dir)))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the Trainer's would replace the user's README.md and call the folder a model of transformers."""

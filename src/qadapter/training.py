@@ -22,7 +22,7 @@ from qadapter.run_folder import NewRun, checkpoint_to_resume, full_disk_named, n
 from qadapter.run_settings import DataArguments, Run, base_name, check_settings, model_options
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
-from qadapter.training_batches import tokenised_pairs
+from qadapter.training_batches import tokenised_pairs, warn_of_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +141,7 @@ def tokenised(name: str, dataset: Any, tokenizer: Any, training: QAdapterTrainin
     if dataset is None:
         return None
     dataset, report = tokenised_pairs(dataset, tokenizer, training)
-    if report.dropped or report.truncated_prompts:
-        logger.warning("%s: %s", name, report.summary())
-    if report.unspaced_warning is not None:
-        logger.warning("%s: %s.", name, report.unspaced_warning)
+    warn_of_tokens(name, report)
     if config is not None:
         require_fit(dataset, config)
     return dataset

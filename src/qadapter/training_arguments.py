@@ -77,7 +77,9 @@ class QAdapterTrainingArguments(TrainingArguments):
             raise ConfigError(f'retention_texts = {self.retention_texts!r}: must be "{OWN_TEXTS}" or a file of texts.')
         best = str(self.metric_for_best_model).removeprefix("eval_")
         # transformers' own default takes more of anything but a loss for better.
-        if self.greater_is_better is None and best in SMALLER_IS_BETTER:
+        # Of several evaluation sets a metric has its set's name before its own.
+        smaller = any(best == name or best.endswith(f"_{name}") for name in SMALLER_IS_BETTER)
+        if self.greater_is_better is None and smaller:
             self.greater_is_better: bool | None = False
         # The Trainer would compile the whole model; ours compiles layer by layer (`modeling.compiled`).
         layer_by_layer = self.torch_compile

@@ -25,6 +25,14 @@ def tokenised_pairs(dataset: Any, tokenizer: Any, args: QAdapterTrainingArgument
     return tokenise(dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
 
 
+def warn_of_tokens(name: str, report: TokenisationReport) -> None:
+    """Say which pairs of a dataset were left out or cut, and what is odd about them."""
+    if report.dropped or report.truncated_prompts:
+        logger.warning("%s: %s", name, report.summary())
+    if report.unspaced_warning is not None:
+        logger.warning("%s: %s.", name, report.unspaced_warning)
+
+
 def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -> PackedCollator | PreferenceCollator:
     """The collator of the cheapest batches that the model can run: packed rows, else padded ones."""
     if packing and enable_packing(model.base):

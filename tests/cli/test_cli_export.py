@@ -67,6 +67,34 @@ def test_lora_is_the_policy_to_peft(export, exported, base, policy):
     torch.testing.assert_close(logits(plain), logits(policy))
 
 
+@pytest.mark.parametrize("form", ["merged", "lora", "gguf"])
+@pytest.mark.parametrize("strength", [0.4, 1.5])
+def test_interpolated_weights_are_exported_at_any_strength(export, exported, base, policy, form, strength):
+    dial = {"strength": strength, "interpolation": "weights"}
+    assert (logits(policy) - policy(IDS, **dial).logits).abs().max() > 0.1
+    out = succeeded(export("--format", form, "--strength", strength, "--interpolation", "weights"))
+    plain = AutoModelForCausalLM.from_pretrained(base if form == "lora" else exported)
+    plain = PeftModel.from_pretrained(plain, exported) if form == "lora" else plain
+    with torch.no_grad():
+        torch.testing.assert_close(logits(plain), policy(IDS, **dial).logits)
+    assert f"strength {strength}" in out if form == "lora" else float(out.rpartition(" ")[2]) < 1e-3
+
+
+def test_the_weight_of_an_interpolated_adapter_counts(policy, tmp_path):
+    policy.adapter_weights = {"default": 0.5}
+    assert export_merged(policy, tmp_path / "merged", interpolated=0.8) < 1e-3
+    with torch.no_grad():
+        expected = policy(IDS, strength=0.8, interpolation="weights").logits
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+
+
+def test_a_dora_is_not_exported_at_another_strength(tmp_path):
+    policy = QAdapterForCausalLM.from_base(tiny_base(), peft_config=lora(use_dora=True))
+    with pytest.raises(ConfigError, match="DoRA's weights do not grow with the strength alone"):
+        export_merged(policy, tmp_path / "merged", interpolated=0.5)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_gguf_knows_every_tensor_of_the_gguf_ready_folder(export, exported):
     package = pytest.importorskip("gguf", reason="the extra `builtin` brings gguf")
     succeeded(export("--format", "gguf"))
@@ -214,12 +242,14 @@ def test_a_base_that_the_vllm_plugin_lacks_is_refused(exported, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match", "code"),
     [
-        (("--strength", 0.5), "--strength 0.5 cannot be exported exactly: use --format distilled", 1),
+        (("--strength", 0.5), "--strength 0.5 cannot be exported exactly: add --interpolation weights, or use", 1),
         (("--format", "distilled"), "--prompts-file is missing", 1),
         (("--format", "distilled", "--prompts-file", "nowhere.txt"), "nowhere.txt cannot be read: No such file", 1),
         (("--format", "distilled", "--epochs", 0), "--epochs 0: must be at least 1", 1),
         (("--prompts-file", __file__), "--prompts-file is for --format distilled, not for merged", 1),
         (("--format", "onnx"), "invalid choice: 'onnx'", 2),
+        (("--interpolation", "weights", "--cap", 0.1), "--cap cannot be exported as merged", 1),
+        (("--format", "vllm", "--interpolation", "weights"), "--interpolation cannot be exported as vllm", 1),
         (("--cap", 0.1), "--cap cannot be exported as merged: use --format distilled", 1),
         (("--format", "vllm", "--decay", 0.9), "--decay cannot be exported as vllm: use --format distilled", 1),
         (("--format", "distilled", "--cap", -1), "max_kl = -1.0: must be a finite number, 0 or above", 1),

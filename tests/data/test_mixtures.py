@@ -1,6 +1,6 @@
 import pytest
 from data_examples import chat_pair, plain_pair
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +54,17 @@ def test_the_same_seed_gives_the_same_rows(paths):
     weights = dict.fromkeys(paths, 0.5)
     first, again, other = (load_preference_dataset(weights, max_rows=11, seed=seed).to_list() for seed in (3, 3, 4))
     assert first == again != other
+
+
+def test_loaded_splits_are_no_source():
+    splits = DatasetDict({name: Dataset.from_list([plain_pair(name)]) for name in ("train", "test")})
+    with pytest.raises(DataError, match=r"has the splits 'train', 'test' already loaded; give one of them$"):
+        load_preference_dataset(splits)
+
+
+def test_columns_are_given_by_name(paths):
+    with pytest.raises(DataError, match=r"columns is a list; give \{'chosen': "):
+        load_preference_dataset(paths[0], columns=["chosen=answer"])
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])

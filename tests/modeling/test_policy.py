@@ -21,6 +21,7 @@ from models import (
 )
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5Config, T5ForConditionalGeneration
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import ConfigError
@@ -134,6 +135,47 @@ def test_embeddings_may_replace_ids(policy):
 def test_what_transformers_would_change_behind_the_streams_is_refused(policy, method, argument, way_out):
     with pytest.raises(ConfigError, match=f"{method}.*{way_out}"):
         getattr(policy, method)(argument)
+
+
+@pytest.mark.parametrize(
+    "method", ["disable_adapters", "enable_adapters", "set_adapter", "delete_adapter", "active_adapters"]
+)
+def test_the_dial_stands_for_what_transformers_does_with_adapters(policy, method):
+    with pytest.raises(ConfigError, match=r"strength=0.0 is the base alone, adapter_weights="):
+        getattr(policy, method)()
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [({"trust_remote_code": True}, "code from the hub is never run"), ({"use_safetensors": False}, "pickled weights"),
+     ({"output_loading_info": True}, "a policy comes back")],
+)  # fmt: skip
+def test_arguments_of_loading_that_have_one_value_may_be_given_that(tmp_path, option, reason):
+    tiny_base().save_pretrained(tmp_path / "base")
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"{name} is {not option[name]} for every base: {reason}"):
+        QAdapterForCausalLM.from_base(tmp_path / "base", **option)
+    policy = QAdapterForCausalLM.from_base(tmp_path / "base", **{name: not option[name]})
+    policy.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=reason):
+        QAdapterForCausalLM.from_pretrained(tmp_path / "adapter", verify=False, **option)
+
+
+@pytest.mark.parametrize("name", ["strength", "max_kl", "min_kl", "decay"])
+def test_the_dial_is_not_set_by_loading(name):
+    with pytest.raises(ConfigError, match=rf"{name} is of calls: .*policy\.{name} = "):
+        QAdapterForCausalLM.from_pretrained("anywhere", **{name: 0.5})
+
+
+def test_adapters_are_given_by_name():
+    with pytest.raises(ConfigError, match=r"adapters is a list: give \{name: folder"):
+        QAdapterForCausalLM.from_pretrained("anywhere", adapters=["folder"])
+
+
+def test_a_base_with_an_encoder_is_refused():
+    base = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration, has an encoder"):
+        QAdapterForCausalLM.from_base(base)
 
 
 def test_forward_without_inputs_is_refused(policy):

@@ -1,17 +1,20 @@
 """What a run leaves behind: log, curve, adapter folder, checkpoints; and into which models a checkpoint is loaded."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from models import APART, lora, tiny_base, tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
 from trainer_examples import CONFIG, METRICS
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, Trainer
 
 from qadapter import QAdapterForCausalLM, QAdapterTrainingArguments
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.loading import load_adapter_weights
 from qadapter.training_log import CURVE_NAME, LOG_NAME, read_log
+
+FILES = ("qadapter_config.json", *(f"adapters/default/adapter_{name}" for name in ("config.json", "model.safetensors")))
 
 
 def test_run_writes_its_log_and_its_curve(policy, tmp_path):
@@ -67,6 +70,24 @@ def test_a_readme_stays_what_it_is(policy, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_a_push_during_the_run_holds_the_adapter(policy, tmp_path, monkeypatch):
+    """The Trainer uploads the output folder, into which it copies what it knows of the checkpoint."""
+    pushed = []
+
+    def push(trainer, checkpoint_folder):
+        folder = Path(trainer.args.output_dir)
+        same = [(folder / file).read_bytes() == (Path(checkpoint_folder) / file).read_bytes() for file in FILES]
+        pushed.append((trainer.state.global_step, same))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda *_, **__: None)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    tiny_trainer(policy, tmp_path, push_to_hub=True, **options).train()
+    assert pushed == [(2, [True] * 3), (4, [True] * 3)]
+    assert not list(tmp_path.glob(".saving-*"))
+
+
 def test_best_model_is_loaded_at_the_end(policy, tmp_path):
     # The learning rate is wild, so that the last checkpoint is not the best.
     options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -94,7 +115,7 @@ def test_best_model_is_loaded_at_the_end(policy, tmp_path):
 def test_every_metric_knows_whether_its_best_is_its_smallest(tmp_path):
     smallest = {"loss", "rewards/rejected", "logps/rejected", "qadapter/kl", "qadapter/penalty"}
     for name in METRICS | {"loss"}:
-        for metric in (name, f"eval_{name}"):
+        for metric in (name, f"eval_{name}", f"eval_of_style_{name}"):  # the last of one of several evaluation sets
             arguments = QAdapterTrainingArguments(tmp_path, metric_for_best_model=metric)
             assert arguments.greater_is_better == (name not in smallest), metric
     asked_for = QAdapterTrainingArguments(tmp_path, metric_for_best_model="qadapter/kl", greater_is_better=True)

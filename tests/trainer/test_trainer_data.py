@@ -13,6 +13,15 @@ from qadapter import QAdapterTrainer, QAdapterTrainingArguments, load_preference
 from qadapter.data import token_cache
 
 
+def test_pairs_that_are_left_out_are_told(policy, tmp_path, caplog):
+    pairs = [*TEXT_PAIRS, {"prompt": "What?", "chosen": "y" * 400, "rejected": "n"}]
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_length=200)
+    QAdapterTrainer(model=policy, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tiny_tokenizer())
+    (record,) = caplog.records
+    assert record.getMessage().startswith("train_dataset: ")
+    assert "1" in record.getMessage()
+
+
 def test_text_is_tokenised_and_its_report_kept(policy, tmp_path):
     tokenizer = tiny_tokenizer()
     trainer = QAdapterTrainer(

@@ -162,6 +162,21 @@ def test_a_policy_without_weights_to_train_is_refused_and_trains_with_the_way_ou
     assert not all(torch.equal(weight, before[name]) for name, weight in loaded.adapter_parameters().items())
 
 
+def test_of_a_composition_only_the_first_adapter_can_be_trained(tmp_path):
+    base = tiny_base()
+    base.save_pretrained(tmp_path / "base")
+    for name in ("one", "two"):
+        QAdapterForCausalLM.from_base(tmp_path / "base").save_pretrained(tmp_path / name)
+    folders = {name: tmp_path / name for name in ("one", "two")}
+    both = QAdapterForCausalLM.from_pretrained(tmp_path / "base", adapters=folders)
+    with pytest.raises(ConfigError, match=r"model.adapter_parameters\('one'\).values\(\)"):
+        tiny_trainer(both, tmp_path / "run").train()
+    for weight in both.adapter_parameters("two").values():
+        weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match="'two' is set to be trained, but of several only the first, 'one', can be"):
+        tiny_trainer(both, tmp_path / "run").train()
+
+
 # -- sharded over processes ----------------------------------------------------------------------------------------
 
 FSDP = {"activation_checkpointing": False, "state_dict_type": "FULL_STATE_DICT"}

@@ -17,7 +17,8 @@ from qadapter.new_folders import into_new_folder, require_new_folder, set_mode_o
 if TYPE_CHECKING:
     from qadapter.modeling import QAdapterForCausalLM
 
-FORMATS = ("merged", "lora", "distilled", "gguf", "vllm")
+EXACT = ("merged", "lora", "gguf")
+FORMATS = (*EXACT, "distilled", "vllm")
 # Settings of the dial besides the strength, and the options that give them.
 OPTIONS = {
     "adapter_weights": "--adapter-weights",
@@ -38,21 +39,26 @@ def run(arguments: list[str]) -> int:
         "--format",
         choices=FORMATS,
         default="merged",
-        help="merged and lora are the policy at strength 1, but for rounding; distilled approximates any setting of "
-        "the dial on your prompts; vllm is exact at any strength and needs the plugin qadapter-vllm",
+        help="merged, lora and gguf are the policy at strength 1, or at any with --interpolation weights, but for "
+        "rounding; distilled approximates any setting of the dial on your prompts; vllm is exact at any strength and "
+        "needs the plugin qadapter-vllm",
     )
     parser.add_argument("--prompts-file", type=Path, help="prompts to distil on (text, one a line, or JSONL)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the prompts' answers when distilling")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer when distilling")
     options = parser.parse_args(arguments)
-    if options.format not in ("distilled", "vllm") and options.strength != 1.0:
+    dial = dial_of(options)
+    # One LoRA with interpolated weights is a smaller LoRA: exact at any strength.
+    interpolated = options.format in EXACT and dial.get("interpolation") == "weights"
+    if options.format in EXACT and options.strength != 1.0 and not interpolated:
         raise ConfigError(
-            f"--strength {options.strength} cannot be exported exactly: use --format distilled (or vllm, to serve it)."
+            f"--strength {options.strength} cannot be exported exactly: add --interpolation weights, or use --format "
+            "distilled (or vllm, to serve it)."
         )
     from qadapter.evaluation.columns import Column
 
-    column = Column("policy", options.strength, **dial_of(options))
-    further = column.settings().keys() - {"strength"}
+    column = Column("policy", options.strength, **dial)
+    further = column.settings().keys() - {"strength"} - ({"interpolation"} if interpolated else set())
     if further and options.format != "distilled":
         raise ConfigError(
             f"{', '.join(sorted(OPTIONS[name] for name in further))} cannot be exported as {options.format}: use "
@@ -72,9 +78,10 @@ def run(arguments: list[str]) -> int:
 
     with quiet_libraries():
         model, tokenizer = load_policy(options)
+        strength = options.strength if interpolated else None
         if options.format == "lora":
-            export_lora(model, options.output_dir, tokenizer)
-            print(f"plain PEFT LoRA written to {options.output_dir}: the policy at strength 1")
+            export_lora(model, options.output_dir, tokenizer, strength)
+            print(f"plain PEFT LoRA written to {options.output_dir}: the policy at strength {options.strength:g}")
         elif options.format == "vllm":
             export_vllm(model, options.output_dir, tokenizer, options.strength)
             print(f"folder for vLLM written to {options.output_dir}: vllm serve {shlex.quote(str(options.output_dir))}")
@@ -82,7 +89,7 @@ def run(arguments: list[str]) -> int:
             _distilled(model, tokenizer, prompts, options, column.settings())
         else:
             export = export_gguf_ready if options.format == "gguf" else export_merged
-            difference = export(model, options.output_dir, tokenizer)
+            difference = export(model, options.output_dir, tokenizer, strength)
             print(f"checkpoint written to {options.output_dir}; largest logit difference {difference:.3g}")
     return 0
 

@@ -139,6 +139,8 @@ def checked_plain(pair: Pair, prompt_needed: bool) -> Pair:
 
 
 def check_mapping(columns: Mapping[str, str] | None, names: list[str], source: str) -> None:
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DataError(f"columns is a {type(columns).__name__}; give {{'chosen': 'name of the column', ...}}")
     for name, path in (columns or {}).items():
         if name not in MAPPABLE:
             known = f"{', '.join(MAPPABLE)}, and in evaluations category"

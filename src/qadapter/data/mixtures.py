@@ -11,6 +11,8 @@ from qadapter.errors import DataError
 
 def parse_mixture(source: Iterable[str] | Mapping[str, float]) -> dict[str, float | None]:
     """{source: weight}; all weights are None for a list that gives none. Raises DataError."""
+    if isinstance(source, Mapping) and any(hasattr(part, "column_names") for part in source.values()):
+        raise DataError(f"the source has the splits {', '.join(map(repr, source))} already loaded; give one of them")
     named = list(source.items()) if isinstance(source, Mapping) else [split_weight(text) for text in source]
     weights = dict(named)
     if not weights:

@@ -40,19 +40,24 @@ A GGUF file has no dial: strength, composition and the KL cap need both streams 
 """
 
 
-def export_gguf_ready(model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None) -> float:
-    """A merged checkpoint with instructions to convert it to GGUF; the largest logit difference.
+def export_gguf_ready(
+    model: QAdapterForCausalLM,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    interpolated: float | None = None,
+) -> float:
+    """A checkpoint as `export_merged` writes it, with instructions to convert it to GGUF; the largest logit difference.
 
     Raises:
         ConfigError: the policy cannot be merged exactly, or is in a number format that GGUF does not have.
     """
     if model.dtype not in OUTTYPES:
         raise ConfigError(f"the policy is in {model.dtype}, which GGUF does not have: load it with dtype=float32.")
-    require_mergeable(model)
+    require_mergeable(model, interpolated)
     name = shlex.quote(Path(folder).resolve().name)
 
     def write(scratch: Path) -> float:
-        difference = write_merged(model, scratch, tokenizer)
+        difference = write_merged(model, scratch, tokenizer, interpolated)
         if tokenizer is not None:
             _write_tokenizer_config(scratch / "tokenizer_config.json", tokenizer)
             _copy_sentencepiece(model, scratch)

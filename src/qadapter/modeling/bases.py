@@ -30,6 +30,14 @@ HUB_TIMEOUT_SECONDS = 5.0
 FINGERPRINT_VALUES = 64
 
 
+# Arguments of from_pretrained that have one value here, and why.
+FIXED_LOADING = {
+    "trust_remote_code": (False, "code from the hub is never run"),
+    "use_safetensors": (True, "pickled weights are never read"),
+    "output_loading_info": (False, "a policy comes back, and missing weights are an error"),
+}
+
+
 class BaseSource(NamedTuple):
     """Where to load a base model from, and the name and revision by which adapters remember it."""
 
@@ -184,6 +192,9 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
     """
     if model_kwargs.get("quantization_config", ...) is None:  # it would overwrite what quantised files state
         del model_kwargs["quantization_config"]
+    for name, (fixed, reason) in FIXED_LOADING.items():
+        if model_kwargs.pop(name, fixed) not in (fixed, None):
+            raise ConfigError(f"{name} is {fixed} for every base: {reason}. Leave it out.")
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -228,8 +239,8 @@ def context_limit(config: Any) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def load_tokenizer(source: BaseSource | str | os.PathLike[str]) -> Any:
-    """The tokenizer of a base model or folder.
+def load_tokenizer(source: BaseSource | str | os.PathLike[str], token: str | bool | None = None) -> Any:
+    """The tokenizer of a base model or folder; with the token of the hub, where it is to be had there only.
 
     Raises:
         ConfigError: there is none.
@@ -238,7 +249,7 @@ def load_tokenizer(source: BaseSource | str | os.PathLike[str]) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", token=token, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
@@ -302,6 +313,8 @@ def combined_fingerprint(samples: Mapping[str, WeightSample]) -> str:
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
     """SHA-256 of a tokenizer's vocabulary with its special tokens, and of its chat template."""
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: give a loaded one, AutoTokenizer's.")
     vocabulary = repr(sorted(tokenizer.get_vocab().items())) + repr(sorted(tokenizer.special_tokens_map.items()))
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name, which a folder gives back in another order

@@ -11,6 +11,7 @@ wrong policy. Only safetensors are read, paths cannot leave the folder, and size
 """
 
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -107,9 +108,13 @@ def _put_aside(path: Path) -> None:
 
 
 def write_adapter(
-    model: QAdapterForCausalLM, adapter: str, folder: Path, state_dict: dict[str, Tensor] | None = None
+    model: QAdapterForCausalLM,
+    adapter: str,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    scale: float = 1.0,
 ) -> str:
-    """Write one plain PEFT adapter; the SHA-256 of its weights file."""
+    """Write one plain PEFT adapter, its update times `scale`; the SHA-256 of its weights file."""
     folder.mkdir(parents=True, exist_ok=True)
     source = None
     if state_dict is not None:
@@ -124,6 +129,9 @@ def write_adapter(
         model.peft_model, state_dict=source, adapter_name=adapter, save_embedding_layers=False
     )
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    if scale != 1.0:  # by the factor B of every update BA
+        tensors = {name: scale * tensor if "lora_embedding_B" in name or ".lora_B." in name else tensor
+                   for name, tensor in tensors.items()}  # fmt: skip
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     write_adapter_config(folder / CONFIG_NAME, model.peft_model.peft_config[adapter], tensors, model.base_source)
     set_mode_of_weights(folder / CONFIG_NAME)
@@ -162,8 +170,12 @@ def push(
     model: QAdapterForCausalLM,
     repo_id: str,
     private: bool | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     tokenizer: Any = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
 ) -> Any:
     """Upload the model's adapter folder to a hub repository, created if needed; the commit's information.
 
@@ -173,7 +185,28 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         save(model, scratch, tokenizer=tokenizer)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message="Upload Q-Adapter")
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=scratch,
+            commit_message=commit_message or "Upload Q-Adapter",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+# What `push` takes besides the place.
+UPLOAD_OPTIONS = tuple(inspect.signature(push).parameters)[2:]
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """Put the adapter of one folder into another, as `save` does: its manifest comes last."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        shutil.copytree(source / "adapters", Path(name) / "adapters")
+        shutil.copy(source / MANIFEST_NAME, name)
+        _publish(Path(name), folder)
 
 
 def file_digest(path: Path) -> str:

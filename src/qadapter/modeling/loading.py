@@ -61,15 +61,15 @@ def load(
     tokenizer: Any = None,
     verify: bool = True,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     interpolation: str = "logits",
     **model_kwargs: Any,
 ) -> QAdapterForCausalLM:
     """The policy stored in an adapter folder, or composed of several folders, in eval mode.
 
     Args:
-        folder: adapter folder or hub id (`revision` and `token` apply to it); with `adapters`, the base model: folder,
-            hub id or loaded model (the policy's layers are put into it: from then on it is part of the policy).
+        folder: adapter folder or hub id; with `adapters`, the base model: folder, hub id or loaded model (the policy's
+            layers are put into it: from then on it is part of the policy). It is what `revision` is of.
         adapters: {name: adapter folder or hub id}, each holding one adapter, all trained on one base and template.
         adapter_weights: default weights of the composition; those not named get 0. None: as stored, which is 1 unless
             it was saved otherwise.
@@ -77,6 +77,7 @@ def load(
         tokenizer: instead of the one in the folder or the base; only checked, not kept.
         verify: refuse another base, chat template or adapter than the ones trained with. Without it, a warning
             is given instead.
+        token: of the hub, for adapters, base and tokenizer.
         interpolation: the model's own, "logits" or "weights", as of `QAdapterForCausalLM.forward`.
         model_kwargs: passed to AutoModelForCausalLM.from_pretrained for the base (dtype, device_map, ...). A base that
             was quantised for the training is quantised in the same way; quantization_config=None loads it unquantised.
@@ -85,6 +86,10 @@ def load(
         AdapterFormatError: a folder is no adapter, is damaged, or belongs to another base or chat template.
         ConfigError: settings that exclude each other, weights of unknown adapters or that are no finite numbers.
     """
+    for name in ("strength", "max_kl", "min_kl", "decay"):
+        if name in model_kwargs:
+            raise ConfigError(f"{name} is of calls: give it to generate, or set it for all, policy.{name} = ...")
+    base_revision = None
     if adapters is None:
         if isinstance(folder, PreTrainedModel):
             raise ConfigError("a loaded base model was given without adapters: pass adapters={name: folder}.")
@@ -92,13 +97,17 @@ def load(
     else:
         if base_model is not None or not adapters:
             raise ConfigError("with adapters={name: folder, ...} the first argument is the base model.")
-        stored = {name: _only_adapter(name, path, verify) for name, path in adapters.items()}
-        base_model = folder
+        if not isinstance(adapters, Mapping):
+            raise ConfigError(f"adapters is a {type(adapters).__name__}: give {{name: folder, ...}}.")
+        stored = {name: _only_adapter(name, path, verify, token) for name, path in adapters.items()}
+        base_model, base_revision = folder, revision
     weights = {
         name: checked_number(weight, f"adapter_weights[{name!r}]")
         for name, weight in checked_weights(adapter_weights, dict.fromkeys(stored, 0.0)).items()
     }
-    model = _assemble(stored, base_model, tokenizer, verify, model_kwargs)
+    if token is not None:
+        model_kwargs["token"] = token
+    model = _assemble(stored, base_model, base_revision, tokenizer, verify, model_kwargs)
     model.interpolation = model.checked_interpolation(interpolation)
     if adapter_weights is not None:
         model.adapter_weights = weights
@@ -119,10 +128,10 @@ def read_folder(root: Path, verify: bool = True) -> dict[str, StoredAdapter]:
     return stored
 
 
-def _only_adapter(name: str, path: str | os.PathLike[str], verify: bool) -> StoredAdapter:
+def _only_adapter(name: str, path: str | os.PathLike[str], verify: bool, token: str | bool | None) -> StoredAdapter:
     if not ADAPTER_NAME.fullmatch(name):
         raise ConfigError(f"adapter name {name!r}: letters, digits, '-' and '_' are allowed.")
-    stored = read_folder(local_folder(path), verify)
+    stored = read_folder(local_folder(path, token=token), verify)
     if len(stored) != 1:
         raise ConfigError(
             f"{path} holds {len(stored)} adapters {sorted(stored)}: a composition takes one of each folder."
@@ -131,25 +140,36 @@ def _only_adapter(name: str, path: str | os.PathLike[str], verify: bool) -> Stor
 
 
 def _assemble(
-    stored: Mapping[str, StoredAdapter], base_model: Any, tokenizer: Any, verify: bool, model_kwargs: dict[str, Any]
+    stored: Mapping[str, StoredAdapter],
+    base_model: Any,
+    revision: str | None,
+    tokenizer: Any,
+    verify: bool,
+    model_kwargs: dict[str, Any],
 ) -> QAdapterForCausalLM:
     """The model of all stored adapters on one base, each checked against it."""
     first = next(iter(stored.values()))
     check_same_origin(stored)
-    base, source = load_base_of(first.manifest, base_model, model_kwargs)
+    base, source = load_base_of(first.manifest, base_model, model_kwargs, revision)
     quantisation = first.manifest.base["quantization"]
     fingerprint = weight_fingerprint(base, linear=quantisation is None)
-    # The fingerprint is one for float32 and bfloat16; float16 holds other numbers.
-    half = " In float16 the same weights differ: try bfloat16 or float32 first." if base.dtype == torch.float16 else ""
+    hint = ""
+    if quantisation_of(base) != quantisation:
+        now, then = described(quantisation_of(base)), described(quantisation)
+        hint = f" Here it is {now}, then it was {then}, which changes the weights."
+    elif base.dtype == torch.float16:  # the fingerprint is one for float32 and bfloat16; float16 holds other numbers
+        hint = " In float16 the same weights differ: try bfloat16 or float32 first."
     for entry in stored.values():
         if fingerprint != entry.manifest.base["fingerprint"]:
             _refuse(
                 f"{entry.root}: the base model differs: trained on {entry.manifest.base['name']!r} "
                 f"(revision {entry.manifest.base['revision'] or 'main'}), but {source.name!r} has other weights. "
-                f"Pass the original with base_model= (--base-model).{half}",
+                f"Pass the original with base_model= (--base-model).{hint}",
                 verify,
             )
-        _check_tokenizer(entry.manifest, entry.root, source, tokenizer, verify)
+        if entry.manifest.tokenizer is not None:
+            known = tokenizer or tokenizer_of(entry.root, source, model_kwargs.get("token"))
+            _check_tokenizer(entry.manifest.tokenizer, entry.root, known, verify)
     model = QAdapterForCausalLM(
         base,
         {name: entry.config for name, entry in stored.items()},
@@ -193,7 +213,7 @@ def check_same_origin(stored: Mapping[str, StoredAdapter]) -> None:
                 )
 
 
-def local_folder(folder: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:
+def local_folder(folder: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder itself if it exists, else a snapshot of the hub repository of that name."""
     if Path(folder).is_dir():
         return Path(folder)
@@ -209,7 +229,10 @@ def may_be_repository(name: str | os.PathLike[str]) -> bool:
 
 
 def snapshot_of(
-    folder: str | os.PathLike[str], files: Sequence[str], revision: str | None = None, token: str | None = None
+    folder: str | os.PathLike[str],
+    files: Sequence[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """The folder of a hub repository's files of such names, from the cache or downloaded.
 
@@ -227,12 +250,13 @@ def snapshot_of(
 
 
 def load_base_of(
-    manifest: Manifest, base_model: Any, model_kwargs: Mapping[str, Any]
+    manifest: Manifest, base_model: Any, model_kwargs: Mapping[str, Any], base_revision: str | None = None
 ) -> tuple[PreTrainedModel, BaseSource]:
     """The base that an adapter was trained on, quantised as it was unless `model_kwargs` say otherwise.
 
     Args:
-        base_model: instead of the one that the manifest names: id, folder, or a loaded model, which is given back.
+        base_model: instead of the one that the manifest names: id (`base_revision` is of it), folder, or a loaded
+            model, which is given back.
 
     Raises:
         AdapterFormatError, ConfigError: the base has no name, cannot be loaded or cannot be quantised here.
@@ -241,7 +265,7 @@ def load_base_of(
         return base_model, source_of(base_model)
     name, revision = manifest.base["name"], manifest.base["revision"]
     if base_model is not None:
-        name, revision = base_model, None
+        name, revision = base_model, base_revision
     if not name:
         raise AdapterFormatError("the adapter does not know its base model's name: pass base_model=.")
     source = resolve_base(name, revision)
@@ -251,19 +275,16 @@ def load_base_of(
     return load_base(source, **options), source
 
 
-def tokenizer_of(folder: str | os.PathLike[str], source: BaseSource) -> Any:
+def tokenizer_of(folder: str | os.PathLike[str], source: BaseSource, token: str | bool | None = None) -> Any:
     """The tokenizer that an adapter was trained with: the folder's own, else the base's."""
-    root = local_folder(folder)
-    return load_tokenizer(root if (root / "tokenizer_config.json").exists() else source)
+    root = local_folder(folder, token=token)
+    return load_tokenizer(root if (root / "tokenizer_config.json").exists() else source, token)
 
 
-def _check_tokenizer(manifest: Manifest, root: Path, source: BaseSource, tokenizer: Any, verify: bool) -> None:
-    if manifest.tokenizer is None:
-        return
-    tokenizer = tokenizer or tokenizer_of(root, source)
+def _check_tokenizer(trained_with: Mapping[str, str], root: Path, tokenizer: Any, verify: bool) -> None:
     actual = tokenizer_fingerprint(tokenizer)
     for part, name in (("vocabulary", "tokenizer's vocabulary"), ("chat_template", "chat template")):
-        if actual[part] != manifest.tokenizer[part]:
+        if actual[part] != trained_with[part]:
             _refuse(
                 f"{root}: the {name} differs from the one the adapter was trained with. Restore it, or pass the "
                 "original with tokenizer=.",

@@ -75,6 +75,10 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     ) -> None:
         if not isinstance(base, PreTrainedModel) or isinstance(base, QAdapterForCausalLM):
             raise ConfigError(f"base is a {type(base).__name__}: give the plain causal language model.")
+        if base.config.is_encoder_decoder:
+            raise ConfigError(
+                f"base, a {type(base).__name__}, has an encoder: give a decoder-only causal language model."
+            )
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise ConfigError(f"base, a {type(base).__name__}, carries an adapter already: load it afresh.")
         check_adapter_names(list(peft_configs))
@@ -301,6 +305,15 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
 
     add_adapter = load_adapter
 
+    def disable_adapters(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: transformers' own know of no streams, and would find no adapter."""
+        raise ConfigError(
+            "adapters are chosen by the dial: strength=0.0 is the base alone, adapter_weights={name: weight} says how "
+            "much each counts (0 leaves it out), model.adapters has their names."
+        )
+
+    enable_adapters = set_adapter = delete_adapter = active_adapters = disable_adapters
+
     def resize_token_embeddings(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: the base is frozen, and the adapters are checked against it."""
         raise ConfigError("resize_token_embeddings: the base stays as it is. Resize and save it before from_base.")
@@ -329,18 +342,20 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         Args:
             save_directory: made where it is missing; an adapter in it is replaced, other files stay.
             kwargs: `tokenizer`, to write it too and record its fingerprint; `state_dict`, the adapter's weights instead
-                of the model's own; `push_to_hub`, `repo_id` and `token`, to upload the folder as well. Others, which
-                transformers passes on, are ignored.
+                of the model's own; `is_main_process`, False to write nothing; `push_to_hub` and `repo_id`, to upload
+                the folder as well, with what `push_to_hub` takes. Others, which transformers passes on, are ignored.
 
         Raises:
             ConfigError: the folder is a file, or the adapter is folded into the base (`merged`).
             TrainingError: log-probabilities of the policy that are not finite.
         """
-        from qadapter.modeling.checkpoint import save
+        from qadapter.modeling.checkpoint import UPLOAD_OPTIONS, save
 
+        if not kwargs.get("is_main_process", True):  # of several processes that all call this
+            return
         save(self, save_directory, **{name: kwargs.get(name) for name in ("state_dict", "tokenizer", "probe")})
         if kwargs.get("push_to_hub"):
-            options = {name: kwargs.get(name) for name in ("token", "tokenizer")}
+            options = {name: kwargs[name] for name in UPLOAD_OPTIONS if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or str(save_directory), **options)
 
     @classmethod
@@ -365,8 +380,9 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         """Upload the adapter folder to a hub repository, made where it is missing; the commit's information.
 
         Args:
-            kwargs: `private`, `token`, and `tokenizer`, needed where the adapter was trained with another chat template
-                than the base's own.
+            kwargs: `tokenizer`, needed where the adapter was trained with another chat template than the base's own;
+                `private`, `token`, `commit_message`, `commit_description`, `revision` (a branch, made where it is
+                missing) and `create_pr`, as of transformers.
         """
         from qadapter.modeling.checkpoint import push
 
