@@ -1,6 +1,7 @@
 """Strengths that switch the adapter off inside code, JSON, reasoning and tool calls."""
 
 import json
+import time
 
 import models
 import pytest
@@ -118,6 +119,44 @@ def test_every_beginning_of_a_json_value_is_protected_and_the_whole_is_not(value
 @given(st.text(alphabet='`~>{}[]"\\<think>/ \n,1a:'))
 def test_any_text_is_read(text):
     assert OffInside(tokenizer=None).off(text) in (True, False)
+
+
+def off_by_rest(condition, text):
+    """The slow twin: what follows a region's end is a text of its own, in which everything is searched anew."""
+    while True:
+        openings = [condition._ahead(kind, text, 0) for kind in ("mark", "fence", "json")]
+        if not any(openings):
+            return False
+        end = condition._end(text, min(filter(None, openings), key=lambda opening: opening.start()))
+        if end is None:
+            return True
+        text = text[end:]
+
+
+PIECES = ["{}", '{"a": 1}', "[1]", "[", "{", '"', "```", "```py\n", "~~~\n", "<think>", "</think>", "\n", " ", "x",
+          "> ", "[THINK]", "[/THINK]", "<function=f>", "</function>", "`"]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
+def test_a_text_read_once_is_as_one_read_anew_after_each_region(text):
+    condition = OffInside(tokenizer=None)
+    assert condition.off(text) == off_by_rest(condition, text)
+
+
+@pytest.mark.parametrize("region", ['{"a": [1, 2]}\n', "[1]\n", "<think></think>\n", "```\n```\n", "{}", "a ```b\n"])
+def test_long_answers_of_many_regions_are_read_in_one_go(region):
+    """A served row's token takes so long, and all other rows wait."""
+    condition = OffInside(tokenizer=None)
+
+    def seconds(count):
+        text = region * count
+        start = time.process_time()
+        condition.off(text)
+        return time.process_time() - start
+
+    condition.off(region)
+    assert min(seconds(4000) for _ in range(3)) < 12 * min(seconds(1000) for _ in range(3)) + 0.05
 
 
 def test_conditional_strength_leaves_the_base_alone_inside_a_fence():

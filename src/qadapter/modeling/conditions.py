@@ -26,7 +26,8 @@ REGIONS = {
     "<|START_ACTION|>": "<|END_ACTION|>",
 }
 # Lines with a fence: what stands before it, its marks, and what follows.
-FENCE = re.compile(r"^(.*?)(`{3,}|~{3,})(.*)$", re.MULTILINE)
+REST_WITH_FENCE = re.compile(r"(.*?)(`{3,}|~{3,})(.*)$", re.MULTILINE)
+FENCE = re.compile(f"^{REST_WITH_FENCE.pattern}", re.MULTILINE)
 BEFORE_FENCE = " \t>"  # a fence may stand in a quotation
 INFO = re.compile(r"[\w+#.-]*\s*")  # the language, and nothing else: after a fence that opens within a line
 # What may follow a bracket in JSON, as far as it is written; so "[Your name]", "[0-9]" and "{name}" are none.
@@ -34,7 +35,8 @@ NUMBER = r"-?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d*)?)?\s*(?:[,\]]|\Z)"
 WORD = r"t(?:r|\Z)(?:u|\Z)(?:e|\Z)|f(?:a|\Z)(?:l|\Z)(?:s|\Z)(?:e|\Z)|n(?:u|\Z)(?:l|\Z)(?:l|\Z)"
 JSON_START = rf"(?:\{{\s*(?:[\"}}]|\Z)|\[\s*(?:[\]\[{{\"]|{NUMBER}|{WORD}))"
 # At the beginning of a line any JSON, within one an object with a key.
-JSON = re.compile(rf"^[ \t>]*(?={JSON_START})|(?=\{{\s*\")", re.MULTILINE)
+REST_WITH_JSON = re.compile(rf"[ \t>]*(?={JSON_START})")
+JSON = re.compile(rf"^{REST_WITH_JSON.pattern}|(?=\{{\s*\")", re.MULTILINE)
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
@@ -93,31 +95,54 @@ class OffInside:
 
     def off(self, text: str) -> bool:
         """Whether the end of `text` lies inside a protected region."""
-        while openings := self._openings(text):
+        place = 0
+        ahead: dict[str, re.Match[str] | None] = {}  # searched for once, not once a region: answers may be long
+        while True:
+            openings: list[re.Match[str]] = []
+            for kind in ("mark", "fence", "json"):
+                known = ahead.get(kind)
+                if kind not in ahead or (known is not None and known.start() < place):
+                    ahead[kind] = self._ahead(kind, text, place)
+                openings += filter(None, (self._here(kind, text, place), ahead[kind]))
+            if not openings:
+                return False
             end = self._end(text, min(openings, key=lambda opening: opening.start()))
             if end is None:
                 return True
-            text = text[end:]
-        return False
+            place = end
 
-    def _openings(self, text: str) -> list[re.Match[str]]:
-        """The first mark, fence and JSON in `text`, of those that there are."""
-        mark = self._mark.search(text) if self._mark else None
-        fence = next(filter(opens_fence, FENCE.finditer(text)), None) if self.fences else None
-        json = JSON.search(text) if self.json_answers else None
-        return [opening for opening in (mark, fence, json) if opening]
+    def _ahead(self, kind: str, text: str, place: int) -> re.Match[str] | None:
+        """The first opening of a kind that begins at a place or after it."""
+        if kind == "mark":
+            return self._mark.search(text, place) if self._mark else None
+        if kind == "fence":
+            return next(filter(opens_fence, FENCE.finditer(text, place)), None) if self.fences else None
+        return JSON.search(text, place) if self.json_answers else None
+
+    def _here(self, kind: str, text: str, place: int) -> re.Match[str] | None:
+        """The opening of a kind at a place in a line, after a region's end: what follows is read as a line."""
+        if kind == "fence" and self.fences and has_fence(text, place):
+            rest = REST_WITH_FENCE.match(text, place)
+            return rest if rest is not None and opens_fence(rest) else None
+        return REST_WITH_JSON.match(text, place) if kind == "json" and self.json_answers else None
 
     def _end(self, text: str, opening: re.Match[str]) -> int | None:
         """Where the region ends that begins so; None if it does not."""
-        if opening.re is FENCE:
+        if opening.re in (FENCE, REST_WITH_FENCE):
             lines = FENCE.finditer(text, opening.end())
             return next((line.end() for line in lines if closes_fence(line, opening)), None)
-        if opening.re is JSON:
+        if opening.re in (JSON, REST_WITH_JSON):
             return json_end(text, opening.end())
         tag = next(filter(None, opening.groups()), None)
         closing = f"</{tag}>" if tag else self.regions[opening.group()]
         place = text.find(closing, opening.end()) if closing else -1
         return None if place < 0 else place + len(closing)
+
+
+def has_fence(text: str, place: int) -> bool:
+    """Whether marks stand in the rest of a line: much faster to tell than what they mean."""
+    end = text.find("\n", place)
+    return any(text.find(marks, place, len(text) if end < 0 else end) >= 0 for marks in ("```", "~~~"))
 
 
 def opens_fence(line: re.Match[str]) -> bool:
