@@ -26,6 +26,8 @@ class Detokeniser:
         """The text that `token` completes; empty for half a character or a special token."""
         self._ids.append(token)
         text = self._waiting()
+        if not text and self._is_special(token):  # leaves nothing: a run of them must not make the window longer
+            self._ids.pop()
         if not text or (text.endswith(REPLACEMENT) and len(self._ids) - self._sent < LONGEST_WAIT):
             return ""
         return self._sendable(text)
@@ -43,6 +45,10 @@ class Detokeniser:
         after = self._decoded([*self._ids[self._start :], token])
         added = after[len(before) :] if after.startswith(before) else ""
         return added or self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _is_special(self, token: int) -> bool:
+        """Whether texts leave a token out; others that read like nothing alone (a space, say) count for the next."""
+        return not self._decoded([token]) and bool(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _waiting(self) -> str:
         """The text of the tokens since the last that was sent."""

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import httpx
 import openai
 import pytest
 from served import RunningServer, chat, eventually, longrope_base, two_adapters
@@ -50,7 +51,7 @@ def test_without_a_key_other_names_for_this_machine_are_refused(server, host):
     assert response.json()["error"]["code"] == "host_not_allowed"
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]"])
+@pytest.mark.parametrize("host", ["localhost", "LocalHost.", "localhost:1234", "127.0.0.1:8000", "[::1]:8000", "[::1]"])
 def test_this_machines_own_names_are_fine(server, host):
     assert server.get("/v1/models", {"Host": host}).status_code == 200
 
@@ -110,6 +111,7 @@ def test_metrics_count_requests_tokens_and_time():
             "qadapter_running_answers": 0,
             "qadapter_waiting_prompts": 0,
         }
+        assert httpx.head(f"{server.url}/health").status_code == 200
         eventually(lambda: all(server.metric(line) == value for line, value in expected.items()))
         assert 'model="unknown"' not in server.get("/metrics").text
     finally:

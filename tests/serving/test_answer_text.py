@@ -175,3 +175,30 @@ def test_a_tokens_offset_is_where_its_text_begins(tokens, offsets):
         answer.add(Chosen(token, -1.0, ()))
     answer.close()
     assert [report.offset for report in answer.take()[1]] == offsets
+
+
+def test_special_tokens_leave_nothing_and_make_nothing_slower():
+    """A model may write thousands of them; each is looked at once, whatever came before."""
+    tokenizer = CountingTokenizer(BYTES)
+    tokens = BYTES("so né")["input_ids"]
+    special = BYTES.all_special_ids[0]
+    detokeniser = Detokeniser(tokenizer)
+    pieces = [detokeniser.push(token) for token in [*tokens, *[special] * 500]]
+    assert "".join(pieces) == "so né"
+    assert tokenizer.longest <= len(tokens) + 1
+    spread = Detokeniser(BYTES)
+    assert "".join(spread.push(token) for token in [special, *tokens[:1], special, *tokens[1:]]) == "so né"
+
+
+class CountingTokenizer:
+    """BYTES, and how many ids were ever decoded at once."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.longest = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids, **options):
+        self.longest = max(self.longest, len(ids))
+        return self._tokenizer.decode(ids, **options)

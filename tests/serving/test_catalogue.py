@@ -118,3 +118,9 @@ def test_weights_that_multiply_beyond_all_measure_are_refused():
 def test_an_adapter_cannot_be_called_base():
     with pytest.raises(ConfigError, match="rename its folder"):
         Catalogue({"base": {"first": 1.0}}, TRAINED)
+
+
+def test_no_adapter_has_the_name_of_anothers_strength():
+    with pytest.raises(ConfigError, match="'formal@0.5', by which 'formal' is asked for at a strength"):
+        Catalogue({"formal": {"first": 1.0}, "formal@0.5": {"second": 1.0}}, TRAINED)
+    assert Catalogue({"other@0.5": {"second": 1.0}}, TRAINED).named("other@0.5@2") == ("other@0.5", 2.0)

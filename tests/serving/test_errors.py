@@ -1,6 +1,7 @@
 """Whatever is wrong with a request is said in OpenAI's shape, and the server lives on."""
 
 import json
+import time
 
 import httpx
 import openai
@@ -10,7 +11,8 @@ from models import tiny_base, tiny_tokenizer
 from pydantic import ValidationError
 from served import CONTEXT, RunningServer, chat, dial, endless_base, error_of, two_adapters
 
-from qadapter.serving.schema import ChatRequest, CompletionRequest
+from qadapter.serving.api_errors import ApiError
+from qadapter.serving.schema import ChatRequest, CompletionRequest, parse
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 VALID = {"model": "formal", "prompt": "a", "max_tokens": 2}
@@ -108,6 +110,31 @@ def test_a_completion_parameter_out_of_range_is_named(server, changes, param):
 def test_prompts_are_counted_before_they_are_encoded(server):
     error = error_of(server.post(COMPLETIONS, json.dumps({**VALID, "prompt": [[97]] * 65})), 400)
     assert "at most 64 at once" in error["message"]
+
+
+MANY = {f"key{number}": 1 for number in range(90_000)}
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "param"),
+    [
+        (COMPLETIONS, MANY, "the body"),
+        (COMPLETIONS, {"qadapter": MANY}, "qadapter"),
+        (COMPLETIONS, {"qadapter": {"weights": MANY}}, "qadapter.weights"),
+        (COMPLETIONS, {"prompt": [[1]] * 170_000}, "prompt"),
+        (CHAT, {"chat_template_kwargs": MANY}, "chat_template_kwargs"),
+        (CHAT, {"messages": [{"role": "user", "content": "a"} | MANY]}, "messages.0"),
+        (CHAT, {"messages": [{"role": "user", "content": [MANY]}]}, "messages.0.content"),
+    ],
+)
+def test_a_body_full_of_what_nobody_asks_for_is_refused_at_once(path, changes, param):
+    """While it is checked nobody else is answered."""
+    kind, valid = (CompletionRequest, VALID) if path == COMPLETIONS else (ChatRequest, VALID_CHAT)
+    start = time.process_time()
+    with pytest.raises(ApiError) as caught:
+        parse(kind, {**valid, **changes})
+    assert time.process_time() - start < 0.3
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize(

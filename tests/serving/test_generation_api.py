@@ -6,9 +6,13 @@ import openai
 import pytest
 import torch
 from models import tiny_tokenizer
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
 from served import RunningServer, chat, dial, greedy_text, prompt_ids_of
 
 from qadapter import OffInside
+from qadapter.serving.schema import IGNORED, UNSUPPORTED, ChatRequest, CompletionRequest, TextPart
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 FIRST, SECOND = {"first": 1.0}, {"second": 1.0}
@@ -191,6 +195,8 @@ def test_a_seed_fixes_the_answer_and_its_choices_differ(client):
 
     assert texts(seed=11) == texts(seed=11)
     assert len({*texts(seed=11), *texts(seed=12)}) == 6
+    prompts = client.completions.create(model="formal", prompt=["hello there"] * 4, max_tokens=40)
+    assert len({choice.text for choice in prompts.choices}) == 4
     assert texts() != texts()  # single answers without a seed may be equal, when both end at once
 
 
@@ -282,6 +288,14 @@ def test_max_completion_tokens_and_max_tokens_bound_the_answer(client):
         assert answer.usage.completion_tokens == 7
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + 7
         assert answer.choices[0].finish_reason == "length"
+
+
+def test_every_field_of_the_official_client_is_known():
+    """It is taken, ignored, or refused by its name."""
+    for params, kind in ((chat_params, ChatRequest), (completion_params, CompletionRequest)):
+        known = kind.model_fields.keys() | IGNORED | UNSUPPORTED.keys()
+        assert params.CompletionCreateParamsBase.__annotations__.keys() <= known | {"stream"}
+    assert ChatCompletionContentPartTextParam.__annotations__.keys() <= TextPart.model_fields.keys()
 
 
 def test_fields_without_meaning_here_are_ignored(client):

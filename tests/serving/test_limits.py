@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from served import chat, eventually
+from models import tiny_tokenizer
+from served import RunningServer, chat, endless_base, eventually, two_adapters
 
 FOREVER = {"model": "formal", "prompt": "a", "temperature": 0, "max_tokens": 50_000}
 SHORT = {**FOREVER, "max_tokens": 3}
@@ -226,3 +227,84 @@ def test_an_answer_may_take_longer_than_a_head(running, monkeypatch):
             start = time.monotonic()
             client.completions.create(**{**FOREVER, "max_tokens": 400})
             assert time.monotonic() - start > 0.4
+
+
+class SlowTokenizer:
+    """A tokenizer that takes its time over some texts."""
+
+    def __init__(self):
+        self._tokenizer, self.release, self.seen = tiny_tokenizer(), threading.Event(), []
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __deepcopy__(self, memo):
+        return tiny_tokenizer()
+
+    def __call__(self, text, **options):
+        self.seen.append(text)
+        if text == "slow":
+            self.release.wait(20)
+        return self._tokenizer(text, **options)
+
+
+def test_prompts_that_wait_for_the_tokenizer_count_as_queued_and_have_the_requests_time():
+    tokenizer = SlowTokenizer()
+    server = RunningServer(two_adapters(endless_base()), tokenizer, max_queue=3, request_timeout=1.0)
+    try:
+        slow = server.start_request({**SHORT, "prompt": "slow"})
+        eventually(lambda: tokenizer.seen == ["slow"])
+        gone = server.start_request({**SHORT, "prompt": "gone"})
+        eventually(lambda: server.service._tokenised == 2)
+        with ThreadPoolExecutor() as pool:
+            late = pool.submit(server.post, "/v1/completions", json.dumps({**SHORT, "prompt": "late"}))
+            eventually(lambda: server.service._tokenised == 3)
+            assert server.post("/v1/completions", json.dumps(SHORT)).status_code == 429
+            gone.close()
+            eventually(lambda: server.service._tokenised == 2)
+            assert late.result().status_code == 504
+        tokenizer.release.set()
+        assert slow.getresponse().status == 504
+        assert server.post("/v1/completions", json.dumps(SHORT)).status_code == 200
+        assert not {"gone", "late"} & set(tokenizer.seen)  # nobody waited for these any more
+        slow.close()
+    finally:
+        tokenizer.release.set()
+        server.stop()
+
+
+def test_a_stream_that_its_client_does_not_read_ends_in_time(running, monkeypatch):
+    monkeypatch.setattr("qadapter.serving.exchange.LAST_EVENT_SECONDS", 0.2)
+    server = running(request_timeout=1.0, max_batch=8, max_n=8)
+    body = json.dumps({**FOREVER, "n": 8, "stream": True, "logprobs": 5}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.listener.getsockname()[:2])
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        eventually(lambda: server.service.engine.running == 8)
+        eventually(lambda: server.service.engine.running == 0)
+        eventually(lambda: not server.server.server_state.connections - set(kept_alive(server)))
+    ended = 'qadapter_requests_total{route="/v1/completions",status="504"}'
+    eventually(lambda: server.metric(ended) == 1)
+
+
+def kept_alive(server):
+    """Connections that wait for another request."""
+    return [one for one in server.server.server_state.connections if one.cycle is None or one.cycle.response_complete]
+
+
+@pytest.mark.parametrize(("leaves", "status"), [(False, 504), (True, 499)])
+def test_how_a_stream_ended_is_counted(running, leaves, status):
+    server = running(request_timeout=30.0 if leaves else 0.3)
+    with server.client() as client:
+        stream = client.completions.create(**FOREVER, stream=True)
+        if leaves:
+            next(stream)
+            stream.close()
+        else:
+            with pytest.raises(openai.APIError, match="not complete within"):
+                list(stream)
+        assert list(client.completions.create(**SHORT, stream=True))
+    counted = 'qadapter_requests_total{route="/v1/completions",status="%d"}'
+    eventually(lambda: (server.metric(counted % status), server.metric(counted % 200)) == (1, 1))

@@ -85,6 +85,7 @@ def test_a_folder_called_base_is_refused_before_anything_is_loaded():
 def test_the_name_is_the_last_part_of_folder_or_hub_id(folders, monkeypatch):
     monkeypatch.chdir(folders[1])
     assert served_names(["user/polite", "out/terse/", "."]) == ["polite", "terse", "concise"]
+    assert served_names(["adapters/.."]) == ["concise"]
 
 
 def test_missing_packages_are_named_with_the_way_out(monkeypatch):

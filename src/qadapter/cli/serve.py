@@ -112,7 +112,9 @@ def served_names(folders: Sequence[str]) -> list[str]:
     """
     from qadapter.serving.catalogue import require_free_names
 
-    names = [Path(folder).name or Path(folder).resolve().name for folder in folders]
+    # Those of "." and ".." are the names of what they lead to.
+    paths = [Path(folder) for folder in folders]
+    names = [path.resolve().name if path.name in ("", "..") else path.name for path in paths]
     require_free_names(names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

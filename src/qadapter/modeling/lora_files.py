@@ -114,8 +114,10 @@ def _read_tensors(path: Path, keys: re.Pattern[str]) -> dict[str, Tensor]:
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise AdapterFormatError(f"{path}: tensor {name!r} holds numbers of type {tensor.dtype}.")
         # Attention on some CPUs turns NaN queries into zeros: the policy's answers need not show the damage.
-        if not bool(tensor.isfinite().all()):
-            raise AdapterFormatError(f"{path}: tensor {name!r} holds NaN or infinity: the adapter is damaged.")
+        if not bool(tensor.float().isfinite().all()):  # as it will be: float64 reaches farther
+            raise AdapterFormatError(
+                f"{path}: tensor {name!r} holds NaN, infinity or more than float32 can: the adapter is damaged."
+            )
     return tensors
 
 

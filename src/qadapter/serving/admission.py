@@ -60,9 +60,12 @@ class Admission:
             raise bad_request(f"n = {request.n}: this server gives at most {self._settings.max_n} choices.", "n")
         prompts, param = self._prompts(request)
         lengths = [self._encoder.answer_tokens(ids, request.answer_tokens, param) for ids in prompts]
-        seed = secrets.randbits(63) if request.seed is None else request.seed
+
+        def seed() -> int:  # without the request's, equal prompts in a list have different samples, as elsewhere
+            return secrets.randbits(63) if request.seed is None else request.seed
+
         return [
-            self._job(request, dial, ids, length, seed, number * request.n, deliver)
+            self._job(request, dial, ids, length, seed(), number * request.n, deliver)
             for number, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
 

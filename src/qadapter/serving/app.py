@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +21,7 @@ from qadapter.serving.catalogue import Catalogue
 from qadapter.serving.decoder import Decoder
 from qadapter.serving.engine import Engine
 from qadapter.serving.exchange import CLIENT_GONE, ClientGone, EventStream, Exchange
+from qadapter.serving.jobs import Job
 from qadapter.serving.metrics import Metrics
 from qadapter.serving.middleware import Gate, RequestRecord, error_response, note
 from qadapter.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
@@ -51,6 +52,7 @@ class Service:
         self.started = int(time.time())
         # One thread: tokenizers are not for several, and a long prompt must not hold up the event loop.
         self.tokenising = ThreadPoolExecutor(1, thread_name_prefix="qadapter-prompts")
+        self._tokenised = 0  # requests whose prompts are in that thread or wait for it
 
     async def answer(self, request: Request, kind: type[GenerationRequest]) -> Response:
         """The response to a generation request.
@@ -60,23 +62,33 @@ class Service:
             ClientGone: the client closed the connection.
         """
         arrived = time.perf_counter()
-        self.engine.require_places()
+        self.engine.require_places(1 + self._tokenised)
         wanted: GenerationRequest = parse(kind, await json_object(request, self.settings.max_body_bytes))
         exchange = Exchange(
             self.engine,
             self.settings.request_timeout,
             lambda: self.metrics.first_token_seconds.observe(time.perf_counter() - arrived),
         )
-        loop = asyncio.get_running_loop()
-        jobs = await loop.run_in_executor(self.tokenising, self.admission.jobs, wanted, exchange.deliver)
-        exchange.submit(jobs)
+        exchange.submit(await self._jobs(request, wanted, exchange))
+        jobs = exchange.jobs
         prompt_tokens = sum(len(job.prompt_ids) for job in jobs)
         self.metrics.prompt_tokens.labels(jobs[0].model).inc(prompt_tokens)
         shape = response_shape(wanted)
         note(request.scope, f"model={wanted.model} prompt_tokens={prompt_tokens}")
         if wanted.stream:
-            return EventStream(exchange.events(shape), exchange.cancel)
+            return EventStream(exchange, shape)
         return JSONResponse(await exchange.whole(request, shape))
+
+    async def _jobs(self, request: Request, wanted: GenerationRequest, exchange: Exchange) -> Sequence[Job]:
+        """What the request's prompts come to; given up before its turn where the client or the time is gone."""
+        work = asyncio.get_running_loop().run_in_executor(
+            self.tokenising, self.admission.jobs, wanted, exchange.deliver
+        )
+        self._tokenised += 1
+        try:
+            return await exchange.ready(request, work)
+        finally:
+            self._tokenised -= 1
 
     def model_card(self, name: str) -> dict[str, Any]:
         """One entry of /v1/models."""
@@ -119,7 +131,7 @@ def create_app(service: Service) -> FastAPI:
         service.catalogue.named(name)
         return service.model_card(name)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         healthy = service.engine.healthy
         return JSONResponse({"status": "ok" if healthy else "failing"}, 200 if healthy else 503)

@@ -23,6 +23,14 @@ def require_free_names(names: Collection[str]) -> None:
         )
 
 
+def with_strength(name: str) -> tuple[str, float | None]:
+    """("formal", 0.5) of "formal@0.5"; a name that gives no strength reads as ("", None)."""
+    served, _, number = name.rpartition("@")
+    if re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", number, re.ASCII):
+        return served, float(number)
+    return "", None
+
+
 @dataclass(frozen=True)
 class Dial:
     """The policy of one answer: logits Σ_k c_k z_k over its streams, with the KL from the base capped if wanted.
@@ -77,6 +85,12 @@ class Catalogue:
 
     def __post_init__(self) -> None:
         require_free_names(self.models)
+        for name in self.models:
+            if with_strength(name)[0] in self.models:
+                raise ConfigError(
+                    f"an adapter is called {name!r}, by which {with_strength(name)[0]!r} is asked for at a strength: "
+                    "rename its folder."
+                )
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
 
     @property
@@ -94,9 +108,9 @@ class Catalogue:
         """
         if name in self.names:
             return name, None
-        served, _, number = name.rpartition("@")
-        if served in self.models and re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", number, re.ASCII):
-            return served, float(number)
+        served, strength = with_strength(name)
+        if served in self.models:
+            return served, strength
         example = f"; with a strength: {next(iter(self.models))}@0.5" if self.models else ""
         message = f"the model {name!r} does not exist here. Models: {', '.join(self.names)}{example}."
         raise ApiError(404, message, "model_not_found", "model")

@@ -1,6 +1,7 @@
-"""A connection that sends no whole request is closed: it would hold one of the process's files for good."""
+"""A connection that sends no whole request, or reads no answer, is closed: it would hold one of the process's files."""
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -10,10 +11,17 @@ HEAD_SECONDS = 20.0
 class TimedProtocol(H11Protocol):
     """HTTP whose connections close where a request's head takes longer than HEAD_SECONDS to arrive.
 
-    uvicorn has a limit for the time between two requests only; the body's is in body.py.
+    uvicorn has a limit for the time between two requests only; the body's is in body.py. A request's state holds
+    `abort_connection`, for a client that does not read: an orderly end would wait for it.
     """
 
     _deadline: asyncio.TimerHandle | None = None
+
+    def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], *others: Any, **options: Any) -> None:
+        super().__init__(config, server_state, app_state | {"abort_connection": self._abort}, *others, **options)
+
+    def _abort(self) -> None:
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The time begins with the connection."""

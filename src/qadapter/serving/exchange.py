@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -14,6 +14,8 @@ from qadapter.serving.api_errors import ApiError
 from qadapter.serving.engine import Engine
 from qadapter.serving.jobs import Delta, Event, Failure, Job
 
+Result = TypeVar("Result")
+LAST_EVENT_SECONDS = 5.0  # after the deadline, for a client that reads slowly
 CLIENT_GONE = 499  # nginx's status for it; nobody receives it, the access log shows it
 
 
@@ -37,11 +39,30 @@ class Exchange:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.jobs: Sequence[Job] = ()
         self.tokens = 0
+        self.outcome = CLIENT_GONE  # of a stream, whose status was sent before anything was known
 
     def deliver(self, event: Event) -> None:
         """Hand an event over from the engine's thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    @property
+    def last_call(self) -> float:
+        """When a stream that its client does not read ends, by the loop's clock."""
+        return self._deadline + LAST_EVENT_SECONDS
+
+    async def ready(self, request: Request, work: Awaitable[Sequence[Job]]) -> Sequence[Job]:
+        """The jobs that `work` makes of the request, which may have to wait for others' prompts.
+
+        Raises:
+            ApiError: what `work` raises, or the time is up (504).
+            ClientGone: the client closed the connection.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await _unless(work, _disconnection(request))
+        except TimeoutError:
+            raise self._too_late() from None
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs, which report to `deliver`.
@@ -68,8 +89,7 @@ class Exchange:
                 async with asyncio.timeout_at(self._deadline):
                     event = await self._events.get()
             except TimeoutError:
-                message = f"the answer was not complete within {self._seconds:g} s: ask for fewer tokens."
-                raise ApiError(504, message, "timeout") from None
+                raise self._too_late() from None
             if isinstance(event, Failure):
                 raise event.error
             if self.tokens == 0 and event.tokens:
@@ -77,6 +97,10 @@ class Exchange:
             self.tokens += event.tokens
             open_answers -= event.finish_reason is not None
             yield event
+
+    def _too_late(self) -> ApiError:
+        message = f"the answer was not complete within {self._seconds:g} s: ask for fewer tokens."
+        return ApiError(504, message, "timeout")
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
@@ -112,24 +136,32 @@ class Exchange:
                     yield _event(shape.chunk([shape.delta(delta)]))
             if shape.wants_usage:
                 yield _event(shape.last_chunk(self.usage()))
+            self.outcome = 200
             yield "data: [DONE]\n\n"
         except ApiError as error:
+            self.outcome = error.status
             yield _event(error.to_dict())
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `on_end` is called however the stream ends."""
+    """An exchange's server-sent events; its places are freed however the stream ends."""
 
-    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
+    def __init__(self, exchange: Exchange, shape: ResponseShape) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._on_end = on_end
+        super().__init__(exchange.events(shape), media_type="text/event-stream", headers=headers)
+        self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope.setdefault("state", {})
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout_at(self._exchange.last_call):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # the client does not read, so nothing can be sent
+            self._exchange.outcome = 504
+            state.get("abort_connection", lambda: None)()
         finally:
-            self._on_end()
+            state["outcome"] = self._exchange.outcome
+            self._exchange.cancel()
 
 
 def _event(value: dict[str, Any]) -> str:
@@ -142,14 +174,15 @@ async def _disconnection(request: Request) -> None:
         pass
 
 
-async def _unless(work: Awaitable[None], end: Awaitable[None]) -> None:
-    """Wait for `work`; raise ClientGone if `end` comes first."""
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(end)]
+async def _unless(work: Awaitable[Result], end: Awaitable[None]) -> Result:
+    """The result of `work`; raises ClientGone if `end` comes first."""
+    wanted = asyncio.ensure_future(work)
+    tasks: list[asyncio.Future[Any]] = [wanted, asyncio.ensure_future(end)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        if not wanted.done():
             raise ClientGone
-        tasks[0].result()
+        return wanted.result()
     finally:
         for task in tasks:
             task.cancel()

@@ -59,6 +59,9 @@ class RequestRecord:
             self._write(scope, request_id, status, time.perf_counter() - started)
 
     def _write(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        status = scope.get("state", {}).get(
+            "outcome", status
+        )  # a stream's, of which the one that was sent says nothing
         route = getattr(scope.get("route"), "path", "unknown")
         self.metrics.requests.labels(route, status).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
@@ -120,7 +123,7 @@ def _same(given: str, expected: str) -> bool:
 def is_local_name(host: str) -> bool:
     """Whether a Host header names this machine itself."""
     name = re.sub(r":\d+$", "", host).strip("[]")
-    if name == "localhost":
+    if name.lower().rstrip(".") == "localhost":
         return True
     try:
         return ipaddress.ip_address(name).is_loopback

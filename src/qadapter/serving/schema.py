@@ -9,10 +9,14 @@ from qadapter.serving.api_errors import bad_request
 MAX_REQUEST_DIAL = 100.0  # in half precision the mixed logits lose all precision beyond it
 MAX_STOPS = 4
 MAX_TEMPLATE_VARIABLES = 16
+# Of an object, and prompts of a list, in the largest request that makes sense: to check a body full of others takes
+# seconds, in which nobody else is answered.
+MAX_FIELDS = 128
+MAX_PROMPTS = 4096
 # OpenAI's fields that do not change the answer here.
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prediction", "prompt_cache_key",
-    "prompt_cache_retention", "safety_identifier",
+    "prompt_cache_retention", "prompt_cache_options", "safety_identifier",
 })  # fmt: skip
 # OpenAI's fields that would change the answer, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -25,6 +29,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
+    "moderation": (),
     "reasoning_effort": (),
     "verbosity": (),
     "suffix": ("",),
@@ -124,6 +129,7 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None  # changes no answer
 
 
 class Message(Strict):
@@ -186,6 +192,7 @@ def parse(kind: type[GenerationRequest], body: dict[str, Any]) -> Any:
     Raises:
         ApiError: 400, naming the field.
     """
+    _require_small(body)
     fields = {name: _without_nulls(value) for name, value in body.items() if value is not None and name not in IGNORED}
     if type(fields.get("best_of")) is int and fields["best_of"] == fields.get("n", 1):
         del fields["best_of"]  # the best of as many as are asked for: all of them
@@ -201,6 +208,25 @@ def parse(kind: type[GenerationRequest], body: dict[str, Any]) -> Any:
         raise _refusal(error) from None
     _check_together(request, body)
     return request
+
+
+def _require_small(body: dict[str, Any]) -> None:
+    options, messages, prompt = body.get("qadapter"), body.get("messages"), body.get("prompt")
+    objects = [("the body", body), ("qadapter", options)]
+    objects += [(name, body.get(name)) for name in ("chat_template_kwargs", "stream_options")]
+    if isinstance(options, dict):
+        objects.append(("qadapter.weights", options.get("weights")))
+    if isinstance(messages, list):
+        for place, message in enumerate(messages):
+            objects.append((f"messages.{place}", message))
+            if isinstance(message, dict) and isinstance(message.get("content"), list):
+                objects += [(f"messages.{place}.content", part) for part in message["content"]]
+    for name, value in objects:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise bad_request(f"{name} has {len(value)} fields: at most {MAX_FIELDS} are read.", name, "invalid_value")
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and type(prompt[0]) is not int:
+        message = f"prompt holds {len(prompt)} prompts: at most {MAX_PROMPTS} are read."
+        raise bad_request(message, "prompt", "invalid_value")
 
 
 def _without_nulls(value: Any) -> Any:

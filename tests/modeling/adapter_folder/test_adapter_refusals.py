@@ -67,8 +67,29 @@ def test_changed_lora_alpha_fails_the_probe(folder):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_one_weight_that_is_no_number_is_refused(folder, number):
     change_tensors(folder, lambda tensors: next(iter(tensors.values())).view(-1)[0].fill_(number))
-    with pytest.raises(AdapterFormatError, match="holds NaN or infinity: the adapter is damaged"):
+    with pytest.raises(AdapterFormatError, match="holds NaN, infinity or more than float32 can: .* damaged"):
         load(folder)
+
+
+def test_numbers_that_only_float64_holds_are_refused(folder):
+    """Loaded they are infinite, which attention on some CPUs hides."""
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.double()
+        next(iter(tensors.values())).view(-1)[0] = 1e300
+
+    change_tensors(folder, change)
+    with pytest.raises(AdapterFormatError, match="more than float32 can"):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*the base model differs")
+def test_numbers_that_only_float32_holds_are_refused_in_float16(folder):
+    change_tensors(folder, lambda tensors: next(iter(tensors.values())).view(-1)[0].fill_(1e6))
+    assert load(folder, verify=False) is not None
+    with pytest.raises(AdapterFormatError, match="beyond torch.float16: load it with dtype=bfloat16 or float32"):
+        load(folder, dtype=torch.float16, verify=False)
 
 
 def test_changed_chat_template_is_refused(folder):
