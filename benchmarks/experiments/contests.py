@@ -95,7 +95,7 @@ def contests(
         pair = [v for v in found if v in pair or (v.method == OWN and OWN in (own, method) and v.seeds >= seeds)]
         pair = [on_seeds(variant, seeds) for variant in pair]
         sides = [[variant for variant in pair if variant.method == side] for side in (own, method)]
-        alike = trained_alike(*sides)
+        alike = trained_alike(sides[0], [variant for variant in found if variant.method == method])
         values = f"{len(sides[0])} / {len(sides[1])}" + UNLIKE * (not alike)
         for other in forms_of(sides[1], gain):
             if (method, other) == (own, form):
@@ -111,7 +111,10 @@ def contests(
 
 
 def trained_alike(own: Sequence[Variant], other: Sequence[Variant]) -> bool:
-    """Whether the other side has each training of the own one (epochs, say), and at least half as many steps."""
+    """Whether the other method was given each training of the own side (epochs, say), and at least half as many steps.
+
+    Those of its variants count that were measured at all: which of them it may choose is another question.
+    """
 
     def trainings(side: Sequence[Variant]) -> set[str]:
         return {json.dumps(v.results[0]["cell"]["setting"]["training"], sort_keys=True) for v in side}

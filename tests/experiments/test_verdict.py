@@ -349,6 +349,18 @@ def test_a_rival_of_other_training_or_of_few_steps_is_not_counted():
     thrice["cell"]["setting"] = long["cell"]["setting"]
     assert trained_alike(variants([thrice], usual), variants([short, long], usual))
     assert not trained_alike(variants([thrice], usual), variants([short], usual))
+    # A variant that the first seed has ruled out was given a chance, too.
+    weak = result("dpo", 0, 0.1, {"beta": 0.2})
+    weak["cell"]["setting"] = thrice["cell"]["setting"]
+    once = [result("dpo", seed, 1.0, {"beta": 0.1}) for seed in (0, 1)]
+    for cell in once:
+        cell["cell"]["setting"] = short["cell"]["setting"]
+    own = [result("qadapter", seed, 1.4) for seed in (0, 1)]
+    for cell in own:
+        cell["cell"]["setting"] = thrice["cell"]["setting"]
+    for cells, values in ((once, "1 / 1*"), ([*once, weak], "1 / 1")):
+        (one,) = contests(variants([*own, *cells], usual), GAINS["margin"], DRIFTS["kl"])
+        assert (one.values, one.seeds) == (values, 2)
     page = text([few, result("qadapter", 0, 1.4)])
     assert "| unlike |" in page
     assert "met against 0 of 1" in page
