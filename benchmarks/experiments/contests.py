@@ -192,8 +192,9 @@ def gains_at(
     variant: Variant, gain: Measure, drift: Measure, level: float, draws: Draws, form: str = "dial"
 ) -> Estimate:
     """Gain (or another drift) at a drift along the dial or in another form, mean over seeds."""
-    rows = []
+    rows = {}
     for result in variant.results:
         drifts, gains = curve(dial_points(result, form), result["data"]["groups"], gain, drift, draws)
-        rows.append(np.array([gain_at(*row, level) for row in zip(drifts, gains, strict=True)]))
+        found = [gain_at(*row, level) for row in zip(drifts, gains, strict=True)]
+        rows[result["cell"]["seed"]] = np.array(found)
     return seed_mean(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,19 +20,27 @@ class Estimate:
     Args:
         draws: the mean under each resample of the prompts, (resamples + 1,); row 0 has the prompts as they are.
         seeds: for each setting the figure of each seed.
+
+    Raises:
+        ValueError: estimates of different seeds are added.
     """
 
     draws: Array
-    seeds: tuple[Array, ...]
+    seeds: tuple[Mapping[int, float], ...]
 
     def __add__(self, other: Estimate) -> Estimate:
         """The sum, seed by seed."""
+        if [own.keys() for own in self.seeds] != [theirs.keys() for theirs in other.seeds]:
+            raise ValueError(f"seeds differ: {self.seeds} and {other.seeds}")
         pairs = zip(self.seeds, other.seeds, strict=True)
-        return Estimate(self.draws + other.draws, tuple(one + two for one, two in pairs))
+        return Estimate(
+            self.draws + other.draws, tuple({seed: own[seed] + theirs[seed] for seed in own} for own, theirs in pairs)
+        )
 
     def __rmul__(self, factor: float) -> Estimate:
         """So many times the figure."""
-        return Estimate(factor * self.draws, tuple(factor * one for one in self.seeds))
+        scaled = ({seed: factor * figure for seed, figure in own.items()} for own in self.seeds)
+        return Estimate(factor * self.draws, tuple(scaled))
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The difference, seed by seed."""
@@ -53,7 +62,7 @@ class Estimate:
         finite = self.draws[1:][np.isfinite(self.draws[1:])]
         if not len(finite):
             return self.value, np.nan, np.nan
-        parts = [(np.var(own, ddof=1) / len(own) / len(self.seeds) ** 2, len(own) - 1)
+        parts = [(np.var([*own.values()], ddof=1) / len(own) / len(self.seeds) ** 2, len(own) - 1)
                  for own in self.seeds if len(own) > 1]  # fmt: skip
         of_seeds = sum(part for part, _ in parts)
         quantile = NORMAL
@@ -65,9 +74,16 @@ class Estimate:
         return self.value, self.value - float(below), self.value + float(above)
 
 
-def seed_mean(rows: list[Array]) -> Estimate:
+def seed_mean(rows: Mapping[int, Array]) -> Estimate:
     """The mean over seeds of a figure under the same resamples of the prompts, each (resamples + 1,)."""
-    return Estimate(np.mean(rows, 0), (np.array([row[0] for row in rows]),))
+    return Estimate(np.mean([*rows.values()], 0), ({seed: float(row[0]) for seed, row in rows.items()},))
+
+
+def mean_of_halves(one: Estimate, other: Estimate) -> Estimate:
+    """The mean of two figures from halves of the prompts, of other seeds where each half chose another variant."""
+    if [own.keys() for own in one.seeds] == [own.keys() for own in other.seeds]:
+        return 0.5 * (one + other)
+    return Estimate(0.5 * (one.draws + other.draws), (*one.seeds, *other.seeds))
 
 
 def mean_of_settings(found: list[Estimate]) -> Estimate:

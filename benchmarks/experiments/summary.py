@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.curves import HALVES, Array, Draws, Measure, areas, curve
-from benchmarks.experiments.estimates import Estimate, seed_mean
+from benchmarks.experiments.estimates import Estimate, mean_of_halves, seed_mean
 from benchmarks.experiments.measure import SCALE, STRENGTH, THRESHOLD
 from qadapter.errors import DataError
 
@@ -147,8 +147,10 @@ def variant_areas(
     """The area of a variant's curve, all and lower half, mean over seeds."""
     key = (variant, form, gain, drift, half)
     if key not in draws.known:
-        rows = [_result_areas(result, form, gain, drift, draws, half) for result in variant.results]
-        whole, lower = (seed_mean(list(part)) for part in zip(*rows, strict=True))
+        rows = {
+            result["cell"]["seed"]: _result_areas(result, form, gain, drift, draws, half) for result in variant.results
+        }
+        whole, lower = (seed_mean({seed: row[part] for seed, row in rows.items()}) for part in (0, 1))
         draws.known[key] = whole, lower
     return draws.known[key]
 
@@ -198,20 +200,20 @@ def _tuned(form: str, own: Sequence[Variant], gain: Measure, drift: Measure, dra
     table = {half: [variant_areas(variant, form, gain, drift, draws, half) for variant in own] for half in HALVES}
     best = {half: int(np.argmax([whole.value for whole, _ in table[half]])) for half in HALVES}
     one, other = (table[half][best[1 - half]] for half in HALVES)
-    whole, lower = (0.5 * (a + b) for a, b in zip(one, other, strict=True))
+    whole, lower = (mean_of_halves(*part) for part in zip(one, other, strict=True))
     chosen = tuple(dict.fromkeys(own[best[half]].label for half in HALVES))
     return MethodArea(own[0].method, form, whole, lower, chosen)
 
 
 def _knob_alone(form: str, own: Sequence[Variant], gain: Measure, drift: Measure, draws: Draws) -> MethodArea:
     """The curve through a method's variants at full strength, on the seeds of all of them: nothing is chosen."""
-    parts = []
+    rows = {}
     for seed in sorted(frozenset.intersection(*(variant.seeds for variant in own))):
         of_seed = [next(row for row in variant.results if row["cell"]["seed"] == seed) for variant in own]
         curves = [curve(dial_points(row, form), row["data"]["groups"], gain, drift, draws) for row in of_seed]
-        parts.append([np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1)])
-    rows = [areas(*part, limit_of(own[0].results[0], drift), drift.root) for part in parts]
-    whole, lower = (seed_mean(list(part)) for part in zip(*rows, strict=True))
+        drifts, gains = (np.concatenate([c[axis] for c in curves], 1) for axis in (0, 1))
+        rows[seed] = areas(drifts, gains, limit_of(own[0].results[0], drift), drift.root)
+    whole, lower = (seed_mean({seed: row[part] for seed, row in rows.items()}) for part in (0, 1))
     return MethodArea(own[0].method, form, whole, lower, ())
 
 

@@ -246,7 +246,7 @@ def test_domains_are_pooled_and_resampled_each_by_itself():
 def test_an_interval_over_seeds_is_students():
     """Prompts that do not vary: the interval of a mean of three seeds is that of three measurements."""
     heights = [0.1, 0.3, 0.2]
-    value, low, high = seed_mean([np.full(401, height) for height in heights]).interval
+    value, low, high = seed_mean({seed: np.full(401, height) for seed, height in enumerate(heights)}).interval
     expected = stats.t.interval(0.95, df=2, loc=np.mean(heights), scale=stats.sem(heights))
     assert value == pytest.approx(0.2)
     assert (low, high) == pytest.approx(expected)
@@ -254,10 +254,8 @@ def test_an_interval_over_seeds_is_students():
 
 def test_an_interval_over_prompts_alone_is_the_bootstraps():
     draws = np.concatenate([[0.5], np.random.default_rng(0).normal(0.5, 0.1, 4000)])
-    for seeds in ([0.5], [0.5, 0.5]):  # one seed, or seeds that agree
-        assert Estimate(draws, (np.array(seeds),)).interval == pytest.approx(
-            (0.5, *np.percentile(draws[1:], [2.5, 97.5]))
-        )
+    for seeds in ({0: 0.5}, {0: 0.5, 1: 0.5}):  # one seed, or seeds that agree
+        assert Estimate(draws, (seeds,)).interval == pytest.approx((0.5, *np.percentile(draws[1:], [2.5, 97.5])))
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():
@@ -268,7 +266,7 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
         own = [generator.normal(0, 0.1) + generator.normal(0, 0.1, 2) for _ in range(4)]
         rows = [[np.append(value, value + generator.normal(0, 0.1, 200)) for value in seeds] for seeds in own]
         # What a bootstrap of shared prompts draws moves all seeds alike.
-        rows = [[seeds[0], seeds[0] - seeds[0][0] + seeds[1][0]] for seeds in rows]
+        rows = [{0: seeds[0], 1: seeds[0] - seeds[0][0] + seeds[1][0]} for seeds in rows]
         _, low, high = mean_of_settings([seed_mean(seeds) for seeds in rows]).interval
         covered += low <= 0 <= high
     assert 0.93 <= covered / 400 <= 0.99
@@ -276,10 +274,28 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
 
 def test_combined_estimates_are_combined_seed_by_seed():
     """Two methods whose seeds move together differ by what they always differ by."""
-    one = seed_mean([np.full(401, 1.0), np.full(401, 3.0)])
-    other = seed_mean([np.full(401, 0.5), np.full(401, 2.5)])
+    one = seed_mean({0: np.full(401, 1.0), 1: np.full(401, 3.0)})
+    other = seed_mean({0: np.full(401, 0.5), 1: np.full(401, 2.5)})
     assert (one - other).interval == pytest.approx((0.5, 0.5, 0.5))
     assert (0.5 * (one + other)).value == pytest.approx(1.75)
+    for seeds in ({0: np.full(401, 1.0)}, {0: np.full(401, 1.0), 2: np.full(401, 3.0)}):
+        with pytest.raises(ValueError, match="seeds differ"):
+            one + seed_mean(seeds)
+
+
+def test_halves_may_choose_variants_of_other_seeds():
+    """One is better on the even prompts and has three seeds, one on the odd ones and has one."""
+    cells = [*(result("dpo", seed, 1.0, {"beta": 0.1}) for seed in (0, 1, 2)), result("dpo", 0, 1.0, {"beta": 0.3})]
+    for cell in cells:
+        for point in cell["points"]:
+            own = point["pairs"]["margin_gain"]
+            better = 0 if cell["cell"]["options"]["beta"] == 0.1 else 1
+            point["pairs"]["margin_gain"] = [value * (1 + (unit % 2 == better)) for unit, value in enumerate(own)]
+    (row,) = [row for row in areas_of(variants(cells)) if row.form == "dial"]
+    assert set(row.chosen) == {"beta = 0.1", "beta = 0.3"}
+    assert sorted(len(own) for own in row.whole.seeds) == [1, 3]
+    value, low, high = row.whole.interval
+    assert low < value < high
 
 
 def test_loops_gain_nothing():
