@@ -210,17 +210,15 @@ def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.**\n"
     yield "<details><summary>Area − the rival's</summary>\n"
     yield (
-        "| suite | setting | rival | form | seeds | variants | "
+        "| suite | setting | rival | form | seeds | variants | up to | "
         + " | ".join(f"{GAIN_TITLES[gain]} | larger" for gain in gains)
         + " |"
     )
-    yield "|---" * (6 + 2 * len(gains)) + "|"
+    yield "|---" * (7 + 2 * len(gains)) + "|"
     for (suite, setting, method, form), row in rows.items():
-        seeds, values = (
-            ", ".join(dict.fromkeys(column))
-            for column in zip(*((str(one.seeds), one.values) for one in row.values()), strict=True)
-        )
-        cells = [suite, setting, TITLES.get(method, method), FORMS[form], seeds, values]
+        kinds = ((str(one.seeds), one.values, f"{one.share:.2f}") for one in row.values())
+        seeds, values, shares = (", ".join(dict.fromkeys(column)) for column in zip(*kinds, strict=True))
+        cells = [suite, setting, TITLES.get(method, method), FORMS[form], seeds, values, shares]
         for gain in gains:
             cells += [bracketed(row[gain].whole), says(row[gain], row[gain].whole)] if gain in row else ["–", "–"]
         yield "| " + " | ".join(cells) + " |"

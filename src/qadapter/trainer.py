@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import HubStrategy, has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
 from qadapter.config import QAdapterConfig
@@ -344,7 +344,9 @@ class QAdapterTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the Trainer's, which copies only files that it knows from the checkpoint into the folder it uploads."""
-        if self.is_world_process_zero():
+        push = getattr(self, "push_in_progress", None)
+        under_way = push is not None and not push.is_done() and not self.args.hub_always_push  # reads the folder
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and not under_way:
             copy_adapter(Path(checkpoint_folder), Path(str(self.args.output_dir)))
         super()._push_from_checkpoint(checkpoint_folder)
 

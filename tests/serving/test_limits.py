@@ -11,6 +11,8 @@ import pytest
 from models import tiny_tokenizer
 from served import RunningServer, chat, endless_base, eventually, two_adapters
 
+from qadapter.serving.answers import CompletionShape
+
 FOREVER = {"model": "formal", "prompt": "a", "temperature": 0, "max_tokens": 50_000}
 SHORT = {**FOREVER, "max_tokens": 3}
 
@@ -262,6 +264,7 @@ def test_prompts_that_wait_for_the_tokenizer_count_as_queued_and_have_the_reques
             assert server.post("/v1/completions", json.dumps(SHORT)).status_code == 429
             gone.close()
             eventually(lambda: server.service._tokenised == 2)
+            assert server.post("/v1/completions", json.dumps({**SHORT, "prompt": ["a", "b"]})).status_code == 429
             assert late.result().status_code == 504
         tokenizer.release.set()
         assert slow.getresponse().status == 504
@@ -287,6 +290,35 @@ def test_a_stream_that_its_client_does_not_read_ends_in_time(running, monkeypatc
         eventually(lambda: not server.server.server_state.connections - set(kept_alive(server)))
     ended = 'qadapter_requests_total{route="/v1/completions",status="504"}'
     eventually(lambda: server.metric(ended) == 1)
+
+
+def test_a_connection_whose_answers_nobody_reads_is_ended(server, monkeypatch):
+    """Here of many questions at once, whose answers fill every buffer on the way."""
+    monkeypatch.setattr("qadapter.serving.connections.UNREAD_SECONDS", 0.5)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.listener.getsockname()[:2])
+        connection.settimeout(20)
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20_000)
+
+        def is_closed():
+            try:
+                connection.send(b"\r\n")
+            except OSError:
+                return True
+            return False
+
+        eventually(is_closed)
+    assert server.get("/health").status_code == 200
+
+
+def test_a_stream_that_fails_within_is_counted_as_the_servers_fault(running, monkeypatch, caplog):
+    server = running()
+    monkeypatch.setattr(CompletionShape, "delta", lambda *_: {}["no such field"])
+    with server.client() as client, pytest.raises(Exception, match="incomplete|peer closed|Connection"):
+        list(client.completions.create(**SHORT, stream=True))
+    eventually(lambda: server.metric('qadapter_requests_total{route="/v1/completions",status="500"}') == 1)
+    assert "failed" in caplog.text
 
 
 def kept_alive(server):

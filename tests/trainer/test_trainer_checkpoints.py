@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_a_push_during_the_run_holds_the_adapter(policy, tmp_path, monkeypatch):
     tiny_trainer(policy, tmp_path, push_to_hub=True, **options).train()
     assert pushed == [(2, [True] * 3), (4, [True] * 3)]
     assert not list(tmp_path.glob(".saving-*"))
+
+
+@pytest.mark.parametrize("options", [{"hub_strategy": "end"}, {}])
+def test_no_push_changes_what_an_earlier_one_still_reads(policy, tmp_path, monkeypatch, options):
+    """Nor is anything copied where nothing is pushed during the run."""
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: None)
+    trainer = tiny_trainer(policy, tmp_path, push_to_hub=True, **options)
+    trainer.push_in_progress = None if options else SimpleNamespace(is_done=lambda: False, wait_until_done=lambda: None)
+    trainer.train()
+    trainer.save_model(tmp_path / "checkpoint-2", _internal_call=True)
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert not (tmp_path / "adapters").exists()
 
 
 def test_best_model_is_loaded_at_the_end(policy, tmp_path):

@@ -176,10 +176,11 @@ def load_gguf(gguf: Path) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
-def load_config(source: BaseSource) -> Any:
+def load_config(source: BaseSource, token: str | bool | None = None) -> Any:
     """The config of a base model; None where none can be read."""
+    revision = source.hub_revision or "main"
     try:
-        return AutoConfig.from_pretrained(source.path, revision=source.hub_revision or "main", trust_remote_code=False)
+        return AutoConfig.from_pretrained(source.path, revision=revision, token=token, trust_remote_code=False)
     except Exception:  # of any kind, by the file: whoever loads the base says what is wrong with it
         return None
 

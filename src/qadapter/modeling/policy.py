@@ -154,7 +154,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         source = None
         if isinstance(base, str | PathLike):
             source = resolve_base(base, model_kwargs.pop("revision", None))
-            check_trainable_files(source, model_kwargs.get("quantization_config"))
+            check_trainable_files(source, model_kwargs.get("quantization_config"), model_kwargs.get("token"))
             base = load_base(source, **model_kwargs)
         elif model_kwargs:
             raise ConfigError(f"{sorted(model_kwargs)} apply to a model that is loaded by id, not to a given one.")
@@ -351,7 +351,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         """
         from qadapter.modeling.checkpoint import UPLOAD_OPTIONS, save
 
-        if not kwargs.get("is_main_process", True):  # of several processes that all call this
+        if kwargs.get("is_main_process") is False:  # of several processes that all call this
             return
         save(self, save_directory, **{name: kwargs.get(name) for name in ("state_dict", "tokenizer", "probe")})
         if kwargs.get("push_to_hub"):

@@ -30,16 +30,17 @@ SETTINGS = {
 }
 
 
-def check_trainable_files(source: BaseSource, quantization_config: Any = None) -> None:
+def check_trainable_files(source: BaseSource, quantization_config: Any = None, token: str | bool | None = None) -> None:
     """Refuse a base whose files no adapter can be trained on, before they are loaded (or another package is asked for).
 
     Args:
         quantization_config: with which the base will be loaded; one that unpacks the weights makes any trainable.
+        token: of the hub.
 
     Raises:
         ConfigError: the files are quantised.
     """
-    config = load_config(source)
+    config = load_config(source, token)
     stated = None if config is None else _stated(config)
     if stated is None or _setting(stated, "dequantize") or _setting(quantization_config, "dequantize"):
         return

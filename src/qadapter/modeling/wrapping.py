@@ -49,7 +49,8 @@ def wrap(
     if not folder.is_dir():
         if not may_be_repository(lora):
             raise AdapterFormatError(f"{folder}: there is no such folder.")
-        folder = snapshot_of(lora, [MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME, *TOKENIZER_FILES])
+        files = [MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME, *TOKENIZER_FILES]
+        folder = snapshot_of(lora, files, token=model_kwargs.get("token"))
     if (folder / MANIFEST_NAME).exists():
         raise AdapterFormatError(f"{lora} is an adapter folder of qadapter already: use it as it is.")
     peft_config, tensors, base_weights = read_foreign_lora(folder)
@@ -57,7 +58,7 @@ def wrap(
     if tokenizer is None:
         own = (folder / "tokenizer_config.json").exists()
         has_tokenizer = own or not os.path.isdir(source.path) or (Path(source.path) / "tokenizer_config.json").exists()
-        tokenizer = load_tokenizer(folder if own else source) if has_tokenizer else None
+        tokenizer = load_tokenizer(folder if own else source, model_kwargs.get("token")) if has_tokenizer else None
     base = load_base(source, **model_kwargs)
     with ExitStack() as on_error:
         if new_base is not None and _trained(base, base_weights, folder):

@@ -1,6 +1,7 @@
 """The application: routes, and what stands behind them."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,8 @@ class Service:
         self.started = int(time.time())
         # One thread: tokenizers are not for several, and a long prompt must not hold up the event loop.
         self.tokenising = ThreadPoolExecutor(1, thread_name_prefix="qadapter-prompts")
-        self._tokenised = 0  # requests whose prompts are in that thread or wait for it
+        self._tokenised = 0  # prompts that are in that thread or wait for it
+        self._counting = threading.Lock()
 
     async def answer(self, request: Request, kind: type[GenerationRequest]) -> Response:
         """The response to a generation request.
@@ -81,14 +83,20 @@ class Service:
 
     async def _jobs(self, request: Request, wanted: GenerationRequest, exchange: Exchange) -> Sequence[Job]:
         """What the request's prompts come to; given up before its turn where the client or the time is gone."""
-        work = asyncio.get_running_loop().run_in_executor(
-            self.tokenising, self.admission.jobs, wanted, exchange.deliver
-        )
-        self._tokenised += 1
-        try:
-            return await exchange.ready(request, work)
-        finally:
-            self._tokenised -= 1
+        prompts = len(wanted.prompt) if isinstance(wanted, CompletionRequest) else 1
+        prompts = min(prompts, self.settings.max_queue)  # more are refused when they are counted there
+
+        def count(change: int) -> None:
+            with self._counting:
+                self._tokenised += change
+
+        self.engine.require_places(prompts + self._tokenised)  # others have come while the body was read
+        count(prompts)
+        work = self.tokenising.submit(self.admission.jobs, wanted, exchange.deliver)
+        work.add_done_callback(
+            lambda _: count(-prompts)
+        )  # one that is given up still takes the thread until it is done
+        return await exchange.ready(request, asyncio.wrap_future(work))
 
     def model_card(self, name: str) -> dict[str, Any]:
         """One entry of /v1/models."""

@@ -51,7 +51,7 @@ class Exchange:
         """When a stream that its client does not read ends, by the loop's clock."""
         return self._deadline + LAST_EVENT_SECONDS
 
-    async def ready(self, request: Request, work: Awaitable[Sequence[Job]]) -> Sequence[Job]:
+    async def ready(self, request: Request, work: Awaitable[list[Job]]) -> list[Job]:
         """The jobs that `work` makes of the request, which may have to wait for others' prompts.
 
         Raises:
@@ -159,6 +159,10 @@ class EventStream(StreamingResponse):
         except TimeoutError:  # the client does not read, so nothing can be sent
             self._exchange.outcome = 504
             state.get("abort_connection", lambda: None)()
+            await asyncio.sleep(0)  # until the connection is lost: else uvicorn misses the end of the response
+        except Exception:
+            self._exchange.outcome = 500
+            raise
         finally:
             state["outcome"] = self._exchange.outcome
             self._exchange.cancel()

@@ -59,9 +59,8 @@ class RequestRecord:
             self._write(scope, request_id, status, time.perf_counter() - started)
 
     def _write(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        status = scope.get("state", {}).get(
-            "outcome", status
-        )  # a stream's, of which the one that was sent says nothing
+        # A stream's, of which the status that was sent says nothing.
+        status = scope.get("state", {}).get("outcome", status)
         route = getattr(scope.get("route"), "path", "unknown")
         self.metrics.requests.labels(route, status).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)

@@ -103,8 +103,8 @@ class GenerationRequest(Strict):
     n: Annotated[int, Field(ge=1)] = 1
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)]],
+        Field(max_length=MAX_STOPS, fail_fast=True),
         BeforeValidator(_as_list),
-        Field(max_length=MAX_STOPS),
     ] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
