@@ -45,6 +45,11 @@ class Contest:
     share: float = 1.0
 
     @property
+    def counts(self) -> bool:
+        """Whether it says anything of the two methods."""
+        return self.alike and self.share >= SHORT
+
+    @property
     def whole(self) -> Interval:
         """Difference of the areas."""
         return (self.own.whole - self.other.whole).interval

@@ -23,7 +23,7 @@ GRID = 4001
 RESAMPLES = 4_000
 HALVES = (0, 1)
 # An answer of which a larger share of the sequences of four words are repeats gains nothing, whatever a judge of style
-# says: it is a loop. At most one in a hundred of the base's answers is beyond.
+# says: it is a loop. Of answers at a strength of 0.25, which are nearly the base's, one in a hundred is beyond.
 LOOPS = 0.3
 Array = np.ndarray
 

@@ -58,7 +58,7 @@ A trade-off curve holds (drift, gain) points along the strength dial, the base b
 of its envelope (the largest gain at or below a drift) over √(drift / limit) from 0 to 1, in the gain's unit; a curve
 that ends before the limit is flat from there. The lower half is the same over drifts up to a quarter of the limit: the
 mean gain at equal small drift. No area is below 0, since the base is always there to fall back on. In the verdict two
-methods are compared up to the drift that some variant of either was measured to, where that is less than the limit.
+methods are compared up to the drift that some variant of each was measured to, where that is less than the limit.
 
 Between measured points the envelope is a straight line in drift, which answering a share of the requests at each of the
 two strengths reaches. Along a dial gains grow about with √drift, so that such lines credit too little between points
@@ -70,7 +70,7 @@ Gains: the change of the judge's score on sampled answers; its win rate against 
 less ½ (figures up to 2026-11-28 were cut at blanks alone: words joined by line breaks counted as one); the change of
 log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the answers' ends. By the
 first two an answer of which more than {loops:.0%} of the sequences of four words are repeats gains nothing: judges of
-style like loops. (Of the base's answers about one in a hundred is such a loop.)
+style like loops. (Of answers at a strength of 0.25, nearly the base's, about one in a hundred is such a loop.)
 Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the score that
 benchmarks lost, up to 0.04.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.contests import OWN, SHORT, Contest, contests, pooled
+from benchmarks.experiments.contests import OWN, Contest, contests, pooled
 from benchmarks.experiments.curves import DRIFTS, GAINS
 from benchmarks.experiments.default_lines import default_lines
 from benchmarks.experiments.failure_lines import failure_lines
@@ -161,7 +161,7 @@ def goal_table(
         if one is None or rooted is None:
             continue
         words.append([says(one, value) for value in (one.whole, one.beyond_goal, rooted.whole, rooted.beyond_goal)])
-        counted += one.seeds > 1 and one.alike and one.share >= SHORT
+        counted += one.seeds > 1 and one.counts
         rows.append(contest_row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one, rooted))
     if not rows:
         return

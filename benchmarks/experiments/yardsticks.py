@@ -75,9 +75,9 @@ def word(value: Interval, seeds: int) -> str:
 
 def says(one: Contest, value: Interval) -> str:
     """The word for a difference of a contest; "short" or "unlike" where it does not count."""
-    if one.share < SHORT:
-        return "short"
-    return word(value, one.seeds) if one.alike else "unlike"
+    if not one.counts:
+        return "short" if one.share < SHORT else "unlike"
+    return word(value, one.seeds)
 
 
 def bracketed(values: Interval) -> str:

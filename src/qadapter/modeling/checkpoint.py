@@ -130,8 +130,7 @@ def write_adapter(
     )
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     if scale != 1.0:  # by the factor B of every update BA
-        tensors = {name: scale * tensor if "lora_embedding_B" in name or ".lora_B." in name else tensor
-                   for name, tensor in tensors.items()}  # fmt: skip
+        tensors = {name: scale * tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     write_adapter_config(folder / CONFIG_NAME, model.peft_model.peft_config[adapter], tensors, model.base_source)
     set_mode_of_weights(folder / CONFIG_NAME)

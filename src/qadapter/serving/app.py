@@ -93,9 +93,8 @@ class Service:
         self.engine.require_places(prompts + self._tokenised)  # others have come while the body was read
         count(prompts)
         work = self.tokenising.submit(self.admission.jobs, wanted, exchange.deliver)
-        work.add_done_callback(
-            lambda _: count(-prompts)
-        )  # one that is given up still takes the thread until it is done
+        # Not when it is given up: until it is done it takes the thread.
+        work.add_done_callback(lambda _: count(-prompts))
         return await exchange.ready(request, asyncio.wrap_future(work))
 
     def model_card(self, name: str) -> dict[str, Any]:

@@ -86,10 +86,10 @@ class Catalogue:
     def __post_init__(self) -> None:
         require_free_names(self.models)
         for name in self.models:
-            if with_strength(name)[0] in self.models:
+            served, _ = with_strength(name)
+            if served in self.models:
                 raise ConfigError(
-                    f"an adapter is called {name!r}, by which {with_strength(name)[0]!r} is asked for at a strength: "
-                    "rename its folder."
+                    f"an adapter is called {name!r}, by which {served!r} is asked for at a strength: rename its folder."
                 )
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
 

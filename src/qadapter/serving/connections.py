@@ -17,16 +17,11 @@ class TimedProtocol(H11Protocol):
     orderly end would wait for the client; so can requests, whose state holds `abort_connection`.
     """
 
-    _deadline: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
-
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], *others: Any, **options: Any) -> None:
+        self._running: dict[str, asyncio.TimerHandle] = {}
         super().__init__(config, server_state, app_state | {"abort_connection": self._abort}, *others, **options)
 
-    def _abort(self) -> None:
-        self.transport.abort()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """The time begins with the connection."""
         super().connection_made(transport)
         self._time_head()
@@ -39,17 +34,17 @@ class TimedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client does not keep up: from now on it has its time."""
         super().pause_writing()
-        self._unread = self.loop.call_later(UNREAD_SECONDS, self._abort)
+        self._start("unread", UNREAD_SECONDS)
 
     def resume_writing(self) -> None:
         """It does again."""
-        self._stop_unread()
+        self._stop("unread")
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """No time is left running."""
-        self._stop()
-        self._stop_unread()
+        for what in ("head", "unread"):
+            self._stop(what)
         super().connection_lost(exc)
 
     def _should_upgrade(self) -> bool:
@@ -58,16 +53,18 @@ class TimedProtocol(H11Protocol):
 
     def _time_head(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop()
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self._abort)
+            self._stop("head")
+        else:
+            self._start("head", HEAD_SECONDS)
 
-    def _stop_unread(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+    def _start(self, what: str, seconds: float) -> None:
+        """Begin the time of something, unless it runs already."""
+        if what not in self._running:
+            self._running[what] = self.loop.call_later(seconds, self._abort)
 
-    def _stop(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _stop(self, what: str) -> None:
+        if what in self._running:
+            self._running.pop(what).cancel()
+
+    def _abort(self) -> None:
+        self.transport.abort()

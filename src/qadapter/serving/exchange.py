@@ -39,7 +39,7 @@ class Exchange:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.jobs: Sequence[Job] = ()
         self.tokens = 0
-        self.outcome = CLIENT_GONE  # of a stream, whose status was sent before anything was known
+        self.outcome: int | None = None  # of a stream that was sent to its end, which its status could not know
 
     def deliver(self, event: Event) -> None:
         """Hand an event over from the engine's thread."""
@@ -153,18 +153,16 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.setdefault("state", {})
+        state["outcome"] = 500  # what it stays where anything fails
         try:
             async with asyncio.timeout_at(self._exchange.last_call):
                 await super().__call__(scope, receive, send)
+            state["outcome"] = self._exchange.outcome or CLIENT_GONE
         except TimeoutError:  # the client does not read, so nothing can be sent
-            self._exchange.outcome = 504
+            state["outcome"] = 504
             state.get("abort_connection", lambda: None)()
             await asyncio.sleep(0)  # until the connection is lost: else uvicorn misses the end of the response
-        except Exception:
-            self._exchange.outcome = 500
-            raise
         finally:
-            state["outcome"] = self._exchange.outcome
             self._exchange.cancel()
 
 
