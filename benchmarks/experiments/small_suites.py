@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.experiments.ablations import ABLATIONS, DEFAULT, KL_PENALTY
+from benchmarks.experiments.likelihood import LIKELIHOOD
 from benchmarks.experiments.settings import Setting
 from benchmarks.experiments.small import CPU_KNOBS, CPU_MEASURING, CPU_TRAINING, cpu_settings
 from benchmarks.experiments.suite import Suite
@@ -132,7 +133,7 @@ def discount_small() -> Suite:
         measuring=replace(measuring, retained_pairs=60),
         training=replace(CPU_TRAINING, packed=True),
     )  # one epoch, also of the tuning to helpfulness before
-    once = {"training.epochs": 1.0}  # more do DPO no good (epochs-small)
+    once = {"training.epochs": 1.0}
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [
             {"beta": 10.0, "gamma": 0.9},
@@ -152,6 +153,8 @@ def discount_small() -> Suite:
             {"beta": 0.3, **once},
             {"beta": 0.1, "discount": 0.9},
             {"beta": 0.1, "retention": 1.0, **once},
+            {"beta": 0.1},  # trained as long as Q-Adapter
+            {"beta": 0.3},
         ],
         "sft-kl": [{"weight": 1.0}],
         "sft": [once],
@@ -262,6 +265,33 @@ def longer_small() -> Suite:
     }
     purpose = "The discount with a floor on answers over twice as long as in discount-small, beside γ = 1 and DPO."
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
+
+
+def hard_small() -> Suite:
+    """Where forgetting is hard to avoid: LoRA of full rank in every layer, many epochs, preferences against abilities.
+
+    At the sizes of the other suites training hardly moves a benchmark.
+    """
+    measuring = replace(
+        CPU_MEASURING, strengths=(0.03125, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+        sampled_strengths=(0.125, 0.25, 0.5, 1.0), sampled_prompts=48, max_new_tokens=48,
+        texts=("prose", "gsm8k"), tasks=tuple(f"{LIKELIHOOD}{task}" for task in ("arc_easy", "piqa", "lambada")),
+    )  # fmt: skip
+    # Rank 576 is the width of the built-in base.
+    training = replace(CPU_TRAINING, epochs=4.0, lora_r=576, lora_layers="all", learning_rate=2e-4, packed=True)
+    settings = tuple(
+        replace(
+            cpu_settings()[name], max_length=192, train_pairs=96, eval_pairs=60, measuring=measuring, training=training
+        )
+        for name in ("capitals", "terse", "dsp-entertainment")
+    )  # fmt: skip
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [DEFAULT, {**DEFAULT, "beta": 1.0}],
+        "dpo": [{"beta": 0.1}, {"beta": 0.3}],
+        "sft": [{}],
+    }
+    purpose = "Full rank, four epochs, and preferences that conflict with abilities, measured on benchmarks; for a CPU."
+    return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"), further_seeds=1)
 
 
 def other_base_small() -> Suite:
