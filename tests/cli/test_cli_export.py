@@ -88,6 +88,48 @@ def test_the_weight_of_an_interpolated_adapter_counts(policy, tmp_path):
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
 
 
+@pytest.fixture
+def composition(base, adapter, tmp_path):
+    """A folder of two adapters of different ranks and targets."""
+    other = QAdapterForCausalLM.from_base(base, peft_config=lora(r=3, target_modules=["v_proj", "down_proj"]))
+    train_randomly(other, seed=5).save_pretrained(tmp_path / "other")
+    adapters = {"mild": adapter, "other": tmp_path / "other"}
+    policy = QAdapterForCausalLM.from_pretrained(base, adapters=adapters, adapter_weights={"mild": 0.5, "other": 0.8})
+    policy.save_pretrained(tmp_path / "both", tokenizer=tiny_tokenizer())
+    return policy
+
+
+@pytest.mark.parametrize("form", ["merged", "lora", "gguf"])
+@pytest.mark.parametrize("weights", [None, {"mild": -0.4, "other": 1.2}, {"other": 0.7}])
+def test_a_composition_of_interpolated_weights_is_exported_exactly(
+    form, weights, composition, base, exported, tmp_path
+):
+    dial = {"strength": 0.6, "interpolation": "weights", "adapter_weights": weights}
+    options = ["--adapter-weights", *(f"{name}={weight}" for name, weight in weights.items())] if weights else []
+    out = succeeded(
+        qadapter("export", tmp_path / "both", "--format", form, "--strength", 0.6, "--interpolation", "weights",
+                 "--output-dir", exported, *options)
+    )  # fmt: skip
+    plain = AutoModelForCausalLM.from_pretrained(base if form == "lora" else exported)
+    plain = PeftModel.from_pretrained(plain, exported) if form == "lora" else plain
+    with torch.no_grad():
+        expected = composition(IDS, **dial).logits
+    torch.testing.assert_close(logits(plain), expected)
+    assert form == "lora" or float(out.rpartition(" ")[2]) < 1e-3
+
+
+def test_one_adapter_of_a_folder_of_several_is_exported_where_it_is_the_policy(composition, base, exported):
+    composition.adapter_weights = {"mild": 0.0, "other": 1.0}
+    assert export_merged(composition, exported) < 1e-3
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(exported)), logits(composition))
+
+
+def test_a_composition_of_logits_is_not_merged(composition, exported, tmp_path):
+    outcome = qadapter("export", tmp_path / "both", "--output-dir", exported)
+    assert_refused(outcome, "it mixes 2 adapters' logits. Add --interpolation weights.*or distil it")
+    assert not exported.exists()
+
+
 def test_a_dora_is_not_exported_at_another_strength(tmp_path):
     policy = QAdapterForCausalLM.from_base(tiny_base(), peft_config=lora(use_dora=True))
     with pytest.raises(ConfigError, match="DoRA's weights do not grow with the strength alone"):
@@ -249,6 +291,8 @@ def test_a_base_that_the_vllm_plugin_lacks_is_refused(exported, tmp_path):
         (("--prompts-file", __file__), "--prompts-file is for --format distilled, not for merged", 1),
         (("--format", "onnx"), "invalid choice: 'onnx'", 2),
         (("--interpolation", "weights", "--cap", 0.1), "--cap cannot be exported as merged", 1),
+        (("--adapter-weights", "default=0.5"), "--adapter-weights cannot be exported as merged", 1),
+        (("--interpolation", "weights", "--adapter-weights", "x=1"), r"adapter_weights names \['x'\]", 1),
         (("--format", "vllm", "--interpolation", "weights"), "--interpolation cannot be exported as vllm", 1),
         (("--cap", 0.1), "--cap cannot be exported as merged: use --format distilled", 1),
         (("--format", "vllm", "--decay", 0.9), "--decay cannot be exported as vllm: use --format distilled", 1),
@@ -320,7 +364,7 @@ def test_an_adapter_of_another_weight_than_1_is_not_merged(adapter, base, tmp_pa
     policy.save_pretrained(tmp_path / "mild", tokenizer=tiny_tokenizer())
     for kind in ("merged", "lora", "gguf"):
         outcome = qadapter("export", tmp_path / "mild", "--format", kind, "--output-dir", tmp_path / "exported")
-        assert_refused(outcome, r"cannot be merged exactly: its adapter has weight 0\.5\. Distil it")
+        assert_refused(outcome, r"cannot be merged exactly: its adapter has weight 0\.5\. Add --interpolation weights")
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT: merging may be complicated

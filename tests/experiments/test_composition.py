@@ -77,7 +77,7 @@ def test_summed_loras_are_the_base_with_the_weighted_sum_of_both_updates(source,
     start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     total = dict(start)
     for weight, folder in zip(weights, adapters.values(), strict=True):
-        moved = merged_state(QAdapterForCausalLM.from_pretrained(folder), "default")
+        moved = merged_state(QAdapterForCausalLM.from_pretrained(folder), {"default": 1.0})
         total = {name: tensor + weight * (moved[name] - start[name]) for name, tensor in total.items()}
     plain.load_state_dict(total)
     policy, _ = wrap(summed_loras(source, adapters, weights, tmp_path), dtype=torch.float32)

@@ -12,7 +12,7 @@ from qadapter.cli.generate import read_prompts
 from qadapter.cli.options import add_dial_options, add_policy_options, dial_of, require
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
-from qadapter.new_folders import into_new_folder, require_new_folder, set_mode_of_weights
+from qadapter.new_folders import into_new_folder, require_new_folder
 
 if TYPE_CHECKING:
     from qadapter.modeling import QAdapterForCausalLM
@@ -39,16 +39,16 @@ def run(arguments: list[str]) -> int:
         "--format",
         choices=FORMATS,
         default="merged",
-        help="merged, lora and gguf are the policy at strength 1, or at any with --interpolation weights, but for "
-        "rounding; distilled approximates any setting of the dial on your prompts; vllm is exact at any strength and "
-        "needs the plugin qadapter-vllm",
+        help="merged, lora and gguf are the policy at strength 1, or with --interpolation weights at any strength and "
+        "weights of a composition, but for rounding; distilled approximates any setting of the dial on your prompts; "
+        "vllm is exact at any strength and needs the plugin qadapter-vllm",
     )
     parser.add_argument("--prompts-file", type=Path, help="prompts to distil on (text, one a line, or JSONL)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the prompts' answers when distilling")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer when distilling")
     options = parser.parse_args(arguments)
     dial = dial_of(options)
-    # One LoRA with interpolated weights is a smaller LoRA: exact at any strength.
+    # Interpolated weights are one LoRA, at any strength and of any composition.
     interpolated = options.format in EXACT and dial.get("interpolation") == "weights"
     if options.format in EXACT and options.strength != 1.0 and not interpolated:
         raise ConfigError(
@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> int:
     from qadapter.evaluation.columns import Column
 
     column = Column("policy", options.strength, **dial)
-    further = column.settings().keys() - {"strength"} - ({"interpolation"} if interpolated else set())
+    further = column.settings().keys() - {"strength", *(("interpolation", "adapter_weights") if interpolated else ())}
     if further and options.format != "distilled":
         raise ConfigError(
             f"{', '.join(sorted(OPTIONS[name] for name in further))} cannot be exported as {options.format}: use "
@@ -75,10 +75,14 @@ def run(arguments: list[str]) -> int:
 
     from qadapter.cli.policies import load_policy, quiet_libraries
     from qadapter.export import export_gguf_ready, export_lora, export_merged, export_vllm
+    from qadapter.modeling.mixing import checked_weights
 
     with quiet_libraries():
         model, tokenizer = load_policy(options)
         strength = options.strength if interpolated else None
+        if interpolated:
+            weights = checked_weights(dial["adapter_weights"], model.adapter_weights)
+            model.adapter_weights = {name: float(weight) for name, weight in weights.items()}
         if options.format == "lora":
             export_lora(model, options.output_dir, tokenizer, strength)
             print(f"plain PEFT LoRA written to {options.output_dir}: the policy at strength {options.strength:g}")
@@ -121,9 +125,10 @@ def _distilled(
         f"{described(settings)}, distilled on {result.train_prompts} prompts.\n\n{figures}.\n"
     )
 
+    from qadapter.export.summed import write_plain_lora
+
     def write(folder: Path) -> None:
-        result.student.save_pretrained(folder, save_embedding_layers=False)
-        set_mode_of_weights(folder / "adapter_config.json")
+        write_plain_lora(result.student, folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -7,16 +7,15 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from qadapter.errors import ConfigError
+from qadapter.export.summed import summed_lora
 from qadapter.functional import kl_divergence
 from qadapter.generation import Sampling, encode, end_tokens
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.bases import load_base
-from qadapter.modeling.streams import StreamLinear, parts_of
+from qadapter.modeling.streams import parts_of
 
 HELD_OUT_SHARE = 0.2
 Dial = Mapping[str, Any]  # settings of the dial as `generate` takes them
@@ -148,33 +147,15 @@ def _gap(model: QAdapterForCausalLM, student: nn.Module, batches: Sequence[Any],
     return total / tokens
 
 
-@torch.no_grad()
 def _student(model: QAdapterForCausalLM, dial: Dial) -> Any:
-    """A plain LoRA on a copy of the base that starts as the sum of the policy's adapters, scaled by the dial.
+    """A plain LoRA that starts as the sum of the policy's adapters, scaled by the dial.
 
-    To first order in the adapters' updates that is the policy already, and where weights are interpolated exactly:
-    distilling mends the rest.
+    To first order in the adapters' updates that is the policy already: distilling mends the rest.
     """
-    modules = {name: module for name, module in model.base.named_modules() if isinstance(module, StreamLinear)}
     scaled = {name: dial.get(name) for name in ("strength", "adapter_weights", "interpolation")}
     factors = {
         name: float(coefficient) * float(factor)
         for stream, coefficient in model.stream_coefficients(**scaled).items()
         for name, factor in parts_of(stream)
     }
-    rank = sum(max(module.r.get(name, 0) for module in modules.values()) for name in model.adapters)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(modules), task_type="CAUSAL_LM")
-    student = get_peft_model(load_base(model.base_source, dtype=model.dtype), config).to(model.device)
-    named = student.peft_config["default"]  # after the base as adapters remember it, not where it lies on this machine
-    named.base_model_name_or_path, named.revision = model.base_source.name, model.base_source.hub_revision
-    layers = dict(student.get_base_model().named_modules())
-    for name, module in modules.items():
-        row, target = 0, layers[name]
-        for adapter, lora_a in module.lora_A.items():
-            if adapter not in module.lora_variant:  # DoRA's magnitudes have no place in a plain LoRA
-                part = slice(row, row + module.r[adapter])
-                scale = module.scaling[adapter] * factors.get(adapter, 0.0)
-                target.lora_A["default"].weight[part] = lora_a.weight
-                target.lora_B["default"].weight[:, part] = module.lora_B[adapter].weight * scale
-                row = part.stop
-    return student
+    return summed_lora(model, factors)

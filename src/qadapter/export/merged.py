@@ -1,7 +1,11 @@
-"""Exact exports: the residual form with α₀ = α̃ is a plain LoRA at strength 1, with interpolated weights at any."""
+"""Exact exports: the residual form with α₀ = α̃ is a plain LoRA at strength 1, with interpolated weights at any.
+
+A composition of interpolated weights is one, too: the sum of its adapters' updates.
+"""
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qadapter.errors import ConfigError
+from qadapter.export.summed import summed_lora, write_plain_lora
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_adapter, write_json
 from qadapter.modeling.quantised import require_unquantised
@@ -18,44 +23,45 @@ from qadapter.new_folders import into_new_folder, set_mode_of_weights
 CHECKED_TOKENS = 64
 
 
-def require_exact(model: QAdapterForCausalLM, interpolated: float | None = None) -> str:
-    """The only adapter's name.
+def exact_factors(model: QAdapterForCausalLM, interpolated: float | None = None) -> dict[str, float]:
+    """What the update of each adapter counts for in the one LoRA that the policy is.
 
     Args:
         interpolated: the strength of a policy with interpolated weights; None for the policy at strength 1.
 
     Raises:
-        ConfigError: the policy is no single LoRA: several adapters, or settings that need the base stream.
+        ConfigError: the policy is no LoRA: it mixes logits, or its settings need the base stream.
     """
-    name = model.adapters[0]
-    if reason := _need_of_streams(model, name, interpolated):
+    weights = {name: weight for name, weight in model.adapter_weights.items() if weight}
+    if reason := _need_of_streams(model, weights, interpolated):
         raise ConfigError(
-            f"this policy cannot be merged exactly: {reason}. Distil it into a plain LoRA instead "
-            "(qadapter export --format distilled --prompts-file FILE)."
+            f"this policy cannot be merged exactly: {reason}, or distil it into a plain LoRA (qadapter export --format "
+            "distilled --prompts-file FILE)."
         )
-    return name
+    return {name: (1.0 if interpolated is None else interpolated) * weight for name, weight in weights.items()}
 
 
-def _need_of_streams(model: QAdapterForCausalLM, name: str, interpolated: float | None) -> str | None:
-    """Why the policy is not the stream of the adapter `name` alone, scaled or not; None if it is."""
-    if len(model.adapters) > 1:
-        return f"it has {len(model.adapters)} adapters"
-    if model.configs[name].parametrisation == "logits":
-        return "it is of the logits form"
-    if not model.configs[name].single_stream:
-        return "alpha_0 differs from alpha_tilde"
-    if interpolated is not None:
-        if any(isinstance(m, StreamLinear) and name in m.lora_variant for m in model.base.modules()):
-            return "DoRA's weights do not grow with the strength alone"
-        return None
-    if model.adapter_weights[name] != 1.0:
-        return f"its adapter has weight {model.adapter_weights[name]:g}"
+def _need_of_streams(
+    model: QAdapterForCausalLM, weights: Mapping[str, float], interpolated: float | None
+) -> str | None:
+    """Why the policy is not the base with the weighted updates added, and a way out; None if it is."""
+    for name in weights:
+        if model.configs[name].parametrisation == "logits":
+            return "it is of the logits form. Use `qadapter serve`"
+        if not model.configs[name].single_stream:
+            return "alpha_0 differs from alpha_tilde. Use `qadapter serve`"
+        if interpolated is not None and any(
+            isinstance(module, StreamLinear) and name in module.lora_variant for module in model.base.modules()
+        ):
+            return "DoRA's weights do not grow with the strength alone. Take strength 1 without interpolation"
+    if not weights:
+        return "every adapter has weight 0, which is the base. Give one a weight"
+    mixed = "Add --interpolation weights (interpolated=1.0 in Python) to mix weights instead"
+    if interpolated is None and len(weights) > 1:
+        return f"it mixes {len(weights)} adapters' logits. {mixed}"
+    if interpolated is None and set(weights.values()) != {1.0}:
+        return f"its adapter has weight {next(iter(weights.values())):g}. {mixed}"
     return None
-
-
-def scale_of(model: QAdapterForCausalLM, name: str, interpolated: float | None) -> float:
-    """What the adapter's update counts for: 1, or with interpolated weights its strength times its weight."""
-    return 1.0 if interpolated is None else interpolated * model.adapter_weights[name]
 
 
 def export_merged(
@@ -77,30 +83,30 @@ def export_merged(
 
 def require_mergeable(model: QAdapterForCausalLM, interpolated: float | None = None) -> None:
     """Raise ConfigError unless the policy is the base with other weights, which can be written."""
-    require_exact(model, interpolated)
+    exact_factors(model, interpolated)
     require_unquantised(model.base, "merging would round the adapter away")
 
 
 def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any, interpolated: float | None = None) -> float:
     """Fill `folder` as `export_merged` does."""
-    name = require_exact(model, interpolated)
-    model.base.save_pretrained(folder, state_dict=merged_state(model, name, scale_of(model, name, interpolated)))
+    factors = exact_factors(model, interpolated)
+    model.base.save_pretrained(folder, state_dict=merged_state(model, factors))
     set_mode_of_weights(folder / "config.json")
-    _untie_a_changed_head(model, name, folder / "config.json")
+    _untie_a_changed_head(model, factors, folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
     return largest_difference(model, merged, interpolated)
 
 
-def _untie_a_changed_head(model: QAdapterForCausalLM, adapter: str, config_path: Path) -> None:
-    """Say in config.json that the head is not the embeddings any more where it alone has an adapter.
+def _untie_a_changed_head(model: QAdapterForCausalLM, adapters: Collection[str], config_path: Path) -> None:
+    """Say in config.json that the head is not the embeddings any more where one of the adapters is on it alone.
 
     transformers 5 sees it by the weights; transformers 4, vLLM and some of llama.cpp's converters go by the config, of
     a multimodal model by the text's part of it.
     """
     head = model.base.get_output_embeddings()
-    if isinstance(head, StreamLinear) and adapter in head.lora_A:
+    if isinstance(head, StreamLinear) and not head.lora_A.keys().isdisjoint(adapters):
         config = json.loads(config_path.read_text(encoding="utf-8"))
         text = model.base.config.get_text_config(decoder=True)
         for part in (config, *(config[name] for name in config if getattr(model.base.config, name, None) is text)):
@@ -108,22 +114,29 @@ def _untie_a_changed_head(model: QAdapterForCausalLM, adapter: str, config_path:
         write_json(config_path, config)
 
 
-def merged_state(model: QAdapterForCausalLM, adapter: str, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """The base's state dict, under its own names, with so much of the adapter's update added; the model stays."""
+def merged_state(model: QAdapterForCausalLM, factors: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """The base's state dict, under its own names, with so much of each adapter's update added; the model stays."""
     state = {}
     for key, value in model.base.state_dict().items():
         if ".lora_" not in key:
             state[key.replace(".base_layer.", ".")] = value
     for name, module in model.base.named_modules():
-        if isinstance(module, StreamLinear) and adapter in module.lora_A:
+        touching = [adapter for adapter in factors if isinstance(module, StreamLinear) and adapter in module.lora_A]
+        if touching:
             key = f"{name}.weight"
-            if adapter in module.lora_variant:  # DoRA scales the sum
-                delta = module.lora_variant[adapter].merge_safe(module, adapter, state[key].clone()) - state[key]
-            else:
-                delta = module.get_delta_weight(adapter)
             wide = torch.promote_types(state[key].dtype, torch.float32)
-            state[key] = (state[key].to(wide) + scale * delta.to(wide)).to(state[key].dtype)
+            merged = state[key].to(wide)
+            for adapter in touching:
+                merged = merged + factors[adapter] * _update(module, adapter, state[key]).to(wide)
+            state[key] = merged.to(state[key].dtype)
     return state
+
+
+def _update(module: StreamLinear, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+    """What the adapter adds to the weight."""
+    if adapter in module.lora_variant:  # DoRA scales the sum
+        return module.lora_variant[adapter].merge_safe(module, adapter, weight.clone()) - weight
+    return module.get_delta_weight(adapter)
 
 
 @torch.no_grad()
@@ -143,11 +156,18 @@ def export_lora(
     tokenizer: Any = None,
     interpolated: float | None = None,
 ) -> None:
-    """Write the adapter as a plain PEFT LoRA: exactly the policy, of which `interpolated` is as of `export_merged`."""
-    name = require_exact(model, interpolated)
+    """Write the policy, of which `interpolated` is as of `export_merged`, as one plain PEFT LoRA, exactly.
+
+    Several adapters become one with their ranks side by side.
+    """
+    factors = exact_factors(model, interpolated)
 
     def write(scratch: Path) -> None:
-        write_adapter(model, name, scratch, scale=scale_of(model, name, interpolated))
+        if len(factors) == 1:
+            ((name, factor),) = factors.items()
+            write_adapter(model, name, scratch, scale=factor)
+        else:
+            write_plain_lora(summed_lora(model, factors), scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
 
