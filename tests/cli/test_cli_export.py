@@ -240,7 +240,7 @@ def test_a_distilled_lora_s_card_names_the_whole_dial(export, exported, tmp_path
     options = ("--prompts-file", tmp_path / "prompts.txt", "--epochs", 1, "--max-new-tokens", 2)
     succeeded(export("--format", "distilled", *dial, *options))
     card = (exported / "README.md").read_text()
-    assert "strength 1.5, adapter weights default=0.7, cap 0.1, threshold 0.01, decay 0.9, distilled on" in card
+    assert "strength 1.5, weights default=0.7, decay 0.9, KL cap 0.1 nats, threshold 0.01 nats, distilled on" in card
 
 
 def test_a_distilled_lora_names_the_base_as_the_adapter_does(policy, tmp_path):

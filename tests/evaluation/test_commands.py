@@ -244,6 +244,18 @@ def test_a_threshold_is_measured_and_told(run, own, tmp_path):
     assert f"Gain and drift along the dial, threshold {plain / 2:g} nats" in printed.replace("\n", " ")
 
 
+def test_a_certificate_says_all_that_the_dial_was_set_to(run, own):
+    """A cap may be all that keeps the limits."""
+    dial = ("--cap", 0.001, "--decay", 0.5, "--adapter-weights", "default=0.5")
+    assert run("audit", own, *dial)[0] == 0
+    for page in ("audit.html", "README.md"):
+        assert "at strength 1, weights default=0.5, decay 0.5, KL cap 0.001 nats" in (own / page).read_text()
+    code, printed, _ = run("sweep", own, "--strengths", "0.5,1", "--adapter-weights", "default=0.5")
+    assert code == 0
+    assert "Gain and drift along the dial, weights default=0.5" in printed.replace("\n", " ")
+    assert json.loads((own / "sweep.json").read_text())["dial"]["adapter_weights"] == {"default": 0.5}
+
+
 def test_weights_that_are_no_policy_are_not_interpolated(run, base, tmp_path):
     folder = write_adapter(tmp_path / "apart", base, config=QAdapterConfig(alpha_0=0.5))
     for command in ("eval", "audit", "sweep", "compare"):

@@ -168,10 +168,16 @@ def test_alpha_settings_are_lines_of_their_own(swept):
 
 def test_what_all_points_share_is_said(swept, capsys):
     sweep = swept([Column(f"{strength:g}", strength, max_kl=0.5, decay=0.8) for strength in (0.5, 1.0)], max_kl=100.0)
-    assert sweep["dial"] == {"decay": 0.8, "cap": 0.5, "threshold": None, "interpolation": "logits"}
-    assert "Recommended strength: 1, decay 0.8, KL cap 0.5, the largest" in page(sweep)
+    assert sweep["dial"] == {
+        "adapter_weights": None,
+        "decay": 0.8,
+        "cap": 0.5,
+        "threshold": None,
+        "interpolation": "logits",
+    }
+    assert "Recommended strength: 1, decay 0.8, KL cap 0.5 nats, the largest" in page(sweep)
     print_sweep(sweep, Console(width=120))
-    assert "along the dial, decay 0.8, KL cap 0.5" in capsys.readouterr().out
+    assert "along the dial, decay 0.8, KL cap 0.5 nats" in capsys.readouterr().out
     even = swept([Column("1", 1.0)], max_kl=100.0)
     decayed, whole = (run["points"][1]["kl_chosen"]["value"] for run in (swept([Column("1", 1.0, decay=0.8)]), even))
     assert 0 < decayed < whole

@@ -101,7 +101,9 @@ def run(arguments: list[str]) -> int:
 def _distilled(
     model: "QAdapterForCausalLM", tokenizer: Any, prompts: list[str], options: Namespace, settings: dict[str, Any]
 ) -> None:
+    from qadapter.evaluation.columns import dial_title
     from qadapter.export import distil
+    from qadapter.export.summed import write_plain_lora
 
     dial = {name: value for name, value in settings.items() if name != "strength"}
     with progress_bar(Console()) as progress:
@@ -122,10 +124,8 @@ def _distilled(
     )
     card = (
         f"# Distilled LoRA\n\nA plain LoRA on {model.base_source.name} that imitates a Q-Adapter policy at "
-        f"{described(settings)}, distilled on {result.train_prompts} prompts.\n\n{figures}.\n"
+        f"strength {dial_title(settings)}, distilled on {result.train_prompts} prompts.\n\n{figures}.\n"
     )
-
-    from qadapter.export.summed import write_plain_lora
 
     def write(folder: Path) -> None:
         write_plain_lora(result.student, folder)
@@ -134,14 +134,3 @@ def _distilled(
 
     into_new_folder(options.output_dir, write)
     print(f"plain PEFT LoRA written to {options.output_dir}; {figures}")
-
-
-def described(settings: dict[str, Any]) -> str:
-    """The settings of the dial in words, by the names of the options."""
-    words = []
-    for name, value in settings.items():
-        if name == "adapter_weights":
-            value = " ".join(f"{adapter}={weight:g}" for adapter, weight in value.items())
-        option = "strength" if name == "strength" else OPTIONS[name].removeprefix("--").replace("-", " ")
-        words.append(f"{option} {value}" if isinstance(value, str) else f"{option} {value:g}")
-    return ", ".join(words)

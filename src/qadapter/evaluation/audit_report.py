@@ -61,7 +61,7 @@ def _sections(audit: Mapping[str, Any]) -> Iterator[str]:
     style = {"passes": "good", "fails": "bad"}.get(audit["verdict"], "close")
     yield f'<p class="{style}">{escape(verdict_line(audit))}</p>'
     yield (
-        f"<p>{escape(audit['adapter']['name'])} at strength {dial_title(audit['settings'])} against its frozen base "
+        f"<p>{escape(audit['adapter']['name'])} at strength {escape(dial_title(audit['settings']))} against its frozen base "
         f"{escape(base_title(audit))}. Brackets are 95% intervals.</p>"
     )
     if audit["gate"]:

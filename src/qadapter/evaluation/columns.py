@@ -137,15 +137,27 @@ class Column:
 
 
 def dial_title(settings: Mapping[str, Any]) -> str:
-    """What is said of a stored column's dial: its strength, a threshold, and of what it is if not of logits."""
-    threshold = settings.get("min_kl")
-    said = f", threshold {threshold:g} nats" if threshold else ""
-    return f"{settings['strength']:g}" + said + interpolated(settings)
+    """A column's settings in words: the strength, and all that is not as usual."""
+    return f"{settings['strength']:g}" + further_settings(settings)
 
 
-def interpolated(settings: Mapping[str, Any]) -> str:
-    """ ", weights interpolated" if those are, else nothing, as in files from before that could be."""
-    return ", weights interpolated" if settings.get("interpolation") == "weights" else ""
+def further_settings(settings: Mapping[str, Any]) -> str:
+    """The settings besides the strength that are not as usual, as words to follow others; "" where all are.
+
+    Files from before there was a setting lack it.
+    """
+    words = []
+    if weights := settings.get("adapter_weights"):
+        words.append("weights " + " ".join(f"{name}={weight:g}" for name, weight in weights.items()))
+    if settings.get("decay", 1.0) != 1.0:
+        words.append(f"decay {settings['decay']:g}")
+    if settings.get("max_kl") is not None:
+        words.append(f"KL cap {settings['max_kl']:g} nats")
+    if settings.get("min_kl"):
+        words.append(f"threshold {settings['min_kl']:g} nats")
+    if settings.get("interpolation") == "weights":
+        words.append("weights interpolated")
+    return "".join(f", {word}" for word in words)
 
 
 def parse_strengths(text: str) -> list[float]:

@@ -80,6 +80,7 @@ def run_sweep(
                 for task, figures in results["tasks"].items()
             },
             "dial": {
+                "adapter_weights": columns[0].adapter_weights,
                 "decay": columns[0].decay,
                 "cap": columns[0].max_kl,
                 "threshold": columns[0].min_kl,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape as plain
 
-from qadapter.evaluation.columns import BASE, interpolated
+from qadapter.evaluation.columns import BASE, further_settings
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import OF_THE_BASE, Row, print_columns, short, whole_tasks, written
@@ -84,11 +84,8 @@ def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
 
 def fixed(sweep: Mapping[str, Any]) -> str:
     """The settings that all points share, as words to follow others; "" where they are the usual ones."""
-    decay, cap = sweep["dial"]["decay"], sweep["dial"]["cap"]
-    words = ("" if decay == 1 else f", decay {decay:g}") + ("" if cap is None else f", KL cap {cap:g}")
-    threshold = sweep["dial"].get("threshold")  # not in files from before there was one
-    words += f", threshold {threshold:g} nats" if threshold else ""
-    return words + interpolated(sweep["dial"])
+    dial = sweep["dial"]
+    return further_settings({**dial, "max_kl": dial["cap"], "min_kl": dial.get("threshold")})
 
 
 def rows_of(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -198,7 +195,7 @@ def page(sweep: Mapping[str, Any]) -> str:
     body = f"""<p>{escape(recommendation(sweep))}</p>
 <p><label>gain <select id="gain"></select></label> <label>cost <select id="cost"></select></label></p>
 <div id="plot">{svg(trade_off(sweep))}</div><pre id="values">Point at a dot to see its values.</pre>
-<h2>Points{fixed(sweep)}</h2>{table(header, rows)}
+<h2>Points{escape(fixed(sweep))}</h2>{table(header, rows)}
 {folded("Settings", json_block({key: sweep[key] for key in SETTINGS}))}
 <script type="application/json" id="data">{script_data(data)}</script>
 <script>{SCRIPT}</script>"""
