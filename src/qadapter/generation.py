@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,11 +75,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, whether the model ended it itself, and with which token where that is known."""
+    """A generated text, whether the model ended it itself, and with which token where that is known.
+
+    Args:
+        ids: what the model wrote, its end included. The text may be that of other tokens: it has no blanks around it.
+    """
 
     text: str
     finished: bool
     end: int | None = None
+    ids: Sequence[int] | None = field(default=None, compare=False)
 
 
 def encode(tokenizer: Any, prompts: Sequence[str | Sequence[Message]]) -> dict[str, torch.Tensor]:
@@ -145,7 +150,8 @@ def generate_texts(
             cut = next((index for index, token in enumerate(row) if token in ends), None)
             text = detokenised(tokenizer, row[:cut])
             end = None if cut is None else row[cut]
-            answers.append(Answer(text.strip(), finished=cut is not None, end=end))
+            ids = row if cut is None else row[: cut + 1]
+            answers.append(Answer(text.strip(), finished=cut is not None, end=end, ids=ids))
         if progress is not None:
             progress(len(batch["input_ids"]))
     return answers

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from qadapter.evaluation.audit_report import page, print_audit, write_audit
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.evaluate import Evaluation
 from qadapter.evaluation.gate import Limits
+from qadapter.evaluation.judges import Verdict
 from qadapter.evaluation.judges.models import RewardJudge
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.subjects import Subject, open_subject
@@ -257,8 +259,6 @@ def test_answers_of_the_base_are_shared_by_all_adapters_of_it(audited, base, mon
 
 
 def test_a_judge_that_could_not_be_reached_is_asked_again_and_the_reason_told(audited, monkeypatch, capsys):
-    from qadapter.evaluation.judges import Verdict
-
     asked = []
 
     class Down:
@@ -278,6 +278,35 @@ def test_a_judge_that_could_not_be_reached_is_asked_again_and_the_reason_told(au
     assert f"<p>{said}</p>" in page(audit)
     print_audit(audit, Console(width=200))
     assert f"\n{said}\n" in capsys.readouterr().out
+
+
+def test_only_missing_verdicts_are_asked_for_again(audited, monkeypatch):
+    """Each may be paid for, and one that never comes must not cost all others with each run."""
+    asked = []
+
+    class Filtering:
+        def judge(self, comparisons, progress):
+            asked.append(len(comparisons))
+            filtered = Verdict(None, "HTTP status 400: 'filtered'")
+            return [filtered if "say the" in comparison.prompt else Verdict("a", "m") for comparison in comparisons]
+
+    monkeypatch.setattr(evaluate, "make_judge", lambda name: Filtering())
+    first, second = (audited()["results"]["judged"][0] for _ in range(2))
+    assert first == second
+    assert 0 < first["missing"] < 4
+    assert first["missing"] + first["wins"] == 4
+    assert asked == [4, first["missing"]]
+
+
+def test_verdicts_speak_of_no_letters_and_cut_answers_are_marked(audited):
+    audit = audited()
+    (judged,) = audit["results"]["judged"]
+    decided = [verdict["reason"] for verdict in judged["verdicts"] if verdict["winner"] != "tie"]
+    assert all(reason == "it alone satisfies max-words=3" for reason in decided)
+    shown = page(audit).partition("judge rule:max-words=3")[2]
+    cut = [verdict for verdict in judged["verdicts"] if not verdict["policy_finished"]]
+    assert cut
+    assert all(f"{escape(verdict['policy'])} […cut]</pre>" in shown for verdict in cut)
 
 
 def test_a_base_that_says_nothing_is_refused_in_one_line(audited, monkeypatch):

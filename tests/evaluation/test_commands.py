@@ -256,6 +256,13 @@ def test_a_certificate_says_all_that_the_dial_was_set_to(run, own):
     assert json.loads((own / "sweep.json").read_text())["dial"]["adapter_weights"] == {"default": 0.5}
 
 
+def test_a_card_names_only_files_that_are_beside_it(run, own, tmp_path):
+    assert run("audit", own, "--output-dir", tmp_path / "elsewhere")[0] == 0
+    assert "`audit.json`" not in (own / "README.md").read_text()
+    assert run("audit", own)[0] == 0
+    assert "`audit.json` has every figure" in (own / "README.md").read_text()
+
+
 def test_weights_that_are_no_policy_are_not_interpolated(run, base, tmp_path):
     folder = write_adapter(tmp_path / "apart", base, config=QAdapterConfig(alpha_0=0.5))
     for command in ("eval", "audit", "sweep", "compare"):

@@ -12,7 +12,7 @@ from qadapter.errors import ConfigError
 from qadapter.evaluation import drift as drift_module
 from qadapter.evaluation.columns import Column, parse_strengths, strength_columns, unique_names
 from qadapter.evaluation.drift import Passage, TokenDrift, measure_passages, measure_texts
-from qadapter.evaluation.drift_figures import breakdowns
+from qadapter.evaluation.drift_figures import breakdowns, drift_figures
 from qadapter.evaluation.texts import Text
 from qadapter.modeling.packed import enable_packing
 
@@ -219,6 +219,16 @@ def test_texts_of_one_prompt_count_once_in_every_breakdown():
                 again = thrice[kind][name][figure]
                 assert again.n == 3 * interval.n
                 assert again[:3] == pytest.approx(interval[:3], rel=1e-9, abs=1e-12, nan_ok=True), (kind, name, figure)
+
+
+def test_intervals_of_shares_and_divergences_stay_within_their_ends():
+    texts = [Text([3], [5, 6]), Text([4], list(range(7, 40)))]
+    figures = drift_figures(measure_texts(train_randomly(tiny_policy(), scale=0.3), texts, [Column("policy", 1.5)]))
+    for figure in ("kl", "reverse_kl", "entropy", "loss", "agreement"):
+        interval = figures["policy"][figure]
+        assert 0 <= interval.low <= interval.value <= interval.high
+    assert figures["policy"]["agreement"].high <= 1
+    assert figures["policy"]["loss_change"].low < 0  # two texts tell little: no end holds a change
 
 
 def test_numbers_that_are_not_finite_are_refused():

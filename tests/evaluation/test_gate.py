@@ -101,9 +101,14 @@ def test_a_drop_that_was_not_measured_does_not_pass():
     assert (entry["value"], entry["passes"], entry["close"]) == (None, False, True)
 
 
+def test_a_drop_of_what_is_no_rate_does_not_pass():
+    """It is known only when all has been measured, which must not be lost."""
+    (entry,) = check(RESULTS, "policy", Limits(max_drop={"perplexity": 100.0}))
+    assert entry["quantity"] == "drop on perplexity, whose metric 'word_perplexity' is no rate"
+    assert (entry["value"], entry["passes"]) == (None, False)
+
+
 def test_drops_that_cannot_be_told():
-    with pytest.raises(ConfigError, match="its metric 'word_perplexity' is no rate"):
-        drop(RESULTS, "perplexity", "policy")
     with pytest.raises(ConfigError, match=r"no such task was run; the results have \['errors', 'lambada'"):
         drop(RESULTS, "mmlu", "policy")
 

@@ -7,17 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny_policy
 
-from qadapter.evaluation.columns import BASE
-from qadapter.evaluation.drift import BaseTokens, TextDrift, TokenDrift
+from qadapter import QAdapterConfig
+from qadapter.config import PRESETS
+from qadapter.evaluation.columns import BASE, Column
+from qadapter.evaluation.drift import BaseTokens, TextDrift, TokenDrift, measure_texts
 from qadapter.evaluation.preferences import (
     PairDrift,
     Temperatures,
     accuracy_at_equal_length,
     by_category,
     calibration,
+    paired,
     preference_figures,
 )
+from qadapter.evaluation.subjects import Subject
+from qadapter.evaluation.texts import Text
 
 
 def side(base, policy):
@@ -48,7 +54,26 @@ def test_margins_of_a_pair():
     assert pair.reward_margin("policy", Temperatures(0.5, 0.2, 0.5, discount_floor=1.0)) == pytest.approx(
         pair.reward_margin("policy", TEMPERATURES)
     )
+    assert pair.reward_margin("policy", Temperatures(0.5, 0.2, length_normalised=True)) == pytest.approx(
+        (0.5 * -2.0 + 0.2 * 3.0) / 2 - (0.5 * -1.5 + 0.2 * 1.0)
+    )
     assert pair.length_difference == 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_margins_of_rewards_are_differences_of_the_returns_that_are_trained(name):
+    policy = tiny_policy(config=QAdapterConfig.preset(name))
+    texts = [Text([3, 4, 5], [6, 7, 8, 9]), Text([3, 4, 5], [10, 11])]
+    (pair,) = paired(measure_texts(policy, texts, [Column("policy")]))
+
+    def returned(text):
+        ids = torch.tensor([[*text.context, *text.answer]])
+        answer = torch.arange(ids.shape[1]).unsqueeze(0) >= len(text.context)
+        return policy.score(ids, torch.ones_like(ids), answer).returns.item()
+
+    temperatures = Subject("", policy, None).temperatures(Column("policy"))
+    expected = returned(texts[0]) - returned(texts[1])
+    assert pair.reward_margin("policy", temperatures) == pytest.approx(expected, abs=1e-5)
 
 
 def test_figures_of_pairs():

@@ -4,9 +4,13 @@ import json
 
 import pytest
 from evaluated import CATEGORIES, pair_rows, write_jsonl
+from models import tiny_policy
 
 from qadapter.errors import ConfigError, DataError
+from qadapter.evaluation.columns import Column
+from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.texts import (
+    Prompt,
     digest,
     excerpt,
     instructions,
@@ -15,7 +19,7 @@ from qadapter.evaluation.texts import (
     reference_texts,
     sample,
 )
-from qadapter.generation import Answer
+from qadapter.generation import Answer, Sampling, generate_texts
 
 
 def test_pairs_keep_their_categories_and_prompts(files, tokenizer):
@@ -127,6 +131,27 @@ def test_answers_of_the_base_become_texts_that_end_where_it_ended(tokenizer):
     own_end, still_cut, only_end = reference_texts(tokenizer, prompts, others)  # a model may have several end tokens
     assert list(own_end.answer) == [*ended.answer[:-1], 7]
     assert (still_cut, list(only_end.answer)) == (cut, [7])
+
+
+def test_answers_are_scored_on_the_tokens_that_were_written(tokenizer):
+    """Their text, without the blanks around it, may be that of others: " a" and "a" are two tokens to many bases."""
+    (text,) = reference_texts(tokenizer, instructions(limit=1), [Answer("so it is", True, 7, ids=[3, 9, 4, 7])])
+    assert text.answer == [3, 9, 4, 7]
+
+
+def test_what_a_model_writes_is_what_is_scored(tokenizer):
+    policy = tiny_policy()
+    (answer,) = generate_texts(policy, tokenizer, ["say"], Sampling(max_new_tokens=5), strength=0.0)
+    (text,) = reference_texts(tokenizer, [Prompt("say")], [answer])
+    (drift,) = measure_texts(policy, [text], [Column("policy")])
+    assert bool(drift.base.greedy.all())  # a greedy answer is the base's likeliest at each token
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path, tokenizer):
+    for row, what in (({"prompt": "a\ud800"}, "prompt"), ({"prompt": "a", "category": "\udfff"}, "category")):
+        path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "fine"}, row])
+        with pytest.raises(DataError, match=f"line 2: {what} holds half of a surrogate pair"):
+            instructions(path)
 
 
 def test_the_digest_sees_ids_split_and_category(files, tokenizer):

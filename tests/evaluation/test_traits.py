@@ -25,6 +25,16 @@ GERMAN = "Die Katze saß auf der Matte, und das ist alles, was sie für den Rest
         ("3 + 4 = 7", None),
         ("", None),
         ("Xylophone quartz", None),
+        ("Kot siedział na macie i to jest wszystko, co robił przez cały dzień, ale nie spał.", "Polish"),
+        ("Katten satt på mattan och det är allt som den gjorde, för att den inte ville gå ut.", "Swedish"),
+        ("Katten sad på måtten, og det er alt, hvad den gjorde, for den ville ikke gå ud.", "Danish or Norwegian"),
+        ("Kissa istui matolla ja oli siinä koko päivän, mutta hän ei nukkunut.", "Finnish"),
+        ("Kedi paspasın üzerinde oturdu ve bütün gün bir şey yapmadı, çok uyudu.", "Turkish"),
+        ("Con mèo ngồi trên tấm thảm và đó là tất cả những gì nó làm trong ngày.", "Vietnamese"),
+        ("Kucing itu duduk di tikar dan tidak bergerak, yang lain pergi dengan cepat.", "Indonesian"),
+        ("Pisica stă pe covor și nu se mișcă, pentru că este obosită.", "Romanian"),
+        ("Kočka seděla na rohoži a to je vše, protože není hladová a také spí.", "Czech"),
+        ("A macska a szőnyegen ült, és nem mozdult, csak egy kicsit aludt, hogy pihenjen.", "Hungarian"),
     ],
 )
 def test_languages_and_scripts(text, expected):
@@ -35,6 +45,8 @@ def test_repetition():
     assert repeats_itself("I do not know what to say. " * 6)
     assert not repeats_itself(ENGLISH)
     assert not repeats_itself("no no no no")
+    assert repeats_itself("我喜欢你。" * 60)
+    assert not repeats_itself("猫坐在垫子上，不想动。它看着窗外的雨，想起昨天的鱼，觉得今天也许会有更好的晚饭。")
 
 
 def test_shares_of_traits():
@@ -45,5 +57,8 @@ def test_shares_of_traits():
     assert traits["cut off"].value == 0.5
     assert traits["in another language"].value == 0.5
     assert traits["in another language"].n == 2  # the others cannot be told
+    assert traits["in no language that is known"].value == 0
+    unknown = Answer("mbwa alilala juu ya mkeka siku nzima bila kusonga", True)
+    assert answer_traits([unknown] * 2, base[:2])["in no language that is known"].value == 1
     assert commonest_language(base) == "English"
     assert commonest_language([Answer("", True)]) is None

@@ -1,9 +1,11 @@
 """The command line: one module a command, imported only when it is called."""
 
 import argparse
+import codecs
 import difflib
 import errno
 import io
+import json
 import logging
 import os
 import re
@@ -11,7 +13,7 @@ import sys
 import time
 import traceback
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qadapter import __version__
 from qadapter.errors import ConfigError, QAdapterError
@@ -62,6 +64,11 @@ class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         bare = action.default is None or action.default is False or action.default == []
         return action.help if bare else super()._get_help_string(action)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for standard output, in ASCII alone where that is in another encoding than UTF-8."""
+    return json.dumps(value, indent=indent, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def _run(arguments: list[str]) -> int:
         audit = run_audit(subject, column, workload, limits, store_of(options), track)
     write_audit(audit, folder)
     if has_card:
-        update_card(adapter, audit)
+        update_card(adapter, audit, beside=folder.resolve() == adapter.resolve())
     written = [folder / JSON_NAME, folder / HTML_NAME, *([adapter / CARD_NAME] if has_card else [])]
     try:
         print_audit(audit, Console())

@@ -1,11 +1,10 @@
 """`qadapter data check`: look at a preference dataset before training."""
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
-from qadapter.cli import UsageError, command_parser
+from qadapter.cli import UsageError, command_parser, json_text
 from qadapter.data import check_preferences, render
 from qadapter.data.columns import parse_columns
 
@@ -44,7 +43,7 @@ def run(arguments: list[str]) -> int:
             base_config=base_config,
         )
     if options.json:
-        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        print(json_text(report.to_dict(), indent=2))
     else:
         render(report, Console())
     return 0 if report.ok else 1

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from qadapter.cli import command_parser
+from qadapter.cli import command_parser, json_text
 from qadapter.cli.options import add_policy_options, add_sampling_options
 from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.messages import as_text
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     for index, prompt in enumerate(prompts):
         answers = {name: column[index].text for name, column in columns.items()}
         if options.json:
-            print(json.dumps({"prompt": prompt, "strength": options.strength, **answers}, ensure_ascii=False))
+            print(json_text({"prompt": prompt, "strength": options.strength, **answers}))
         else:
             print(f"> {prompt}")
             for name, text in answers.items():

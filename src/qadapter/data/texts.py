@@ -1,6 +1,7 @@
 """Files of texts: paragraphs, or JSON Lines with a text and perhaps a category."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from qadapter.data.files import require_text_or_jsonl
 from qadapter.errors import DataError
 
 CATEGORY = "category"
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_texts(path: Path) -> list[tuple[str, str | None]]:
@@ -41,6 +43,9 @@ def objects(content: str, key: str, name: str) -> list[tuple[str, str | None]]:
             raise DataError(f"{name} line {number}: must be a JSON object with a {key} ({error}).") from error
         if not isinstance(text, str):
             raise DataError(f"{name} line {number}: {key} is a {type(text).__name__}, must be a text.")
+        for what, value in ((key, text), (CATEGORY, str(category))):
+            if SURROGATE.search(value):
+                raise DataError(f"{name} line {number}: {what} holds half of a surrogate pair, which is no text.")
         rows.append((text, label(category)))
     return rows
 

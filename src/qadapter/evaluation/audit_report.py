@@ -15,7 +15,15 @@ from qadapter.evaluation.card import base_title, finding_line, finding_lines, ga
 from qadapter.evaluation.columns import BASE, dial_title
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
-from qadapter.evaluation.tables import headline, print_lines, print_table, written, written_number
+from qadapter.evaluation.tables import (
+    headline,
+    marked,
+    marked_answer,
+    print_lines,
+    print_table,
+    written,
+    written_number,
+)
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "audit.json", "audit.html"
@@ -60,10 +68,9 @@ def _sections(audit: Mapping[str, Any]) -> Iterator[str]:
     results, column = audit["results"], audit["column"]
     style = {"passes": "good", "fails": "bad"}.get(audit["verdict"], "close")
     yield f'<p class="{style}">{escape(verdict_line(audit))}</p>'
-    yield (
-        f"<p>{escape(audit['adapter']['name'])} at strength {escape(dial_title(audit['settings']))} against its frozen base "
-        f"{escape(base_title(audit))}. Brackets are 95% intervals.</p>"
-    )
+    measured = f"{audit['adapter']['name']} at strength {dial_title(audit['settings'])}"
+    against = f"against its frozen base {base_title(audit)}. Brackets are 95% intervals."
+    yield f"<p>{escape(f'{measured} {against}')}</p>"
     if audit["gate"]:
         yield "<h2>Gate</h2>" + table(("limit", "measured", "verdict"), [gate_cells(e) for e in audit["gate"]])
     yield "<h2>Gain and cost</h2>" + table(("", BASE, column), headline(results, [column]))
@@ -135,7 +142,7 @@ def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
         note = f"loss {row['loss_change']:+.3f} nats a token, KL {row['kl']:.3f}"
         if row["category"]:
             note = f"{row['category']}: {note}"
-        answers = {name: _answer(example["answers"][name]) for name in (BASE, column)}
+        answers = {name: marked_answer(example["answers"][name]) for name in (BASE, column)}
         yield side_by_side(example["prompt"], answers, note)
     rows = [
         (row["text"], row["category"] or "–", f"{row['loss_change']:+.4f}", f"{row['kl']:.4f}")
@@ -151,10 +158,6 @@ def _worst(results: Mapping[str, Any], column: str) -> Iterator[str]:
     if pairs:
         columns = ("prompt", "category", "chosen", "rejected", "margin, nats")
         yield folded("Held-out pairs ranked most wrongly", table(columns, pairs))
-
-
-def _answer(answer: Mapping[str, Any]) -> str:
-    return answer["text"] + ("" if answer["finished"] else " […cut]")
 
 
 def _breakdowns(results: Mapping[str, Any], column: str) -> Iterator[str]:
@@ -196,7 +199,7 @@ def _answers(results: Mapping[str, Any], column: str) -> Iterator[str]:
     yield table(("answers to general instructions", BASE, column), rows)
     examples: Sequence[Mapping[str, Any]] = results["behaviour"]["examples"][:SHOWN_ANSWERS]
     shown = "".join(
-        side_by_side(example["prompt"], {name: _answer(example["answers"][name]) for name in (BASE, column)})
+        side_by_side(example["prompt"], {name: marked_answer(example["answers"][name]) for name in (BASE, column)})
         for example in examples
     )
     yield folded("General instructions, answered by both", shown)
@@ -210,4 +213,6 @@ def _answers(results: Mapping[str, Any], column: str) -> Iterator[str]:
 def _verdict(verdict: Mapping[str, Any]) -> str:
     winner = verdict["winner"] or "no verdict"
     note = f"{winner}: {verdict['reason']}" if verdict["reason"] else winner
-    return side_by_side(verdict["prompt"], {BASE: verdict["base"], "policy": verdict["policy"]}, note)
+    # Audits from before it was stored do not say whether an answer was cut.
+    answers = {name: marked(verdict[name], verdict.get(f"{name}_finished", True)) for name in (BASE, "policy")}
+    return side_by_side(verdict["prompt"], answers, note)

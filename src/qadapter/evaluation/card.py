@@ -37,8 +37,11 @@ CardLoader.yaml_implicit_resolvers = {
 CardLoader.add_implicit_resolver(BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
-def update_card(folder: Path, audit: Mapping[str, Any]) -> None:
+def update_card(folder: Path, audit: Mapping[str, Any], beside: bool = True) -> None:
     """Write the audit's certificate into the folder's README.md, which is created if need be.
+
+    Args:
+        beside: whether the audit's own files are in the folder, so that the card may name them.
 
     Raises:
         DataError: the README is not UTF-8, its metadata is no YAML mapping, or it has one mark of the certificate.
@@ -47,7 +50,7 @@ def update_card(folder: Path, audit: Mapping[str, Any]) -> None:
     plain = (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists()  # a LoRA as PEFT writes it
     old = read_utf8(path).replace("\r\n", "\n") if path.exists() else new_card(audit, plain)
     library = "peft" if plain else "qadapter"
-    write_whole(path, with_certificate(with_metadata(old, audit, path, library), certificate(audit), path))
+    write_whole(path, with_certificate(with_metadata(old, audit, path, library), certificate(audit, beside), path))
 
 
 def base_title(audit: Mapping[str, Any]) -> str:
@@ -156,8 +159,8 @@ def with_certificate(card: str, section: str, path: Path) -> str:
     return card[: card.index(BEGIN)] + marked + card[card.index(END) + len(END) :]
 
 
-def certificate(audit: Mapping[str, Any]) -> str:
-    """What the audit found, as Markdown."""
+def certificate(audit: Mapping[str, Any], beside: bool = True) -> str:
+    """What the audit found, as Markdown; it names the audit's files where they are `beside` it."""
     column = audit["column"]
     lines = [
         "## Audit",
@@ -166,7 +169,7 @@ def certificate(audit: Mapping[str, Any]) -> str:
         "",
         f"Measured against {base_title(audit)} at strength {dial_title(audit['settings'])}, with qadapter "
         f"{audit['environment']['versions']['qadapter']} on {audit['environment']['date'][:10]}. Brackets are 95% "
-        "intervals; `audit.json` has every figure and setting.",
+        f"intervals{'; `audit.json` has every figure and setting' if beside else ''}.",
         "",
     ]
     if audit["gate"]:
@@ -174,7 +177,7 @@ def certificate(audit: Mapping[str, Any]) -> str:
         lines += [*markdown_table(("limit", "measured", "verdict"), rows), ""]
     lines += [*markdown_table(("", BASE, column), headline(audit["results"], [column])), ""]
     if audit["findings"]:
-        lines += ["What got worse:", "", *(f"- {line}" for line in finding_lines(audit["findings"])), ""]
+        lines += ["What got worse:", "", *(f"- {line}" for line in finding_lines(audit["findings"], beside)), ""]
     text = "\n".join(lines).rstrip()
     for spec in {judged["judge"] for judged in audit["results"].get("judged", ())}:
         text = text.replace(spec, judge_title(spec))
@@ -201,11 +204,12 @@ def gate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     return limit, measured, passes + close
 
 
-def finding_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def finding_lines(entries: Sequence[Mapping[str, Any]], beside: bool = True) -> list[str]:
     """The first findings, a line each, and how many more there are: a group of benchmarks alone may have dozens."""
     lines = [finding_line(entry) for entry in entries[:SHOWN_FINDINGS]]
     more = len(entries) - SHOWN_FINDINGS
-    return [*lines, f"and {more} more, which audit.json and audit.html have"] if more > 0 else lines
+    where = ", which audit.json and audit.html have" if beside else ""
+    return [*lines, f"and {more} more{where}"] if more > 0 else lines
 
 
 def finding_line(entry: Mapping[str, Any]) -> str:

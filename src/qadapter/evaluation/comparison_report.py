@@ -16,6 +16,7 @@ from qadapter.evaluation.tables import (
     Row,
     headline,
     is_rate,
+    marked_answer,
     narrow,
     numbered,
     print_columns,
@@ -121,7 +122,7 @@ def page(comparison: Mapping[str, Any]) -> str:
         lines = "".join(f"<li>{escape(finding_line(entry))}</li>" for entry in findings(results, name))
         parts.append(f"<h3>{escape(name)}</h3>" + (f"<ul>{lines}</ul>" if lines else "<p>Nothing, for certain.</p>"))
     shown = "".join(
-        side_by_side(example["prompt"], {name: answer["text"] for name, answer in example["answers"].items()})
+        side_by_side(example["prompt"], {name: marked_answer(answer) for name, answer in example["answers"].items()})
         for example in results["behaviour"]["examples"][:SHOWN_ANSWERS]
     )
     parts.append(folded("General instructions, answered by all", shown))
@@ -133,12 +134,13 @@ def page(comparison: Mapping[str, Any]) -> str:
 def chart(comparison: Mapping[str, Any]) -> str:
     """Margin gained against drift: a line for each adapter, from the base on."""
     pairs = comparison["results"]["pairs"]
-    series: dict[str, list[tuple[float, float]]] = {}
-    for column in sorted(comparison["columns"], key=lambda column: column["strength"]):
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for column in comparison["columns"]:
         name = column["name"]
         kl = pairs["chosen"]["columns"][name]["kl"]["value"]
         adapter = name if column["strength"] == 1.0 else name.removesuffix(f"@{column['strength']:g}")
-        line = series.setdefault(adapter, [(0.0, 0.0)])
-        line.append((kl, pairs["columns"][name]["token_margin_gain"]["value"]))
+        line = series.setdefault(adapter, [(0.0, 0.0, 0.0)])  # by strength, the base at 0
+        line.append((column["strength"], kl, pairs["columns"][name]["token_margin_gain"]["value"]))
     x_label, y_label = "KL(policy ‖ base) on chosen answers, nats a token", "margin gained, nats a token"
-    return line_chart(series, "Preference gained against drift", x_label, y_label)
+    lines = {adapter: [point[1:] for point in sorted(points)] for adapter, points in series.items()}
+    return line_chart(lines, "Preference gained against drift", x_label, y_label)

@@ -3,7 +3,9 @@
 The unit is the text: each figure is the mean over texts of the mean over a text's tokens.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from qadapter.evaluation.texts import Text
 Figures = dict[str, Interval]
 
 DRIFT_FIGURES = ("loss", "loss_change", "kl", "reverse_kl", "entropy", "entropy_change", "agreement")
+# What no figure's interval leaves; changes have no such ends.
+ENDS = {"agreement": (0.0, 1.0)} | dict.fromkeys(("loss", "kl", "reverse_kl", "entropy"), (0.0, math.inf))
 BREAKDOWN_FIGURES = ("loss_change", "kl", "agreement")
 # The first token of each bucket of positions.
 POSITION_STARTS = (0, 8, 32, 128, 512)
@@ -38,8 +42,18 @@ def drift_figures(
     columns += [torch.stack([_means(drift, name) for drift in drifts], 1) for name in names]
     if not columns:
         return {}
-    intervals = iter(mean_intervals(torch.cat(columns), groups, seed))
-    return {name: {figure: next(intervals) for figure in DRIFT_FIGURES} for name in (BASE, *names)}
+    figures = _figures(DRIFT_FIGURES * len(columns), torch.cat(columns), groups, seed)
+    return {name: dict(islice(figures, len(DRIFT_FIGURES))) for name in (BASE, *names)}
+
+
+def _figures(
+    names: Sequence[str], values: Tensor, groups: Sequence[Hashable] | None, seed: int
+) -> Iterator[tuple[str, Interval]]:
+    """Each figure with the interval of its row of `values`."""
+    for name, interval in zip(names, mean_intervals(values, groups, seed), strict=True):
+        low, high = ENDS.get(name, (-math.inf, math.inf))
+        # The interval's own end first: max and min keep it where it is not a number.
+        yield name, interval._replace(low=max(interval.low, low), high=min(interval.high, high))
 
 
 def token_figures(drift: TextDrift, column: str) -> Tensor:
@@ -93,7 +107,7 @@ def breakdown(
             means[index].append(sums[:, index] / counts[index])
             members[index].append(group)
     return {
-        name: dict(zip(BREAKDOWN_FIGURES, mean_intervals(torch.stack(rows, 1), own, seed), strict=True))
+        name: dict(_figures(BREAKDOWN_FIGURES, torch.stack(rows, 1), own, seed))
         for name, rows, own in zip(names, means, members, strict=True)
         if rows
     }

@@ -10,9 +10,9 @@ from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.differences import drift_items, pair_items
 from qadapter.evaluation.drift import TextDrift, measure_texts
 from qadapter.evaluation.drift_figures import breakdowns, drift_figures
-from qadapter.evaluation.judges import Judge, make_judge
+from qadapter.evaluation.judges import Judge, Verdict, make_judge
 from qadapter.evaluation.judges.models import PairJudge, RewardJudge
-from qadapter.evaluation.judging import judged
+from qadapter.evaluation.judging import ask, judged
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.preferences import (
     PairDrift,
@@ -209,7 +209,7 @@ class Evaluation:
                 {
                     "prompt": prompt.text,
                     "category": prompt.category,
-                    "answers": {name: asdict(own[index]) for name, own in {BASE: base, **answers}.items()},
+                    "answers": {name: _shown(own[index]) for name, own in {BASE: base, **answers}.items()},
                 }
                 for index, prompt in enumerate(prompts)
             ],
@@ -243,9 +243,13 @@ class Evaluation:
         ]
 
         def compute() -> dict[str, Any]:
-            return judged(judge, prompts, own, base, self.track(f"Judge {name}", len(prompts)))
+            known = [Verdict(**row) for row in self.store.stored("verdicts", inputs) or ()]
+            verdicts = ask(judge, prompts, own, base, known, self.track(f"Judge {name}", len(prompts)))
+            if any(verdict.winner is None for verdict in verdicts):
+                self.store.keep("verdicts", inputs, verdicts)
+            return judged(verdicts, prompts, own, base)
 
-        # A judge that could not be reached may be there next time.
+        # A judge that could not be reached may be there next time, and is then asked for what is missing.
         return self.store.part("judged", inputs, compute, keep=lambda result: result["missing"] == 0)
 
     def tasks(self) -> dict[str, Any]:
@@ -288,6 +292,10 @@ class Evaluation:
         return {
             column.name: breakdowns(drifts, texts, column.name, tokenizer, groups, seed) for column in self.detailed
         }
+
+
+def _shown(answer: Answer) -> dict[str, Any]:
+    return {name: value for name, value in asdict(answer).items() if name != "ids"}
 
 
 def _worst_pairs(pairs: Sequence[PairDrift], held_out: HeldOutPairs, column: str) -> list[dict[str, Any]]:

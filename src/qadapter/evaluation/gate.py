@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qadapter.errors import ConfigError
+from qadapter.evaluation.tables import is_rate
 
 # Of the process that ran an audit, by its verdict.
 EXIT_CODES = {"passes": 0, "no limits": 0, "fails": 1}
@@ -81,7 +82,10 @@ def check(results: Mapping[str, Any], column: str, limits: Limits) -> list[dict[
             entries.append(_entry(f"KL on {title}", "at most", limits.max_kl, "nats a token", interval))
     for task, points in limits.max_drop.items():
         fall = drop(results, task, column)
-        entries.append(_entry(f"drop on {task}", "at most", points, "percentage points", fall))
+        what = f"drop on {task}" if is_rate(results["tasks"][task]) else (
+            f"drop on {task}, whose metric {results['tasks'][task]['metric']!r} is no rate"
+        )  # fmt: skip
+        entries.append(_entry(what, "at most", points, "percentage points", fall))
     if limits.min_accuracy is not None:
         accuracy = results["pairs"]["columns"][column]["accuracy"]
         entries.append(_entry("held-out pair accuracy", "at least", limits.min_accuracy, "", accuracy))
@@ -91,15 +95,16 @@ def check(results: Mapping[str, Any], column: str, limits: Limits) -> list[dict[
 def drop(results: Mapping[str, Any], task: str, column: str) -> dict[str, Any]:
     """By how many percentage points a task's score fell, with its paired interval; negative for a rise.
 
+    Of a score that is no rate no points are known: its figures are None.
+
     Raises:
-        ConfigError: the task was not run, or its score is no rate.
+        ConfigError: the task was not run.
     """
     if task not in results["tasks"]:
         raise ConfigError(f"--max-drop {task}: no such task was run; the results have {sorted(results['tasks'])}.")
     figures = results["tasks"][task]
-    values = [entry["value"] for entry in figures["columns"].values()]
-    if any(value is not None and not 0 <= value <= 1 for value in values):
-        raise ConfigError(f"--max-drop {task}: its metric {figures['metric']!r} is no rate; limit --max-kl instead.")
+    if not is_rate(figures):
+        return {"value": None, "low": None, "high": None, "n": figures["n"]}
     difference = figures["differences"][column]
     sign = -100 if figures.get("higher_is_better", True) else 100
     fall = {key: _points(difference[key], sign) for key in ("value", "low", "high")}

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qadapter.evaluation.judges import Judge, judge_all, win_rate
+from qadapter.evaluation.judges import Judge, Verdict, judge_all, win_rate
 from qadapter.evaluation.judges.endpoint import NOT_ASKED
 from qadapter.evaluation.progress import Advance
 from qadapter.evaluation.texts import Prompt
@@ -17,11 +17,29 @@ ADDRESS = re.compile(r"\b\w+://\S+")
 WINNERS = {"a": "policy", "b": "base", "tie": "tie", None: None}
 
 
+def ask(
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    base: Sequence[Answer],
+    known: Sequence[Verdict],
+    advance: Advance,
+) -> list[Verdict]:
+    """The verdicts on `answers` against the base's: those known already, one a prompt or none, and else the judge's."""
+    verdicts = list(known) or [Verdict(None, "")] * len(prompts)
+    missing = [index for index, verdict in enumerate(verdicts) if verdict.winner is None]
+    advance(len(verdicts) - len(missing))
+    contents = [prompts[index].content for index in missing]
+    asked = judge_all(judge, contents, [answers[i] for i in missing], [base[i] for i in missing], advance)
+    for index, verdict in zip(missing, asked, strict=True):
+        verdicts[index] = verdict
+    return verdicts
+
+
 def judged(
-    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer], base: Sequence[Answer], advance: Advance
+    verdicts: Sequence[Verdict], prompts: Sequence[Prompt], answers: Sequence[Answer], base: Sequence[Answer]
 ) -> dict[str, Any]:
     """Win rate of `answers` against the base's, with each verdict; a missing verdict is no win and no loss."""
-    verdicts = judge_all(judge, [prompt.content for prompt in prompts], answers, base, advance)
     return {
         **win_rate(verdicts)._asdict(),
         "verdicts": [
@@ -31,6 +49,8 @@ def judged(
                 "reason": verdict.reason,
                 "policy": answer.text,
                 "base": other.text,
+                "policy_finished": answer.finished,
+                "base_finished": other.finished,
             }
             for prompt, answer, other, verdict in zip(prompts, answers, base, verdicts, strict=True)
         ],

@@ -18,7 +18,7 @@ from qadapter.modeling.bases import cache_folder
 logger = logging.getLogger(__name__)
 
 # Raise it when the meaning of a stored part changes.
-PARTS_VERSION = 7
+PARTS_VERSION = 8
 VERSIONED = ("qadapter", "torch", "transformers", "peft")
 
 
@@ -53,11 +53,12 @@ class PartStore:
         # Through JSON and back, so that a fresh part and a stored one are the same value.
         value = json.loads(json.dumps(jsonable(compute()), allow_nan=False))
         if keep(value):
-            self._keep(path, value)
+            self.keep(name, inputs, value)
         return value
 
-    def _keep(self, path: Path, value: Any) -> None:
-        """Write a part; in a folder that cannot be written to, it is kept for this run only."""
+    def keep(self, name: str, inputs: Any, value: Any) -> None:
+        """Write a part, over an older one; in a folder that cannot be written to, it is kept for this run only."""
+        path, value = self._path(name, inputs), jsonable(value)
         self.fresh.add(path)
         try:
             write_ordered_json(path, value)

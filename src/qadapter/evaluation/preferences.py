@@ -24,12 +24,13 @@ UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
 
 @dataclass(frozen=True)
 class Temperatures:
-    """α̃, α₀ and the discount, which turn log-probabilities into the return that the adapter was trained to give."""
+    """What turns log-probabilities into the return that the adapter was trained to give: α̃, α₀, discount, length."""
 
     alpha_tilde: float
     alpha_0: float
     gamma: float = 1.0
     discount_floor: float = 0.0
+    length_normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,19 @@ class PairDrift:
         return (chosen - base_chosen) - (rejected - base_rejected)
 
     def reward_margin(self, column: str, temperatures: Temperatures) -> float:
-        """Return of the chosen minus that of the rejected answer, each Σ_t w_t (α̃ log p − α₀ log π_b)."""
+        """Return of the chosen minus that of the rejected answer, each Σ_t w_t (α̃ log p − α₀ log π_b).
 
-        def discounted(side: TextDrift) -> float:
+        Returns of adapters that are trained on returns a token are those over the answer's tokens.
+        """
+
+        def returned(side: TextDrift) -> float:
             policy = (side.base if column == BASE else side.columns[column]).logps.double()
             advantages = temperatures.alpha_tilde * policy - temperatures.alpha_0 * side.base.logps.double()
             response = torch.ones(1, side.tokens, dtype=torch.bool)
             weights = discounts(response, temperatures.gamma, torch.float64, temperatures.discount_floor)
-            return (weights[0] @ advantages).item()
+            return (weights[0] @ advantages).item() / (side.tokens if temperatures.length_normalised else 1)
 
-        return discounted(self.chosen) - discounted(self.rejected)
+        return returned(self.chosen) - returned(self.rejected)
 
     @property
     def length_difference(self) -> int:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qadapter.evaluation.intervals import Interval
+from qadapter.evaluation.tables import marked
 from qadapter.generation import Answer
 from qadapter.training_log import CURVE_NAME
 
@@ -80,7 +81,7 @@ def print_report(result: QuickstartResult, folder: Path, console: Console) -> No
         console.print(Text(f"\n{prompt}", style="bold"))
         for name, colour in (("base", "yellow"), ("policy", "green")):
             answer = result.answers[name][index]
-            text = answer.text + ("" if answer.finished else " […cut]")
+            text = marked(answer.text, answer.finished)
             console.print(Panel(Text(text), title=name, title_align="left", border_style=colour))
     table = Table(title="What it gained and what it cost (95% intervals)", title_justify="left")
     for heading in ("", "base", "policy"):
@@ -159,7 +160,8 @@ def html(result: QuickstartResult, curve: str) -> str:
 
 def _answer_html(result: QuickstartResult, index: int) -> str:
     columns = "".join(
-        f'<div><div class="label">{name}</div><pre>{escape(result.answers[name][index].text)}</pre></div>'
+        f'<div><div class="label">{name}</div><pre>{escape(marked(answer.text, answer.finished))}</pre></div>'
         for name in ("base", "policy")
+        for answer in (result.answers[name][index],)
     )
     return f'<h3>{escape(result.prompts[index])}</h3><div class="answers">{columns}</div>'

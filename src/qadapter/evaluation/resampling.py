@@ -100,12 +100,13 @@ def paired_difference(
 def design_effect(values: Sequence[float], groups: Sequence[Hashable] | None) -> float:
     """By how much grouped observations count less than independent ones, at least 1.
 
-    It is the variance of the mean over groups relative to that of independent observations; where all values are
-    alike, or of one group, nothing but the number of groups is known.
+    It is the variance of the mean over groups relative to that of independent observations, times the squared ratio of
+    the t quantiles of both, since few groups tell little of their own spread (Korn and Graubard 1998, Survey
+    Methodology 24, 193-201); where all values are alike, or of one group, nothing but the number of groups is known.
     """
-    if groups is None:
-        return 1.0
     n, mean = len(values), math.fsum(values) / len(values)
+    if groups is None or len(set(groups)) == n:
+        return 1.0
     deviations: dict[Hashable, float] = {}
     for group, value in zip(groups, values, strict=True):
         deviations[group] = deviations.get(group, 0.0) + value - mean
@@ -113,7 +114,9 @@ def design_effect(values: Sequence[float], groups: Sequence[Hashable] | None) ->
     clusters = len(deviations)
     if independent <= 1e-12 or clusters == 1:
         return n / clusters
-    return max(1.0, math.fsum(d * d for d in deviations.values()) / independent)
+    ratio = math.fsum(d * d for d in deviations.values()) / independent
+    ratio *= clusters / (clusters - 1) * (n - 1) / n  # both variances unbiased
+    return max(1.0, ratio * (t_quantile(clusters - 1) / t_quantile(n - 1)) ** 2)
 
 
 def _spread(values: Sequence[float], mean: float) -> float:

@@ -31,12 +31,14 @@ class Subject:
     tokenizer: Any
 
     def temperatures(self, column: Column) -> Temperatures | None:
-        """α̃, α₀ and the discount of the only adapter with a weight in a column; None for a composition and for none."""
+        """Those of the only adapter with a weight in a column; None for a composition and for none."""
         adapters = list(column.weights(self.model))
         if len(adapters) != 1:
             return None
         config = self.model.configs[adapters[0]]
-        return Temperatures(config.alpha_tilde, config.alpha_0, config.gamma, config.discount_floor)
+        return Temperatures(
+            config.alpha_tilde, config.alpha_0, config.gamma, config.discount_floor, config.length_normalised
+        )
 
     def base_identity(self) -> dict[str, Any]:
         """What the base's numbers depend on."""

@@ -63,7 +63,8 @@ def run_sweep(
     )
     results = {"pairs": evaluation.pairs(), "neutral": evaluation.neutral(), "tasks": evaluation.tasks()}
     points = [point(results, Column(BASE, 0.0)), *(point(results, column) for column in columns)]
-    limits = budget.limits(whole_tasks(results["tasks"]))
+    # What is no rate loses no percentage points: a limit on any benchmark is none on it.
+    limits = budget.limits([task for task in whole_tasks(results["tasks"]) if is_rate(results["tasks"][task])])
     return jsonable(
         {
             "schema_version": SCHEMA_VERSION,

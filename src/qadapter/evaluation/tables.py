@@ -132,6 +132,16 @@ def whole_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name, own in parts.items() if not any(own < others for others in parts.values())]
 
 
+def marked(text: str, finished: bool) -> str:
+    """An answer as pages show it: one that the model did not end is marked."""
+    return text if finished else f"{text} […cut]"
+
+
+def marked_answer(answer: Mapping[str, Any]) -> str:
+    """A stored answer as pages show it."""
+    return marked(answer["text"], answer["finished"])
+
+
 def is_rate(figures: Mapping[str, Any]) -> bool:
     """Whether all scores of a benchmark are shares."""
     values = [entry["value"] for entry in figures["columns"].values()]

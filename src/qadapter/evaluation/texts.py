@@ -196,15 +196,18 @@ def instructions(path: Path | None = None, limit: int | None = None, seed: int =
 def reference_texts(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Text | None]:
     """Given answers after their prompts, as texts to be scored; None for an empty answer.
 
-    A finished one ends with its own end token, else with the tokenizer's: a model may have several.
+    They are the tokens that were written, where those are known. A finished text ends with its own end token, else
+    with the tokenizer's: a model may have several.
     """
     texts: list[Text | None] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         context = encode(tokenizer, [prompt.content])["input_ids"][0].tolist()
-        ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        end = tokenizer.eos_token_id if answer.end is None else answer.end
-        if answer.finished and end is not None:
-            ids = [*ids, end]
+        ids = answer.ids
+        if ids is None:
+            ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+            end = tokenizer.eos_token_id if answer.end is None else answer.end
+            if answer.finished and end is not None:
+                ids = [*ids, end]
         texts.append(Text(context, ids, prompt.category, excerpt(prompt.text)) if ids else None)
     return texts
 

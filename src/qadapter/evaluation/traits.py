@@ -22,6 +22,17 @@ FUNCTION_WORDS = {
     "Italian": "il di che è per non gli una della sono nel con più anche",
     "Portuguese": "o os uma não com para do da em mais são você pelo ao",
     "Dutch": "de het een van niet voor met zijn op dat aan ook maar te",
+    # Of these only words that texts in the languages above do not have: they are here to be told from them.
+    "Polish": "nie się jest że przez oraz tylko który jednak można",
+    "Czech": "není jsou jsem také nebo který když jeho může však",
+    "Romanian": "și este pentru că sunt într această fără către după",
+    "Hungarian": "és hogy nem egy ez vagy lehet csak már után",
+    "Swedish": "och att är inte också jag från där eller",
+    "Danish or Norwegian": "og ikke jeg være også hvad efter etter eller",
+    "Finnish": "ja että mutta oli myös tai ovat hän kuin jos",
+    "Turkish": "ve bir için değil çok daha olarak gibi olan ama",
+    "Vietnamese": "và là của không có được cho trong những này",
+    "Indonesian": "yang ini dengan untuk tidak dari adalah pada juga akan",
 }
 LANGUAGE_OF_WORD = {
     word: language
@@ -33,6 +44,10 @@ KANA = ("Hiragana", "Katakana", "Katakana-hiragana")
 KANA_SHARE = 0.05  # of a text's letters; Chinese texts have a stray one in a name
 WORD = re.compile(r"[^\W\d_]+")
 REPEATED_WORDS = 4
+# Texts of longer words have hardly a blank, as Chinese and Thai: runs there are of characters.
+LONGEST_MEAN_WORD = 20
+REPEATED_CHARACTERS = 8
+CLEAR_WORDS = 8  # so many of them tell the language of nearly every text
 REPETITION_SHARE = 0.3
 
 
@@ -60,16 +75,20 @@ def _script(letter: str) -> str:
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether at least 30% of the runs of four words occurred before in the text."""
-    words = text.lower().split()
-    runs = [tuple(words[index : index + REPEATED_WORDS]) for index in range(len(words) - REPEATED_WORDS + 1)]
-    return len(runs) > REPEATED_WORDS and 1 - len(set(runs)) / len(runs) >= REPETITION_SHARE
+    """Whether at least 30% of the runs of four words (of eight characters without blanks) occurred before."""
+    units: Sequence[str] = text.lower().split()
+    length = REPEATED_WORDS
+    if sum(map(len, units)) > LONGEST_MEAN_WORD * len(units):
+        units, length = "".join(units), REPEATED_CHARACTERS
+    runs = [tuple(units[index : index + length]) for index in range(len(units) - length + 1)]
+    return len(runs) > length and 1 - len(set(runs)) / len(runs) >= REPETITION_SHARE
 
 
 def answer_traits(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str, Interval]:
     """{trait: share of the answers that have it}.
 
-    "in another language" is in comparison with the base's answer to the same prompt, where both can be told.
+    "in another language" is in comparison with the base's answer to the same prompt, where both can be told; "in no
+    language that is known" has answers long enough to be told.
     """
     languages = [(language(answer.text), language(other.text)) for answer, other in zip(answers, base, strict=True)]
     known = [(own, other) for own, other in languages if own is not None and other is not None]
@@ -78,6 +97,10 @@ def answer_traits(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str
         "cut off": [not answer.finished for answer in answers],
         "repeats itself": [repeats_itself(answer.text) for answer in answers],
         "in another language": [own != other for own, other in known],
+        "in no language that is known": [
+            own is None and len(WORD.findall(answer.text)) >= CLEAR_WORDS
+            for answer, (own, _) in zip(answers, languages, strict=True)
+        ],
     }
     return {name: rate_interval([float(has) for has in values]) for name, values in traits.items()}
 

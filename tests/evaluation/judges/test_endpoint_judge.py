@@ -27,7 +27,7 @@ def test_a_judge_that_always_takes_the_first_makes_ties_and_full_order_bias():
     with serving(lambda handler, attempt, body: handler.say("first.")) as server:
         verdicts, _ = asked(server, comparisons=3)
     assert {verdict.winner for verdict in verdicts} == {"tie"}
-    assert "changes with the order: a when a is shown first, b otherwise" in verdicts[0].reason
+    assert "changes with the order: in one the first answer wins, in the other the first" in verdicts[0].reason
     result = win_rate(verdicts)
     assert result.rate.value == 0.5
     assert result.order_bias.value == 1.0
@@ -63,6 +63,27 @@ def test_the_key_is_sent_and_never_told(monkeypatch):
     monkeypatch.setenv("QADAPTER_JUDGE_API_KEY", "k\nInjected: yes")
     with pytest.raises(QAdapterError, match="cannot stand in a header"):
         EndpointJudge(server.url, "m")
+
+
+def test_a_refusal_is_told_in_the_endpoint_s_own_words():
+    refused = json.dumps(
+        {"error": {"message": "max_tokens is  not\nsupported: use max_completion_tokens " + "x" * 300}}
+    )
+    with serving(lambda handler, attempt, body: handler.send(refused, 400)) as server:
+        (verdict,), _ = asked(server)
+    assert verdict.reason.startswith("HTTP status 400: 'max_tokens is not supported: use max_completion_tokens xxx")
+    assert len(verdict.reason) < 260
+    with serving(lambda handler, attempt, body: handler.send(refused, 401)) as server:  # these repeat keys
+        (verdict,), _ = asked(server)
+    assert verdict.reason == "HTTP status 401 (attempt 1 of 4)"
+
+
+def test_an_address_keeps_its_api_version_and_no_secrets():
+    for url in ("/v1?api-version=2024-10-21", "/v1/chat/completions/?api-version=2024-10-21"):
+        judge = EndpointJudge(f"http://localhost{url}", "m")
+        assert judge.url == "http://localhost/v1/chat/completions?api-version=2024-10-21"
+    with pytest.raises(QAdapterError, match="more in its address than an api-version"):
+        EndpointJudge("http://localhost/v1?key=hidden", "m")
 
 
 def test_replies_are_read_strictly():

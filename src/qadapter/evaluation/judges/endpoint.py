@@ -29,6 +29,8 @@ REPLY_TOKENS = 1024  # one word is asked for; some models think aloud before it
 # After so many comparisons without verdict in a row the endpoint counts as down, and is not asked again.
 GIVE_UP_AFTER = 8
 NOT_ASKED = "not asked: "
+LONGEST_EXPLANATION = 200  # characters
+SECRET_STATUS = frozenset({401, 403, 407})  # explained by naming the key, or parts of it
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 PLACES = {"FIRST": 0, "SECOND": 1, "TIE": None}
@@ -100,7 +102,13 @@ class EndpointJudge:
                 f"judge endpoint at {address.host} has a user or password in its address, which would stand in "
                 "reports: leave it out; a key comes from $QADAPTER_JUDGE_API_KEY."
             )
-        self.url = url if url.rstrip("/").endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
+        if set(address.params) - {"api-version"}:
+            raise ConfigError(
+                f"judge endpoint at {address.host} has more in its address than an api-version, which may be a secret "
+                "and would stand in reports: leave it out; a key comes from $QADAPTER_JUDGE_API_KEY."
+            )
+        path = address.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.url = str(address.copy_with(path=path))
         self.model, self.timeout, self.attempts = model, timeout, attempts
         self.concurrency, self.sleep = concurrency, sleep
         self._headers = {"Content-Type": "application/json", **_authorisation()}
@@ -174,7 +182,8 @@ class EndpointJudge:
                 if response.status_code != 200:
                     status = response.status_code
                     wait = seconds_to_wait(response.headers.get("retry-after"))
-                    raise Failed(f"HTTP status {status}", status in RETRIED_STATUS, wait)
+                    told = await _explanation(response)
+                    raise Failed(f"HTTP status {status}{told}", status in RETRIED_STATUS, wait)
                 async for chunk in response.aiter_bytes():
                     content += chunk
                     if len(content) > LARGEST_REPLY:
@@ -184,6 +193,22 @@ class EndpointJudge:
         except httpx.HTTPError as error:
             raise Failed(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         return bytes(content)
+
+
+async def _explanation(response: httpx.Response) -> str:
+    """What a refusal says of itself, to follow its status; "" for nothing, and where it may tell parts of the key."""
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > LARGEST_REPLY:
+            return ""
+    try:
+        message = json.loads(content)["error"]["message"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    if response.status_code in SECRET_STATUS or not isinstance(message, str):
+        return ""
+    return f": {' '.join(message.split())[:LONGEST_EXPLANATION]!r}"
 
 
 def question(prompt: Prompt, first: str, second: str) -> str:

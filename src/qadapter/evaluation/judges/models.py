@@ -98,7 +98,8 @@ class RewardJudge:
             score_a, score_b = (self._score(comparison.prompt, answer) for answer in (comparison.a, comparison.b))
         except Unscored as error:
             return Verdict(None, str(error))
-        return _by_sign(score_a - score_b, f"scores {score_a:.4g} and {score_b:.4g}")
+        high, low = max(score_a, score_b), min(score_a, score_b)
+        return _by_sign(score_a - score_b, f"the better one scores {high:.4g}, the other {low:.4g}")
 
     def _score(self, prompt: Prompt, answer: Answer) -> float:
         """Of the chat that ends with the answer; without a chat template, of the pair (prompt, answer)."""
@@ -135,7 +136,7 @@ class PairJudge:
             a_first, b_first = self._score(prompt, a, b), self._score(prompt, b, a)
         except Unscored as error:
             return Verdict(None, str(error))
-        reason = f"scores {a_first:.4g} (a first) and {b_first:.4g} (b first)"
+        reason = f"ahead by {abs(a_first):.4g} in one order, by {abs(b_first):.4g} in the other"
         return of_both_orders(_by_sign(a_first, reason), _by_sign(-b_first, reason))
 
     def _score(self, prompt: Prompt, first: Answer, second: Answer) -> float:

@@ -47,7 +47,7 @@ class RuleJudge:
         if satisfied_a == satisfied_b:
             return Verdict("tie", f"{'both' if satisfied_a else 'neither'} satisfy {self.name}")
         winner = "a" if satisfied_a else "b"
-        return Verdict(winner, f"only {winner} satisfies {self.name}")  # type: ignore[arg-type]
+        return Verdict(winner, f"it alone satisfies {self.name}")  # type: ignore[arg-type]
 
 
 def make_rule_judge(rule: str) -> RuleJudge:

@@ -17,7 +17,7 @@ class Verdict(NamedTuple):
 
     Args:
         winner: "a", "b" or "tie"; None if there is no verdict, which is never counted as a win.
-        reason: one line for people.
+        reason: one line for people, who need not know which answer is a: it speaks of the winner, or of places.
         flipped: whether the judge decided otherwise when it saw the answers in the other order; None for judges that
             see no order, and without a verdict.
     """
@@ -110,11 +110,11 @@ def of_both_orders(a_first: Verdict, b_first: Verdict) -> Verdict:
 
     Looks that disagree make a tie that says so; a look without verdict leaves the comparison without one.
     """
-    for verdict in (a_first, b_first):
-        if verdict.winner is None:
-            return verdict
+    if a_first.winner is None or b_first.winner is None:
+        return a_first if a_first.winner is None else b_first
     if a_first.winner == b_first.winner:
         return Verdict(a_first.winner, a_first.reason, flipped=False)
-    return Verdict(
-        "tie", f"changes with the order: {a_first.winner} when a is shown first, {b_first.winner} otherwise", True
-    )
+    first_look = {"a": "the first", "b": "the second", "tie": "neither"}
+    second_look = {"b": "the first", "a": "the second", "tie": "neither"}
+    one, other = first_look[a_first.winner], second_look[b_first.winner]
+    return Verdict("tie", f"changes with the order: in one {one} answer wins, in the other {other}", True)
