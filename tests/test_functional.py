@@ -259,3 +259,8 @@ def test_authors_released_loss_is_reproduced(case):
         **{name: golden[name] for name in ("alpha_tilde", "alpha_0", "gamma", "beta")},
     )
     assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
+
+
+def test_the_share_above_a_threshold():
+    kls = torch.tensor([0.0, 0.1, 0.2, 0.4], dtype=torch.float64)
+    torch.testing.assert_close(functional.shrinkage(kls, 0.1), torch.tensor([0.0, 0.0, 0.5, 0.75], dtype=torch.float64))

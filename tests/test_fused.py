@@ -99,6 +99,28 @@ def test_bfloat16_is_as_close_to_float64_as_plain_bfloat16_logits():
     assert fast.logits.dtype == torch.float32
 
 
+def test_gradients_of_the_kl_in_bfloat16_are_those_of_float64():
+    h_theta, h_base, weight, targets = tensors(torch.bfloat16, 40, 64, 97)
+    mixed = h_theta.detach().float().requires_grad_()
+    fast = single_head_statistics(mixed, h_base, weight, targets, chunk_size=7, kl_gradient=True)
+    (actual,) = torch.autograd.grad(fast.kl.sum(), mixed)
+    wide = h_theta.detach().double().requires_grad_()
+    exact = token_statistics(wide @ weight.double().T, h_base.double() @ weight.double().T, targets)
+    (expected,) = torch.autograd.grad(exact.kl.sum(), wide)
+    assert (actual - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("large", ["policy", "base", "both"])
+def test_large_logits_do_not_overflow(large):
+    h_theta, h_base, weight, targets = tensors(torch.float32)
+    h_theta, h_base = h_theta.detach() * (100 if large != "base" else 1), h_base * (100 if large != "policy" else 1)
+    assert (h_theta @ weight.T).abs().max().item() > 200 or large == "base"
+    fast = single_head_statistics(h_theta, h_base, weight, targets, chunk_size=3)
+    slow = token_statistics(h_theta.double() @ weight.double().T, h_base.double() @ weight.double().T, targets)
+    for actual, expected in zip(fast, slow, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
+
+
 def test_rows_of_a_chunk_that_are_widened_one_by_one_give_the_same(monkeypatch):
     h_theta, h_base, weight, targets = tensors(torch.bfloat16, 40, 64, 97)
     results = []

@@ -85,6 +85,7 @@ def test_a_figure_at_its_limit_passes():
     entries = check(results, "policy", Limits(max_kl=0.0, max_drop={"lambada": 0.0}))
     assert [entry["quantity"] for entry in entries] == ["KL on chosen answers", "KL on neutral text", "drop on lambada"]
     assert verdict(entries) == "passes"
+    assert all(entry["close"] for entry in entries)  # an interval's end is of the interval
 
 
 @pytest.mark.parametrize("points", [7, 14, 28, 29, 57])  # whose hundredfold share is above the number itself or below

@@ -1,6 +1,7 @@
 """Intervals of paired differences cover the truth as often as they claim; McNemar's test against enumeration."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -23,6 +24,14 @@ def test_paired_intervals_of_rates_cover_the_truth(n, gained, lost):
         interval = paired_difference(policy, base)
         covered += interval.low <= gained - lost <= interval.high
     assert covered / 2000 > 0.94  # 0.95 less three standard errors of the simulation is 0.935
+
+
+def test_the_paired_interval_of_a_table_by_hand():
+    """Bonett and Price: 3 of 20 gained, 1 lost: p = 4/22 and 2/22, p₁ − p₂ ± z √((p₁ + p₂ − (p₁ − p₂)²) / 22)."""
+    policy, base = [1.0] * 3 + [0.0] * 17, [0.0] * 3 + [1.0] + [0.0] * 16
+    interval = paired_difference(policy, base)
+    half = 1.959963984540054 * math.sqrt((6 / 22 - (2 / 22) ** 2) / 22)
+    assert interval == pytest.approx((0.1, 2 / 22 - half, 2 / 22 + half, 20), abs=1e-12)
 
 
 def test_paired_intervals_of_other_scores_cover_the_truth():

@@ -96,6 +96,16 @@ def test_the_interval_is_the_bootstrap_made_wider():
     assert ours.high - ours.low == pytest.approx(plain.high - plain.low, rel=0.08)  # other resamples
 
 
+def test_the_interval_is_that_of_its_own_resamples_counted_in_plain_loops():
+    values = [0.3, -1.2, 2.5, 0.0, 0.7, -0.1, 4.0]
+    draws = torch.randint(7, (2000, 7), generator=torch.Generator().manual_seed(5)).tolist()
+    means = sorted(sum(values[index] for index in draw) / 7 for draw in draws)
+    mean, wider = sum(values) / 7, t_quantile(6) / 1.959963984540054 * math.sqrt(7 / 6)
+    (interval,) = mean_intervals(torch.tensor([values], dtype=torch.float64), seed=5)
+    assert interval.low == pytest.approx(mean - wider * (mean - means[50]), abs=1e-12)
+    assert interval.high == pytest.approx(mean + wider * (means[1949] - mean), abs=1e-12)
+
+
 def test_weights_count():
     (interval,) = mean_intervals(torch.tensor([[1.0, 4.0]]), weights=torch.tensor([3.0, 1.0]))
     assert interval.value == 1.75
