@@ -20,6 +20,7 @@ from qadapter import QAdapterForCausalLM
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.drift import TextDrift, measure_texts
 from qadapter.evaluation.preferences import paired, win
+from qadapter.evaluation.resampling import group_numbers
 from qadapter.evaluation.texts import Prompt, Text, reference_texts
 from qadapter.generation import Answer
 
@@ -53,8 +54,7 @@ def pair_texts(rows: Sequence[Mapping[str, Any]]) -> list[Text]:
 
 def prompt_groups(pools: Pools) -> list[int]:
     """A number a held-out pair, the same for pairs of one prompt."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(json.dumps(pair["prompt"]), len(numbers)) for pair in pools.held_out]
+    return group_numbers([json.dumps(pair["prompt"]) for pair in pools.held_out])
 
 
 def measure(

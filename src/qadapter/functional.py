@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Parametrisation = Literal["residual", "logits"]
-PARAMETRISATIONS: tuple[Parametrisation, ...] = ("residual", "logits")
 
 
 class MixCoefficients(NamedTuple):

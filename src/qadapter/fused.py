@@ -98,7 +98,7 @@ def single_head_statistics(
         weight: the head W shared by both streams, (V, H), frozen: it gets no gradient.
         targets: token ids, (N,).
         scale: factor on the logits (Cohere, Granite).
-        chunk_size: tokens at a time; None chooses by the device (`default_chunk_size`).
+        chunk_size: tokens at a time; None chooses by the device (`even_chunk_size`).
         compiled: run what follows the matmuls as `compiled_reduce_rows`.
         kl_gradient: let `kl` carry a gradient too, for one more matmul a chunk.
     """

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.data.texts import excerpt
 from qadapter.evaluation import benchmarks, evaluate
-from qadapter.evaluation.audit import run_audit, without_environment
+from qadapter.evaluation.audit import run_audit
 from qadapter.evaluation.audit_report import page, print_audit, write_audit
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.evaluate import Evaluation
@@ -30,6 +30,11 @@ from qadapter.evaluation.workload import Workload
 from qadapter.generation import Answer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evaluation.md"
+
+
+def without_environment(audit):
+    """What two audits of the same inputs agree on."""
+    return {name: value for name, value in audit.items() if name != "environment"}
 
 
 @pytest.fixture

@@ -106,14 +106,8 @@ def test_the_interval_is_that_of_its_own_resamples_counted_in_plain_loops():
     assert interval.high == pytest.approx(mean + wider * (means[1949] - mean), abs=1e-12)
 
 
-def test_weights_count():
-    (interval,) = mean_intervals(torch.tensor([[1.0, 4.0]]), weights=torch.tensor([3.0, 1.0]))
-    assert interval.value == 1.75
-
-
-@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 5.0, 1.0, 3.0, 1.0])])
-def test_resamples_of_groups_of_any_size_and_weight_are_means(weights):
-    (interval,) = mean_intervals(torch.full((1, 6), 3.0), [0, 0, 0, 1, 2, 2], weights=weights)
+def test_resamples_of_groups_of_any_size_are_means():
+    (interval,) = mean_intervals(torch.full((1, 6), 3.0), [0, 0, 0, 1, 2, 2])
     assert interval[:3] == pytest.approx((3.0, 3.0, 3.0))
 
 

@@ -85,11 +85,6 @@ def measure_everything(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def without_environment(audit: Mapping[str, Any]) -> dict[str, Any]:
-    """What two audits of the same inputs agree on."""
-    return {name: value for name, value in audit.items() if name != "environment"}
-
-
 def curve(audit: Mapping[str, Any], gain: str = "token_margin_gain") -> Sequence[tuple[float, float, float]]:
     """(strength, KL on chosen answers, preference gain) along the audited path, from the base on."""
     pairs = audit["results"]["pairs"]

@@ -20,24 +20,20 @@ COUNT_ELEMENTS = 2**23
 T_QUANTILES = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469}
 
 
-def mean_intervals(
-    values: Tensor, groups: Sequence[Hashable] | None = None, seed: int = 0, weights: Tensor | None = None
-) -> list[Interval]:
+def mean_intervals(values: Tensor, groups: Sequence[Hashable] | None = None, seed: int = 0) -> list[Interval]:
     """The mean of each row of `values` (M, n) with its bootstrap interval.
 
     Args:
         groups: which observations belong together, one label an observation; None: none do.
-        weights: of the observations (n,); the mean is Σ w x / Σ w. None: all alike.
     """
     rows, n = values.shape
     if n == 0:
         return [Interval(math.nan, math.nan, math.nan, 0)] * rows
     values = values.double()
-    weights = torch.ones(n, dtype=torch.float64) if weights is None else weights.double()
     member = torch.arange(n) if groups is None else torch.tensor(group_numbers(groups))  # (n,), the group's number
     clusters = int(member.max()) + 1
-    sums = torch.zeros(rows, clusters, dtype=torch.float64).index_add_(1, member, values * weights)
-    sizes = torch.zeros(clusters, dtype=torch.float64).index_add_(0, member, weights)
+    sums = torch.zeros(rows, clusters, dtype=torch.float64).index_add_(1, member, values)
+    sizes = torch.bincount(member).double()
     means = sums.sum(1) / sizes.sum()
     if clusters == 1:
         return [Interval(float(mean), math.nan, math.nan, n) for mean in means]
