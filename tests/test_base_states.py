@@ -120,10 +120,10 @@ def test_states_are_kept_as_mixed_precision_computes_them(tmp_path):
         twin.train()
 
 
-def folder_of_states(tmp_path, policy=None, pairs=None):
+def folder_of_states(tmp_path, policy=None, pairs=None, packing=True):
     policy, folder = policy or upper_policy(), tmp_path / "states"
     pairs = pairs or Dataset.from_list(token_pairs(6))
-    return keep_base_states(policy, pairs, collator_of(policy, True), str(folder), batch_pairs=2), folder
+    return keep_base_states(policy, pairs, collator_of(policy, packing), str(folder), batch_pairs=2), folder
 
 
 def test_a_folder_that_holds_all_is_only_read(tmp_path):
@@ -142,6 +142,16 @@ def test_disable_tqdm_leaves_out_this_bar_too(tmp_path, disabled, capfd):
         disable_tqdm=disabled,
     ).train()  # fmt: skip
     assert ("base states" in capfd.readouterr().err) is not disabled
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_the_format_of_a_dataset_changes_no_states(tmp_path, kind):
+    _, folder = folder_of_states(tmp_path)
+    written = {path: path.stat().st_ino for path in folder.iterdir()}
+    formatted = Dataset.from_list(token_pairs(6)).with_format(kind)
+    states, _ = folder_of_states(tmp_path, pairs=formatted)
+    assert states[0]["prompt_ids"] == token_pairs(6)[0]["prompt_ids"]
+    assert {path: path.stat().st_ino for path in folder.iterdir()} == written
 
 
 def test_a_second_run_reads_what_the_first_has_written(tmp_path, monkeypatch):
@@ -183,8 +193,11 @@ OTHER_POSITIONS = {"rope_type": "default", "rope_theta": 100.0}
         ("one weight", "base"),
         ("order", "base"),
         ("positions", "base"),
+        ("buffer", "base"),
         ("layer", "shared_layers"),
         ("dtype", "base, dtype"),
+        ("attention", "attention, packed"),
+        ("packing", "packed"),
     ],
 )
 def test_states_of_something_else_are_refused(tmp_path, change, named):
@@ -205,12 +218,17 @@ def test_states_of_something_else_are_refused(tmp_path, change, named):
         changed = tiny_base("llama", dtype=torch.float64, num_hidden_layers=4, rope_parameters=OTHER_POSITIONS)
         changed.load_state_dict(base.state_dict())
         base = changed
+    elif change == "buffer":  # of the rotary embedding, with the config as it was
+        base.model.rotary_emb.inv_freq.mul_(1.01)
     elif change == "layer":
         layers = lora(target_modules=["v_proj"], layers_to_transform=[3])
-    else:
+    elif change == "packing":
+        enable_packing(base)
+    elif change == "dtype":
         base = base.float()
+    packing = change not in ("attention", "packing")
     with pytest.raises(ConfigError, match=rf"different: {named}\).*another folder"):
-        folder_of_states(tmp_path, tiny_policy(base, peft_config=layers), pairs)
+        folder_of_states(tmp_path, tiny_policy(base, peft_config=layers), pairs, packing)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qadapter.data.packing import SIDES, PackedSequences
+from qadapter.data.packing import SIDES, PackedCollator, PackedSequences
+from qadapter.data.tokenisation import as_python
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.base_digest import base_digest
@@ -124,6 +125,7 @@ def keep_base_states(
     """
     if not isinstance(pairs, Dataset):
         raise ConfigError("cache_base_states needs a dataset of known length: leave streaming out.")
+    pairs = as_python(pairs)
     starts = range(0, len(pairs), SHARD_PAIRS)
     folder = None if where == IN_MEMORY else Path(where)
     paths: list[Path] = []
@@ -131,7 +133,7 @@ def keep_base_states(
         if folder is not None:
             paths = [folder / f"pairs-{start:08d}.safetensors" for start in starts]
             with precision():
-                stated = fingerprint(model, pairs)
+                stated = fingerprint(model, pairs, isinstance(collator, PackedCollator))
             check_folder(folder, stated)
         missing = [i for i in range(len(starts)) if not (paths and paths[i].exists())]
         check_size(model, pairs, len(missing) / max(1, len(starts)), folder)
@@ -199,8 +201,8 @@ def check_folder(folder: Path, stated: dict[str, Any]) -> None:
         )
 
 
-def fingerprint(model: QAdapterForCausalLM, pairs: Dataset) -> dict[str, Any]:
-    """What the states depend on, in the precision of the context."""
+def fingerprint(model: QAdapterForCausalLM, pairs: Dataset, packed: bool) -> dict[str, Any]:
+    """What the states depend on, in the precision of the context; `packed`: whether they are of packed rows."""
     digest = hashlib.sha256()
     for row in pairs:
         digest.update(json.dumps([row["prompt_ids"], *(row[side] for side in SIDES)]).encode())
@@ -213,6 +215,8 @@ def fingerprint(model: QAdapterForCausalLM, pairs: Dataset) -> dict[str, Any]:
         "pairs": digest.hexdigest(),
         "shared_layers": model.shared_layers,
         "dtype": dtype.replace("torch.", ""),
+        "attention": model.config.get_text_config(decoder=True)._attn_implementation,
+        "packed": packed,
     }
 
 

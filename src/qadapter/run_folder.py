@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qadapter.errors import ConfigError
-from qadapter.modeling.manifest import MANIFEST_NAME, own_adapters, read_manifest
+from qadapter.modeling.manifest import MANIFEST_NAME, own_adapters, read_json_object, read_manifest
 from qadapter.new_folders import require_writable
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_log import CURVE_NAME, LOG_NAME
@@ -21,9 +21,12 @@ from qadapter.training_log import CURVE_NAME, LOG_NAME
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+ARGUMENTS_NAME = "training_arguments.json"
+# What decides which pairs a step trains on.
+BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 # What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
 RUN_FILES = (
-    MANIFEST_NAME, LOG_NAME, CURVE_NAME, "training_arguments.json", "audit.json", "audit.html",
+    MANIFEST_NAME, LOG_NAME, CURVE_NAME, ARGUMENTS_NAME, "audit.json", "audit.html",
     "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png",
 )  # fmt: skip
 STATE_NAME = "trainer_state.json"  # of a checkpoint, as transformers calls it
@@ -60,6 +63,7 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
         # The Trainer's and FSDP's names, and DeepSpeed's.
         if not any(any(Path(str(resume)).glob(name)) for name in ("optimizer*", "global_step*")):
             logger.warning("%s has no optimizer state (save_only_model): the optimizer begins anew.", resume)
+        _warn_of_other_batches(Path(str(resume)), training)
         return str(resume)
     if found and not overwrite:
         resumable = ", or pass --resume-from-checkpoint last to go on with it" if whole_checkpoints(folder) else ""
@@ -68,6 +72,19 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
             "--overwrite to replace it."
         )
     return None
+
+
+def _warn_of_other_batches(checkpoint: Path, training: QAdapterTrainingArguments) -> None:
+    path = checkpoint / ARGUMENTS_NAME
+    before = read_json_object(path) if path.exists() else {}
+    now = {name: getattr(training, name) for name in BATCHES}
+    other = [
+        f"{name} = {before[name]} (now {now[name]})" for name in BATCHES if before.get(name, now[name]) != now[name]
+    ]
+    if other:
+        logger.warning(
+            "%s was trained with %s: the run goes on with other pairs than it would have.", checkpoint, ", ".join(other)
+        )
 
 
 def run_parts(folder: Path) -> list[Path]:
@@ -121,11 +138,38 @@ def last_checkpoint(folder: Path) -> str:
     return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
 
 
+class NothingLeft(Exception):
+    """Ends the training of a resumed run that has all its steps; the message says so."""
+
+
+class ResumedRun(TrainerCallback):
+    """Keeps a run from going on beyond its last step, as the Trainer would; nothing is written by then."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the checkpoint's step.
+
+        Raises:
+            ConfigError: it is a later one than the run's last.
+            NothingLeft: it is the last one.
+        """
+        if state.global_step > state.max_steps:
+            raise ConfigError(
+                f"{self.checkpoint} is of step {state.global_step}, but this run ends at step {state.max_steps}: give "
+                "a larger --max-steps or --num-train-epochs, or resume an earlier checkpoint."
+            )
+        if state.global_step == state.max_steps:
+            raise NothingLeft(f"{self.checkpoint} is of the run's last step: nothing is left to train.")
+
+
 class NewRun(TrainerCallback):
-    """Makes room in the output folder as training begins: what can be refused has passed by then."""
+    """Makes room in the output folder as training begins, once: what can be refused has passed by then."""
 
     def __init__(self, overwrite: bool) -> None:
         self.overwrite = overwrite
+        self._begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the run that the folder holds; one process of many does.
@@ -133,8 +177,10 @@ class NewRun(TrainerCallback):
         Raises:
             ConfigError: it may not be replaced; it was not there when this run was started.
         """
-        if not args.should_save:
+        # With auto_find_batch_size training begins again: what the folder holds then is the run's own.
+        if not args.should_save or self._begun:
             return
+        self._begun = True
         folder = Path(args.output_dir)
         if (found := run_parts(folder)) and not self.overwrite:
             raise ConfigError(

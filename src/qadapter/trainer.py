@@ -29,9 +29,16 @@ from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
 from qadapter.objective import pair_losses
 from qadapter.retention import given_texts, with_retained_texts
-from qadapter.run_folder import nothing_left_of_refusals
+from qadapter.run_folder import ARGUMENTS_NAME, nothing_left_of_refusals
 from qadapter.training_arguments import QAdapterTrainingArguments
-from qadapter.training_batches import collator_for, padding_token, tokenised_pairs, warn_of_tokens, with_options
+from qadapter.training_batches import (
+    collator_for,
+    padding_token,
+    require_packing,
+    tokenised_pairs,
+    warn_of_tokens,
+    with_options,
+)
 from qadapter.training_log import TrainingLogCallback
 from qadapter.training_metrics import PairMetrics
 from qadapter.training_sharded import fit_sharding
@@ -86,7 +93,7 @@ class QAdapterTrainer(Trainer):
             compile_layers(model)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collator_for(model, padding_token(tokenizer, model), args.packing)
-        self._pair_collator = kwargs["data_collator"]
+        self._pair_collator = require_packing(kwargs["data_collator"], model)
         kwargs["data_collator"] = with_options(self._pair_collator, args)
         self.tokenisation_reports: dict[str, Any] = {}
         if isinstance(kwargs.get("train_dataset"), dict):
@@ -158,6 +165,15 @@ class QAdapterTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         return super().get_train_dataloader()
 
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """As the Trainer's, which would drop the last batch of held-out pairs, too."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
+
     @property
     def _settings(self) -> QAdapterConfig:
         model = self.accelerator.unwrap_model(self.model)
@@ -214,6 +230,8 @@ class QAdapterTrainer(Trainer):
             isinstance(dataset, Dataset | IterableDataset)
             and "prompt_ids" in (dataset.column_names or next(iter(dataset), ()))  # a stream may not know its columns
         ):
+            if isinstance(dataset, Dataset) and not len(dataset):
+                raise DataError(f"{name} holds no pairs: at least one is needed.")
             return require_fit(dataset, config)
         if tokenizer is None:
             raise ConfigError(f"{name} holds text but processing_class is missing: pass the base model's tokenizer.")
@@ -340,7 +358,7 @@ class QAdapterTrainer(Trainer):
         if not self.args.should_save:
             return
         model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class, probe=probe)
-        write_json(folder / "training_arguments.json", self.args.to_sanitized_dict())
+        write_json(folder / ARGUMENTS_NAME, self.args.to_sanitized_dict())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the Trainer's, which copies only files that it knows from the checkpoint into the folder it uploads."""

@@ -18,7 +18,14 @@ from qadapter.errors import DataError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import load_config, load_tokenizer, resolve_base
 from qadapter.modeling.quantised import check_trainable_files
-from qadapter.run_folder import NewRun, checkpoint_to_resume, full_disk_named, nothing_left_of_refusals
+from qadapter.run_folder import (
+    NewRun,
+    NothingLeft,
+    ResumedRun,
+    checkpoint_to_resume,
+    full_disk_named,
+    nothing_left_of_refusals,
+)
 from qadapter.run_settings import DataArguments, Run, base_name, check_settings, model_options
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
@@ -116,7 +123,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     options |= {"first_adapted_layer": run.adapter.first_adapted_layer, "revision": run.model.revision}
     model = QAdapterForCausalLM.from_base(name, run.method, lora, **options)
     folder = Path(str(run.training.output_dir))
-    makes_room = [] if checkpoint else [NewRun(run.overwrite)]
+    begins = ResumedRun(checkpoint) if checkpoint else NewRun(run.overwrite)
     with StopOnInterrupt() as interrupt, nothing_left_of_refusals(folder), full_disk_named(folder):
         trainer = QAdapterTrainer(
             model=model,
@@ -124,9 +131,14 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
-            callbacks=[interrupt, *makes_room, *(callbacks or [])],
+            callbacks=[interrupt, begins, *(callbacks or [])],
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except NothingLeft as stop:  # it may have ended before the adapter was written
+            logger.warning("%s", stop)
+            if run.training.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                trainer._load_best_model()
         if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt(
                 f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is "

@@ -18,6 +18,11 @@ UNFIT: dict[str, tuple[tuple[Any, ...], str]] = {
     "train_sampling_strategy": (("random", "sequential"), "use micro_batch_tokens, which runs alike lengths together."),
     "remove_unused_columns": ((False,), "batches are made of columns that the model does not name. Leave it out."),
 }
+# Likewise of `accelerator_config`.
+UNFIT_OF_ACCELERATE = {
+    "dispatch_batches": "one process would cut all batches row by row, which a pair's two sides do not survive.",
+    "split_batches": "held-out pairs would be miscounted, as if each process had a whole batch.",
+}
 
 
 @dataclass
@@ -86,9 +91,10 @@ class QAdapterTrainingArguments(TrainingArguments):
         self.torch_compile = False
         super().__post_init__()
         self.torch_compile = layer_by_layer
-        # One process collating for all would cut a batch row by row, which the two sides of a pair do not survive.
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
+        for name, reason in UNFIT_OF_ACCELERATE.items():
+            if getattr(self.accelerator_config, name):
+                raise ConfigError(f"accelerator_config: {name} = True: {reason} Leave it out.")
+        self.accelerator_config.dispatch_batches = False  # left at None it would be true for streams
         # Else the host waits, at each batch's copy to the device, for the step before, and collates only then.
         if self.dataloader_pin_memory and self.device.type == "cuda":
             self.accelerator_config.non_blocking = True

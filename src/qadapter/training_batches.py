@@ -9,12 +9,15 @@ from qadapter.base_states import BaseStatesCollator
 from qadapter.data import PackedCollator, PreferenceCollator, TokenisationReport, tokenise_preferences
 from qadapter.data.micro_batches import MicroBatchCollator
 from qadapter.data.token_cache import cacheable, tokenise_cached
+from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import tokenizer_fingerprint
 from qadapter.modeling.packed import enable_packing
 from qadapter.training_arguments import QAdapterTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+UNPACKED = "with this attention cannot run packed rows"
 
 
 def tokenised_pairs(dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> tuple[Any, TokenisationReport]:
@@ -38,8 +41,19 @@ def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -
     if packing and enable_packing(model.base):
         return PackedCollator()
     if packing:
-        logger.info("%s with this attention cannot run packed rows: batches are padded.", type(model.base).__name__)
+        logger.info("%s %s: batches are padded.", type(model.base).__name__, UNPACKED)
     return PreferenceCollator(pad_token_id=pad_token_id)
+
+
+def require_packing(collator: Any, model: QAdapterForCausalLM) -> Any:
+    """The user's collator, once the model can run what it makes.
+
+    Raises:
+        ConfigError: it makes packed rows, which the model cannot run.
+    """
+    if isinstance(collator, PackedCollator) and not enable_packing(model.base):
+        raise ConfigError(f"{type(model.base).__name__} {UNPACKED}: leave data_collator out.")
+    return collator
 
 
 def with_options(collator: Any, args: QAdapterTrainingArguments) -> Any:

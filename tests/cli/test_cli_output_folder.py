@@ -245,6 +245,67 @@ def test_resuming_the_last_checkpoint_goes_on_where_it_ended(train, adapter, fol
     succeeded(train("--resume-from-checkpoint", "last", "--max-steps", 6))
     assert [entry["step"] for entry in read_log(folder / "training_log.jsonl") if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert "optimizer" not in caplog.text
+    assert "was trained with" not in caplog.text
+
+
+def test_a_finished_run_is_not_trained_on(train, folder, caplog):
+    """Its last step is the first of an epoch, which the Trainer would begin again; a queue restarts what it stopped."""
+    batches = ("--per-device-train-batch-size", 3)
+    succeeded(train(*batches))
+
+    def trained():
+        return {path: data for path, data in contents(folder).items() if path.name != "training_arguments.json"}
+
+    before = trained()
+    again = ("--resume-from-checkpoint", "last", *batches)
+    succeeded(train(*again))
+    assert "checkpoint-4 is of the run's last step: nothing is left to train" in caplog.text
+    assert trained() == before
+    # As if it had been stopped between its last checkpoint and the adapter.
+    (folder / MANIFEST_NAME).unlink()
+    shutil.rmtree(folder / "adapters")
+    succeeded(train(*again))
+    assert trained() == before
+    for ends in (("--max-steps", 3), ("--max-steps", -1, "--num-train-epochs", 1)):
+        outcome = train(*again, *ends)
+        assert_refused(outcome, "checkpoint-4 is of step 4, but this run ends at step 3: give a larger --max-steps")
+        assert trained() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--per-device-train-batch-size", 4), "per_device_train_batch_size = 8 (now 4)"),
+        (
+            ("--gradient-accumulation-steps", 2, "--seed", 7),
+            "gradient_accumulation_steps = 1 (now 2), seed = 42 (now 7)",
+        ),
+    ],
+)
+def test_resuming_with_batches_of_other_pairs_says_so(train, adapter, folder, caplog, options, said):
+    shutil.copytree(adapter, folder)
+    succeeded(train("--resume-from-checkpoint", "last", "--max-steps", 5, *options))
+    assert f"checkpoint-4 was trained with {said}: " in caplog.text
+
+
+def test_a_checkpoint_that_does_not_say_its_arguments_is_resumed(train, adapter, folder):
+    shutil.copytree(adapter, folder)
+    (folder / "checkpoint-4" / "training_arguments.json").unlink()
+    succeeded(train("--resume-from-checkpoint", "last", "--max-steps", 5))
+
+
+def test_a_batch_that_does_not_fit_is_followed_by_smaller_ones_in_the_same_folder(train, folder, monkeypatch):
+    calls = []
+
+    def losses(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return pair_losses(*arguments)
+
+    monkeypatch.setattr("qadapter.trainer.pair_losses", losses)
+    succeeded(train("--auto-find-batch-size"))
+    assert [entry["step"] for entry in read_log(folder / "training_log.jsonl") if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_resuming_skips_a_checkpoint_that_was_cut_short(train, adapter, folder):

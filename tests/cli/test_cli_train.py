@@ -83,7 +83,14 @@ def test_held_out_pairs_are_evaluated_each_epoch_unless_told_otherwise(train, tm
     """2 of 7 pairs are held out; 5 pairs in batches of 2 are 3 steps an epoch."""
     batches = ("--per-device-train-batch-size", 2, "--max-steps", 6, "--eval-fraction", 0.3)
     best = ("--load-best-model-at-end", "--save-strategy", "epoch")
-    for extra, expected in (((), [3, 6]), (best, [3, 6, 6]), (("--eval-strategy", "no"), [6])):
+    steps = ("--eval-steps", 2)
+    for extra, expected in (
+        ((), [3, 6]),
+        (best, [3, 6, 6]),
+        (("--eval-strategy", "no"), [6]),
+        (steps, [2, 4, 6]),
+        ((*steps, "--eval-strategy", "epoch"), [3, 6]),
+    ):
         assert "held out: accuracy" in succeeded(train(*batches, *extra, "--overwrite"))
         entries = read_log(tmp_path / "run" / "training_log.jsonl")
         assert [entry["step"] for entry in entries if "eval_loss" in entry] == expected

@@ -125,6 +125,14 @@ def test_entries_with_values_may_be_a_mapping(tmp_path):
     assert data.columns == ["prompt=q", "chosen=yes_answer"]
 
 
+def test_numbers_within_an_option_are_numbers_too(tmp_path):
+    nested = "{min_lr: 1e-5, list: [2.5E+3, -.5e1], inner: {name: 1e-5 or so, id: e5, text: '7'}}"
+    (tmp_path / "run.yaml").write_text(f"model: builtin\ndataset: builtin\nlr_scheduler_kwargs: {nested}\n")
+    training = parse(["--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "run")]).training
+    inner = {"name": "1e-5 or so", "id": "e5", "text": "7"}
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5, "list": [2500.0, -5.0], "inner": inner}
+
+
 def test_null_takes_a_limit_away(train_yaml, write_pairs, long_base):
     long = write_pairs([{"prompt": "x" * 1100, "chosen": "a", "rejected": "b"}])
     options = ("--model", long_base, "--dataset", long, "--overwrite")

@@ -53,6 +53,14 @@ def test_csv_names_the_row_with_too_many_fields(tmp_path):
         load_preference_dataset(path)
 
 
+def test_csv_that_names_a_column_twice_is_refused(tmp_path):
+    path = write_csv(tmp_path / "pairs.csv", [["a", "b", "c", "d"]], ("prompt", "chosen", "chosen", "rejected"))
+    with pytest.raises(DataError, match=r"pairs.csv: its header names the column 'chosen' 2 times: keep one"):
+        load_preference_dataset(path)
+    unnamed = write_csv(tmp_path / "pairs.csv", [["a", "b", "c", "", ""]], ("prompt", "chosen", "rejected", "", ""))
+    assert load_preference_dataset(unnamed)[0]["chosen"] == "b"
+
+
 def test_csv_with_an_open_quote_is_refused(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text('prompt,chosen,rejected\na,"b,c\n')

@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -367,6 +368,16 @@ def test_a_dataset_whose_known_columns_are_of_another_type_is_told_so(row, messa
         recognise(row, [row]).normalise(row)
 
 
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_a_prompt_of_text_beside_messages_is_refused_until_one_is_named(name):
+    row = PLAIN | {name: [USER]}
+    with pytest.raises(RowError, match=f"prompt is text and {name} holds messages: .* prompt=prompt or prompt={name}"):
+        normalise_row(row)
+    assert normalise_row(row, {"prompt": "prompt"}) == PLAIN
+    assert normalise_row(row, {"prompt": name})["prompt"] == [USER]
+    assert normalise_row(row | {"prompt": ""})["prompt"] == [USER]
+
+
 def test_unknown_columns_are_listed_with_the_way_out():
     row = {"topic": "sums", "winner": "Four.", "loser": "Five."}
     message = (
@@ -393,6 +404,14 @@ def test_columns_of_nearly_known_names_are_proposed(names, columns):
     if "..." not in columns:
         mapping = dict(zip(("prompt", "chosen", "rejected"), names, strict=True))
         assert normalise_row(row, mapping) == PLAIN
+
+
+def test_proposed_columns_can_be_pasted():
+    row = {"prompt ": "Add", " chosen": "Four.", "rejected; ls": "Five."}
+    with pytest.raises(DataError, match="no known preference layout") as caught:
+        recognise(row, [row])
+    proposed = re.search(r"--columns (.*)\? docs", str(caught.value))[1]
+    assert shlex.split(proposed) == ["prompt=prompt ", "chosen= chosen", "rejected=rejected; ls"]
 
 
 def test_proposed_columns_keep_those_that_were_named():

@@ -6,11 +6,11 @@ import math
 import datasets
 import torch
 from datasets import Dataset, IterableDataset
-from models import tiny_policy, tiny_tokenizer, token_pairs
+from models import tiny_policy, tiny_tokenizer, tiny_trainer, token_pairs
 from trainer_examples import TEXT_PAIRS
 
 from qadapter import QAdapterTrainer, QAdapterTrainingArguments, load_preference_dataset
-from qadapter.data import token_cache
+from qadapter.data import PackedCollator, token_cache
 
 
 def test_pairs_that_are_left_out_are_told(policy, tmp_path, caplog):
@@ -48,6 +48,15 @@ def test_a_stream_of_tokens_that_does_not_know_its_columns_trains(policy, tmp_pa
         processing_class=tiny_tokenizer(),
     )
     assert math.isfinite(trainer.train().training_loss)
+
+
+def test_a_packed_collator_of_the_user_s_trains_as_the_own_one(tmp_path):
+    losses = []
+    for own in ({}, {"data_collator": PackedCollator(), "packing": False}):
+        trainer = tiny_trainer(tiny_policy(), tmp_path, **own)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == losses[0]
 
 
 def test_pairs_from_a_file_train(policy, tmp_path):

@@ -12,6 +12,7 @@ from trainer_examples import TEXT_PAIRS
 from transformers import TrainerCallback, TrainingArguments
 
 from qadapter import QAdapterForCausalLM, QAdapterTrainer, QAdapterTrainingArguments
+from qadapter.data import PackedCollator
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.training_log import LOG_NAME, read_log
 from qadapter.training_sharded import fit_sharding
@@ -103,6 +104,12 @@ def test_arguments_of_transformers_that_do_not_fit_pairs_are_refused(tmp_path, n
         QAdapterTrainingArguments(output_dir=str(tmp_path), **{name: value})
 
 
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_batches_that_processes_would_share_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=rf"accelerator_config: {name} = True: .* Leave it out"):
+        QAdapterTrainingArguments(output_dir=str(tmp_path), accelerator_config={name: True})
+
+
 @pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
 def test_functions_that_would_never_be_called_are_refused(policy, tmp_path, name):
     args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
@@ -114,6 +121,12 @@ def test_model_in_float16_is_refused(tmp_path):
     policy = tiny_policy(tiny_base(dtype=torch.float16))
     with pytest.raises(ConfigError, match=r"the model is in float16, .*dtype=bfloat16"):
         tiny_trainer(policy, tmp_path)
+
+
+def test_a_packed_collator_is_refused_where_the_base_cannot_pack(tmp_path):
+    policy = tiny_policy(tiny_base(attn_implementation="eager"))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM with this attention cannot run packed rows: leave data_c"):
+        tiny_trainer(policy, tmp_path, data_collator=PackedCollator())
 
 
 def test_plain_model_is_refused(base, tmp_path):
@@ -148,6 +161,20 @@ def test_pairs_that_fill_no_batch_are_refused(policy, tmp_path):
     trainer = tiny_trainer(policy, tmp_path / "run", per_device_train_batch_size=9, dataloader_drop_last=True)
     with pytest.raises(ConfigError, match="dataloader_drop_last = True: 8 pairs do not fill a batch of 9, so none"):
         trainer.train()
+
+
+def test_held_out_pairs_that_fill_no_batch_are_all_evaluated(policy, tmp_path):
+    """Only training drops its last batch."""
+    options = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 4}
+    for count in (3, 5):
+        whole, dropping = (
+            tiny_trainer(policy, tmp_path, None, token_pairs(count), dataloader_drop_last=drop, **options)
+            for drop in (False, True)
+        )
+        expected, found = (trainer.evaluate()["eval_rewards/margins"] for trainer in (whole, dropping))
+        assert found == pytest.approx(expected, rel=1e-9)
+        assert len(dropping.predict(dropping.eval_dataset).metrics) == len(whole.predict(whole.eval_dataset).metrics)
+    assert (len(whole.get_train_dataloader()), len(dropping.get_train_dataloader())) == (3, 2)
 
 
 def test_a_policy_without_weights_to_train_is_refused_and_trains_with_the_way_out(tmp_path):
@@ -217,6 +244,43 @@ def test_a_token_without_an_embedding_is_refused(policy, tmp_path):
     trainer_of(policy, tmp_path, tokens(3, rows - 1))
     with pytest.raises(DataError, match=f"the pairs hold token {rows}, but the base's embeddings have {rows} rows"):
         trainer_of(policy, tmp_path, tokens(3, rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": []}, "prompt_ids holds no token"),
+        ({"chosen_ids": []}, "chosen_ids holds no token"),
+        ({"rejected_ids": []}, "rejected_ids holds no token"),
+        ({"rejected_ids": None}, "rejected_ids holds no token"),
+        ({"chosen_ids": [4, 5], "rejected_ids": [4, 5]}, "both answers are the same tokens"),
+        ({"rejected_ids": [4, -100]}, "rejected_ids holds the token -100"),
+    ],
+)
+def test_tokens_that_are_no_pair_are_refused_with_their_row(policy, tmp_path, change, message):
+    rows = token_pairs(5)
+    rows[3] |= change
+    with pytest.raises(DataError, match=f"row 4: {message}"):
+        trainer_of(policy, tmp_path, Dataset.from_list(rows))
+    with pytest.raises(DataError, match=f"row 4: {message}"):
+        tiny_trainer(policy, tmp_path, eval_pairs=rows)
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
+    streamed = Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(DataError, match=f"row 4: {message}"):
+        QAdapterTrainer(model=policy, args=args, train_dataset=streamed).train()
+
+
+def test_no_pairs_at_all_are_refused(policy, tmp_path):
+    none = tokens(3).select([])
+    with pytest.raises(DataError, match="train_dataset holds no pairs"):
+        trainer_of(policy, tmp_path, none)
+    with pytest.raises(DataError, match="eval_dataset/style holds no pairs"):
+        QAdapterTrainer(
+            model=policy,
+            args=QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True),
+            train_dataset=tokens(3),
+            eval_dataset={"style": none},
+        )
 
 
 def test_pairs_beyond_the_context_are_warned_of_or_beyond_a_table_refused(tmp_path):

@@ -53,6 +53,8 @@ NAMES_IN_TRL = {
 # Options of NAME=VALUE entries, for which a mapping in YAML says the same.
 MAPPINGS = ("dataset", "columns")
 NOT_PLAIN = bool | list | dict | None
+# Numbers that are text to YAML 1.1, which wants a dot and a sign: 1e-5, 1.0e5.
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class TrainParser(HfArgumentParser):
@@ -153,7 +155,7 @@ def parse(arguments: list[str]) -> Run:
     require(values.output_dir, "--output-dir", "DIR")
     evaluates = values.eval_dataset or values.eval_fraction
     if evaluates and "eval_strategy" not in from_yaml and not _times_given(arguments, "eval_strategy"):
-        parser.set_defaults(eval_strategy="epoch")
+        parser.set_defaults(eval_strategy="steps" if values.eval_steps else "epoch")
     try:
         groups = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # transformers' own checks of its arguments
@@ -221,6 +223,15 @@ def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
+def _with_numbers(value: Any) -> Any:
+    """The value with the numbers in it as numbers."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(entry) for entry in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
 def _typed(path: Path, name: str, value: Any, action: argparse.Action, kind: Any) -> Any:
     """A YAML value as the option's type; text goes through the option's own parser.
 
@@ -234,7 +245,7 @@ def _typed(path: Path, name: str, value: Any, action: argparse.Action, kind: Any
         value = [f"{key}={entry}" for key, entry in value.items()]
     allowed = members & {NoneType, bool, list, dict}
     if type(value) in allowed and not (isinstance(value, list) and action.nargs):
-        return value
+        return _with_numbers(value)
     items = value if isinstance(value, list) and list in members else [value]
     if any(isinstance(item, NOT_PLAIN) for item in items):
         raise ConfigError(f"{path}: {name} = {value!r} has the wrong type. See qadapter train --help.")

@@ -1,9 +1,10 @@
-"""Whether tokenised pairs fit the base model: its embeddings need a row for each token, its positions must reach."""
+"""Whether tokens are pairs, and fit the base model: its embeddings need a row for each, its positions must reach."""
 
 import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
+from qadapter.data.retained import RETAINED
 from qadapter.errors import DataError
 
 TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -24,18 +25,49 @@ def require_fit(tokenised: Any, config: Any) -> Any:
     Warns of pairs that the base was not made for.
 
     Raises:
-        DataError: as `beyond_context`; for a stream, where the pair is read.
+        DataError: a row is no pair, or as `beyond_context`; for a stream, where the pair is read.
     """
-    from datasets import IterableDataset
+    from datasets import Dataset, IterableDataset
 
     if isinstance(tokenised, IterableDataset):
-        return tokenised.map(partial(_fitting, config=config), features=tokenised.features)
+        return tokenised.map(partial(_fitting, config=config), with_indices=True, features=tokenised.features)
+    if isinstance(tokenised, Dataset):
+        require_pairs(tokenised)
     if warning := beyond_context(tokenised, config):
         warnings.warn(warning, stacklevel=1)  # here, so that the same words are shown once
     return tokenised
 
 
-def _fitting(pair: dict[str, Any], config: Any) -> dict[str, Any]:
+def require_pairs(tokenised: Any) -> None:
+    """Raise DataError for the first row that is no pair."""
+    import pyarrow.compute as pc
+
+    names = [name for name in (*TOKEN_COLUMNS, RETAINED) if name in tokenised.column_names]
+    row = 0
+    for table in tokenised.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        sides = [table[name] for name in TOKEN_COLUMNS]
+        negative = any((pc.min(pc.list_flatten(side)).as_py() or 0) < 0 for side in sides)
+        lengths = zip(*(pc.list_value_length(side).to_pylist() for side in sides), strict=True)
+        for index, (prompt, chosen, rejected) in enumerate(lengths):
+            row += 1
+            if negative or not (prompt and chosen and rejected) or chosen == rejected:  # others are pairs for certain
+                _require_pair(table.slice(index, 1).to_pylist()[0], row)
+
+
+def _require_pair(pair: dict[str, Any], row: int) -> None:
+    if pair.get(RETAINED):  # a text, which has no answer to reject
+        return
+    for name in TOKEN_COLUMNS:
+        if pair[name] is None or not len(pair[name]):
+            raise DataError(f"row {row}: {name} holds no token")
+        if (lowest := min(pair[name])) < 0:
+            raise DataError(f"row {row}: {name} holds the token {lowest}; ids are 0 or above")
+    if list(pair["chosen_ids"]) == list(pair["rejected_ids"]):
+        raise DataError(f"row {row}: both answers are the same tokens, so nothing can be learnt from them")
+
+
+def _fitting(pair: dict[str, Any], index: int, config: Any) -> dict[str, Any]:
+    _require_pair(pair, index + 1)
     prompt, *sides = (pair[name] for name in TOKEN_COLUMNS)
     ids = (token for side in (prompt, *sides) for token in side)
     found = Extent(max(ids, default=0), [len(prompt) + max(map(len, sides))])

@@ -147,6 +147,10 @@ def csv_rows(stream: io.BufferedReader, source: str) -> Iterator[RawRow]:
         header = reader.fieldnames or []
         if len(header) == 1 and (other := re.search("[;\t|]", header[0])):
             raise DataError(f"{source}: its fields are separated by {other[0]!r}; save it with commas between them")
+        for name in header:
+            if name and header.count(name) > 1:
+                times = header.count(name)
+                raise DataError(f"{source}: its header names the column {name!r} {times} times: keep one")
         for number, row in enumerate(reader, start=1):
             yield RawRow(number, f"{source}, row {number} (line {reader.reader.line_num})", complete_or_error(row))
     except csv.Error as error:

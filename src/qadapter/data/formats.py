@@ -6,6 +6,7 @@ text stays text, because base models without a chat template are trained on it.
 """
 
 import difflib
+import shlex
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def warn_of_unread_text(example: Row, columns: Mapping[str, str] | None, source:
     if unread:
         warnings.warn(
             f"{source}: the pairs have no prompt, and nothing is read from the columns {', '.join(unread)}; "
-            f"if the prompt is there, name it: --columns prompt={unread[0]}",
+            f"if the prompt is there, name it: --columns {shlex.quote(f'prompt={unread[0]}')}",
             stacklevel=2,
         )
 
@@ -177,7 +178,7 @@ def unknown_layout(example: Row, names: list[str], columns: Mapping[str, str] | 
     texts = [name for name in names if isinstance(example.get(name), str | list | dict)]
     wanted = {part: near_name(part, texts) for part in ("prompt", "chosen", "rejected")} | dict(columns or {})
     near = wanted["chosen"] and wanted["rejected"]
-    line = " ".join(f"{part}={name or '...'}" for part, name in wanted.items())
+    line = shlex.join(f"{part}={name or '...'}" for part, name in wanted.items())
     return DataError(
         f"{source}: no known preference layout; found the columns {', '.join(names) or '(none)'}. "
         + (f"Do you mean --columns {line}? " if near else f"Name them with --columns {line}; ")

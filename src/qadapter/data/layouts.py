@@ -145,7 +145,15 @@ def read_text_without_prompt(row: Row) -> Pair:
 def read_conversations(row: Row) -> Pair:
     """Prompt messages under prompt, messages or conversations; answers as messages, one message or text."""
     chosen, rejected = (answer_messages(row.get(name), name) for name in ("chosen", "rejected"))
-    prompt = as_messages(first_present(row, CHAT_COLUMNS), "prompt")
+    prompt = first_present(row, CHAT_COLUMNS)
+    beside = next((name for name in CHAT_COLUMNS[1:] if isinstance(row.get(name), list)), None)
+    if isinstance(prompt, str) and beside is not None:
+        raise RowError(
+            "wrong type",
+            f"prompt is text and {beside} holds messages: say which is the prompt, --columns prompt=prompt or "
+            f"prompt={beside}",
+        )
+    prompt = as_messages(prompt, "prompt")
     # UltraFeedback's messages column holds the chosen answer once more.
     if prompt and chosen and prompt[-1] == chosen[-1] and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
