@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.experiments import losses
-from qadapter.data.retained import RETAINED
+from qadapter.data.base_limits import RETAINED
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.objective import with_retention

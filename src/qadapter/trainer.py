@@ -16,8 +16,7 @@ from transformers.trainer_utils import HubStrategy, has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
 from qadapter.config import QAdapterConfig
-from qadapter.data.base_limits import require_fit
-from qadapter.data.retained import RETAINED
+from qadapter.data.base_limits import RETAINED, require_fit
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM

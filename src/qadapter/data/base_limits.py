@@ -4,9 +4,9 @@ import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
-from qadapter.data.retained import RETAINED
 from qadapter.errors import DataError
 
+RETAINED = "qadapter_retained"  # marks texts among pairs: a name that no data of a user's has
 TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 # Kinds of models whose positions are rows of a table: beyond its end nothing can be computed.
 POSITION_TABLES = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")

@@ -10,7 +10,8 @@ from typing import Any
 
 from datasets import Dataset, List, Value, concatenate_datasets
 
-RETAINED = "qadapter_retained"  # a name that no data of a user's has
+from qadapter.data.base_limits import RETAINED
+
 # Pairs to a text: more texts make an epoch dearer, and the retention's weight does the rest.
 PAIRS_A_TEXT = 3
 

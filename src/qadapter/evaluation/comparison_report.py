@@ -10,12 +10,12 @@ from rich.console import Console
 from qadapter.evaluation.card import finding_line, missing_lines
 from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
+from qadapter.evaluation.gate import is_rate
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
 from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import (
     Row,
     headline,
-    is_rate,
     marked_answer,
     narrow,
     numbered,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qadapter.errors import ConfigError
-from qadapter.evaluation.tables import is_rate
 
 # Of the process that ran an audit, by its verdict.
 EXIT_CODES = {"passes": 0, "no limits": 0, "fails": 1}
@@ -110,6 +109,12 @@ def drop(results: Mapping[str, Any], task: str, column: str) -> dict[str, Any]:
     fall = {key: _points(difference[key], sign) for key in ("value", "low", "high")}
     low, high = (fall["high"], fall["low"]) if sign < 0 else (fall["low"], fall["high"])
     return {"value": fall["value"], "low": low, "high": high, "n": figures["n"]}
+
+
+def is_rate(figures: Mapping[str, Any]) -> bool:
+    """Whether all scores of a benchmark are shares."""
+    values = [entry["value"] for entry in figures["columns"].values()]
+    return all(value is None or 0 <= value <= 1 for value in values)
 
 
 def _points(share: float | None, sign: int) -> float | None:

@@ -8,11 +8,11 @@ from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.environment import environment
 from qadapter.evaluation.evaluate import Evaluation
-from qadapter.evaluation.gate import Limits, drop, kl_figures
+from qadapter.evaluation.gate import Limits, drop, is_rate, kl_figures
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject
-from qadapter.evaluation.tables import is_rate, whole_tasks
+from qadapter.evaluation.tables import whole_tasks
 from qadapter.evaluation.workload import Workload
 
 SCHEMA_VERSION = 1

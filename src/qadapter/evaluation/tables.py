@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qadapter.evaluation.columns import BASE
+from qadapter.evaluation.gate import is_rate
 
 # (title, part of the results, figure, how it is written)
 HEADLINE = (
@@ -140,12 +141,6 @@ def marked(text: str, finished: bool) -> str:
 def marked_answer(answer: Mapping[str, Any]) -> str:
     """A stored answer as pages show it."""
     return marked(answer["text"], answer["finished"])
-
-
-def is_rate(figures: Mapping[str, Any]) -> bool:
-    """Whether all scores of a benchmark are shares."""
-    values = [entry["value"] for entry in figures["columns"].values()]
-    return all(value is None or 0 <= value <= 1 for value in values)
 
 
 def _difference(difference: Mapping[str, Any] | None, kind: str) -> str:
