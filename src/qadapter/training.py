@@ -137,6 +137,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
             trainer.train(resume_from_checkpoint=checkpoint)
         except NothingLeft as stop:  # it may have ended before the adapter was written
             logger.warning("%s", stop)
+            trainer.is_in_train = False
             if run.training.load_best_model_at_end and trainer.state.best_model_checkpoint:
                 trainer._load_best_model()
         if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:

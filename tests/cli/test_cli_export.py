@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from qadapter import ConfigError, QAdapterForCausalLM
-from qadapter.export import distil, export_gguf_ready, export_merged, export_vllm, gguf
+from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
+from qadapter.export import distil, export_gguf_ready, export_lora, export_merged, export_vllm, gguf
 from qadapter.modeling.bases import BaseSource
 from qadapter.new_folders import into_new_folder
 
@@ -116,6 +116,20 @@ def test_a_composition_of_interpolated_weights_is_exported_exactly(
         expected = composition(IDS, **dial).logits
     torch.testing.assert_close(logits(plain), expected)
     assert form == "lora" or float(out.rpartition(" ")[2]) < 1e-3
+
+
+def test_a_lora_of_several_has_their_ranks_alone_and_needs_no_files_of_the_base(tmp_path):
+    ranks = {"one": 3, "two": 5, "idle": 16}
+    configs = {name: lora(r=rank, target_modules=["q_proj", "v_proj"]) for name, rank in ranks.items()}
+    base = tiny_base()
+    policy = train_randomly(QAdapterForCausalLM(base, dict.fromkeys(ranks, QAdapterConfig()), configs)).eval()
+    policy.adapter_weights = {"one": 0.5, "two": -1.0, "idle": 0.0}
+    export_lora(policy, tmp_path / "lora", interpolated=1.0)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 8
+    with torch.no_grad():
+        expected = policy(IDS, strength=1.0, interpolation="weights").logits
+    plain = PeftModel.from_pretrained(tiny_base(), tmp_path / "lora")
+    torch.testing.assert_close(logits(plain), expected)
 
 
 def test_one_adapter_of_a_folder_of_several_is_exported_where_it_is_the_policy(composition, base, exported):

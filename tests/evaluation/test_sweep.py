@@ -121,7 +121,7 @@ def test_no_strength_fits_a_budget_that_is_too_small(swept):
     assert sweep["recommended"] == {"name": "base", "strength": 0.0, "fits": False}
     assert "None of the measured strengths fits (KL at most 1e-06)" in recommendation(sweep)
     assert swept()["recommended"] is None
-    assert "No budget was given" in recommendation(swept())
+    assert "There is no limit to fit" in recommendation(swept())
 
 
 def test_drops_of_benchmarks_count():

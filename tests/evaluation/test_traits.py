@@ -22,6 +22,11 @@ GERMAN = "Die Katze saß auf der Matte, und das ist alles, was sie für den Rest
         ("これはとてもよい", "Japanese script"),
         ("猫坐在垫子上，不想动。", "CJK script"),
         ("我常去的店叫鲜の每日，店里卖新鲜水果和蔬菜，价格便宜。", "CJK script"),
+        ("Este libro es muy bueno.", "Spanish"),
+        ("Ja, das stimmt.", "German"),
+        ("Ja, dat klopt.", "Dutch"),
+        ("Oui, c'est là.", "French"),
+        ("Ja, gerne.", None),
         ("3 + 4 = 7", None),
         ("", None),
         ("Xylophone quartz", None),
@@ -46,6 +51,7 @@ def test_repetition():
     assert not repeats_itself(ENGLISH)
     assert not repeats_itself("no no no no")
     assert repeats_itself("我喜欢你。" * 60)
+    assert not repeats_itself("\n".join(f"self.assertEqual(parse({name}),{name})" for name in "abcd"))
     assert not repeats_itself("猫坐在垫子上，不想动。它看着窗外的雨，想起昨天的鱼，觉得今天也许会有更好的晚饭。")
 
 

@@ -68,7 +68,8 @@ class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON for standard output, in ASCII alone where that is in another encoding than UTF-8."""
-    return json.dumps(value, indent=indent, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8")
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return json.dumps(value, indent=indent, ensure_ascii=codecs.lookup(encoding).name != "utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

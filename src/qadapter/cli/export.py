@@ -12,7 +12,7 @@ from qadapter.cli.generate import read_prompts
 from qadapter.cli.options import add_dial_options, add_policy_options, dial_of, require
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
-from qadapter.new_folders import into_new_folder, require_new_folder
+from qadapter.new_folders import into_new_folder, require_new_folder, set_mode_of_weights
 
 if TYPE_CHECKING:
     from qadapter.modeling import QAdapterForCausalLM
@@ -103,7 +103,6 @@ def _distilled(
 ) -> None:
     from qadapter.evaluation.columns import dial_title
     from qadapter.export import distil
-    from qadapter.export.summed import write_plain_lora
 
     dial = {name: value for name, value in settings.items() if name != "strength"}
     with progress_bar(Console()) as progress:
@@ -128,7 +127,8 @@ def _distilled(
     )
 
     def write(folder: Path) -> None:
-        write_plain_lora(result.student, folder)
+        result.student.save_pretrained(folder, save_embedding_layers=False)
+        set_mode_of_weights(folder / "adapter_config.json")
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

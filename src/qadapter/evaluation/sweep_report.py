@@ -130,14 +130,17 @@ def task_title(sweep: Mapping[str, Any], task: str) -> str:
 def recommendation(sweep: Mapping[str, Any]) -> str:
     """The recommended strength in a sentence."""
     found, budget = sweep["recommended"], sweep["budget"]
+    scores = [task for task, told in sweep["tasks"].items() if told["unit"] != "points"]
+    told = f" No limit in points holds for {', '.join(scores)}, which is no rate: limit --max-kl." if scores else ""
     if found is None:
-        return "No budget was given: --max-kl or --max-drop picks a strength."
+        return f"There is no limit to fit: --max-kl or --max-drop picks a strength.{told}"
     limits = [] if budget["max_kl"] is None else [f"KL at most {budget['max_kl']:g}"]
     limits += [f"{task} falls by at most {points:g} points" for task, points in budget["max_drop"].items()]
     within = ", ".join(limits)
     if not found["fits"]:
-        return f"None of the measured strengths fits ({within}): measure smaller ones, or raise the budget."
-    return f"Recommended strength: {found['strength']:g}{fixed(sweep)}, the largest measured one that fits ({within})."
+        return f"None of the measured strengths fits ({within}): measure smaller ones, or raise the budget.{told}"
+    what = f"{found['strength']:g}{fixed(sweep)}"
+    return f"Recommended strength: {what}, the largest measured one that fits ({within}).{told}"
 
 
 def trade_off(sweep: Mapping[str, Any]) -> Chart:

@@ -23,15 +23,15 @@ FUNCTION_WORDS = {
     "Portuguese": "o os uma não com para do da em mais são você pelo ao",
     "Dutch": "de het een van niet voor met zijn op dat aan ook maar te",
     # Of these only words that texts in the languages above do not have: they are here to be told from them.
-    "Polish": "nie się jest że przez oraz tylko który jednak można",
+    "Polish": "się jest że przez oraz tylko który jednak można",
     "Czech": "není jsou jsem také nebo který když jeho může však",
-    "Romanian": "și este pentru că sunt într această fără către după",
+    "Romanian": "și pentru că sunt într această fără către după",
     "Hungarian": "és hogy nem egy ez vagy lehet csak már után",
-    "Swedish": "och att är inte också jag från där eller",
+    "Swedish": "att är inte också jag från där eller",
     "Danish or Norwegian": "og ikke jeg være også hvad efter etter eller",
-    "Finnish": "ja että mutta oli myös tai ovat hän kuin jos",
-    "Turkish": "ve bir için değil çok daha olarak gibi olan ama",
-    "Vietnamese": "và là của không có được cho trong những này",
+    "Finnish": "että mutta myös ovat hän kuin siinä koska",
+    "Turkish": "bir için değil çok daha olarak gibi olan",
+    "Vietnamese": "và của không có được cho trong những này",
     "Indonesian": "yang ini dengan untuk tidak dari adalah pada juga akan",
 }
 LANGUAGE_OF_WORD = {
@@ -44,8 +44,8 @@ KANA = ("Hiragana", "Katakana", "Katakana-hiragana")
 KANA_SHARE = 0.05  # of a text's letters; Chinese texts have a stray one in a name
 WORD = re.compile(r"[^\W\d_]+")
 REPEATED_WORDS = 4
-# Texts of longer words have hardly a blank, as Chinese and Thai: runs there are of characters.
-LONGEST_MEAN_WORD = 20
+# Scripts that put no blanks between words: runs there are of characters.
+UNSPACED = (*KANA, "CJK", "Thai", "Lao", "Khmer", "Myanmar")
 REPEATED_CHARACTERS = 8
 CLEAR_WORDS = 8  # so many of them tell the language of nearly every text
 REPETITION_SHARE = 0.3
@@ -75,10 +75,11 @@ def _script(letter: str) -> str:
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether at least 30% of the runs of four words (of eight characters without blanks) occurred before."""
+    """Whether at least 30% of the runs of four words occurred before; of eight characters in scripts without blanks."""
     units: Sequence[str] = text.lower().split()
     length = REPEATED_WORDS
-    if sum(map(len, units)) > LONGEST_MEAN_WORD * len(units):
+    letters = [character for character in text if character.isalpha()]
+    if 2 * sum(_script(letter) in UNSPACED for letter in letters) > len(letters):
         units, length = "".join(units), REPEATED_CHARACTERS
     runs = [tuple(units[index : index + length]) for index in range(len(units) - length + 1)]
     return len(runs) > length and 1 - len(set(runs)) / len(runs) >= REPETITION_SHARE

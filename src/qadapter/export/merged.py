@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qadapter.errors import ConfigError
-from qadapter.export.summed import summed_lora, write_plain_lora
+from qadapter.export.summed import write_summed_lora
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import write_adapter, write_json
 from qadapter.modeling.quantised import require_unquantised
@@ -167,7 +167,7 @@ def export_lora(
             ((name, factor),) = factors.items()
             write_adapter(model, name, scratch, scale=factor)
         else:
-            write_plain_lora(summed_lora(model, factors), scratch)
+            write_summed_lora(model, factors, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
 

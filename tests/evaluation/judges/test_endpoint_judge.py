@@ -82,6 +82,8 @@ def test_an_address_keeps_its_api_version_and_no_secrets():
     for url in ("/v1?api-version=2024-10-21", "/v1/chat/completions/?api-version=2024-10-21"):
         judge = EndpointJudge(f"http://localhost{url}", "m")
         assert judge.url == "http://localhost/v1/chat/completions?api-version=2024-10-21"
+    for url in ("http://[::1]:8/models/org%2Fname/v1", "http://h/x%3Fy/v1/"):
+        assert EndpointJudge(url, "m").url == url.rstrip("/") + "/chat/completions"
     with pytest.raises(QAdapterError, match="more in its address than an api-version"):
         EndpointJudge("http://localhost/v1?key=hidden", "m")
 

@@ -30,6 +30,7 @@ REPLY_TOKENS = 1024  # one word is asked for; some models think aloud before it
 GIVE_UP_AFTER = 8
 NOT_ASKED = "not asked: "
 LONGEST_EXPLANATION = 200  # characters
+EXPLANATION_SECONDS = 0.5  # after the status, which is told in any case
 SECRET_STATUS = frozenset({401, 403, 407})  # explained by naming the key, or parts of it
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -107,8 +108,11 @@ class EndpointJudge:
                 f"judge endpoint at {address.host} has more in its address than an api-version, which may be a secret "
                 "and would stand in reports: leave it out; a key comes from $QADAPTER_JUDGE_API_KEY."
             )
-        path = address.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.url = str(address.copy_with(path=path))
+        path = (
+            address.raw_path.partition(b"?")[0].rstrip(b"/").removesuffix(b"/chat/completions") + b"/chat/completions"
+        )
+        query = b"?" + address.query if address.query else b""
+        self.url = str(address.copy_with(raw_path=path + query))
         self.model, self.timeout, self.attempts = model, timeout, attempts
         self.concurrency, self.sleep = concurrency, sleep
         self._headers = {"Content-Type": "application/json", **_authorisation()}
@@ -182,7 +186,7 @@ class EndpointJudge:
                 if response.status_code != 200:
                     status = response.status_code
                     wait = seconds_to_wait(response.headers.get("retry-after"))
-                    told = await _explanation(response)
+                    told = "" if status in SECRET_STATUS else await _explanation(response)
                     raise Failed(f"HTTP status {status}{told}", status in RETRIED_STATUS, wait)
                 async for chunk in response.aiter_bytes():
                     content += chunk
@@ -196,19 +200,20 @@ class EndpointJudge:
 
 
 async def _explanation(response: httpx.Response) -> str:
-    """What a refusal says of itself, to follow its status; "" for nothing, and where it may tell parts of the key."""
+    """What a refusal says of itself, to follow its status; "" where it says nothing that can be read soon."""
+    import httpx
+
     content = bytearray()
-    async for chunk in response.aiter_bytes():
-        content += chunk
-        if len(content) > LARGEST_REPLY:
-            return ""
     try:
+        async with asyncio.timeout(EXPLANATION_SECONDS):
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > LARGEST_REPLY:
+                    return ""
         message = json.loads(content)["error"]["message"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, RecursionError):
         return ""
-    if response.status_code in SECRET_STATUS or not isinstance(message, str):
-        return ""
-    return f": {' '.join(message.split())[:LONGEST_EXPLANATION]!r}"
+    return f": {' '.join(message.split())[:LONGEST_EXPLANATION]!r}" if isinstance(message, str) else ""
 
 
 def question(prompt: Prompt, first: str, second: str) -> str:
