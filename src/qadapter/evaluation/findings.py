@@ -7,7 +7,7 @@ from typing import Any
 SMALLEST_RISE = 0.01
 SETS = {"neutral": "neutral text", "instructions": "the base's own answers", "chosen": "chosen answers"}
 GROUPS = {"category": "category {}", "token": "tokens of the kind {}", "position": "tokens {}"}
-BAD_TRAITS = ("empty", "cut off", "repeats itself", "in another language")
+BAD_TRAITS = ("empty", "cut off", "repeats itself", "in another language", "in no language that is known")
 
 
 def findings(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _answers(results: Mapping[str, Any], column: str) -> Iterator[dict[str, Any]
     if behaviour is None:
         return
     base, own = behaviour["columns"]["base"], behaviour["columns"][column]
-    for trait in BAD_TRAITS:
+    for trait in (trait for trait in BAD_TRAITS if trait in own["traits"]):  # older files have fewer
         now, before = own["traits"][trait], base["traits"][trait]
         if _above(now["low"], before["value"]) and _above(now["value"], before["high"]):
             what = f"answers to general instructions: {trait}"
