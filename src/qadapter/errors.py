@@ -21,3 +21,8 @@ class AdapterFormatError(QAdapterError):
 
 class TrainingError(QAdapterError):
     """A run that cannot lead to an adapter any more."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message, or its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from qadapter.data.files import parse_json
-from qadapter.errors import DataError
+from qadapter.errors import DataError, first_line
 
 TIMEOUT_SECONDS = 30
 
@@ -58,7 +58,7 @@ def fetched(address: str, most_bytes: int) -> bytes:
                 if len(data) > most_bytes:
                     break
     except Exception as error:  # the client and the network raise a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{address}: the file cannot be fetched: {reason}") from error
     if len(data) > most_bytes:
         raise DataError(f"{address}: the file has more than {most_bytes} bytes, the most that are fetched")

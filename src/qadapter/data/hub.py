@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from qadapter.data.rows import RawRow
-from qadapter.errors import DataError
+from qadapter.errors import DataError, first_line
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
@@ -40,4 +40,4 @@ def _first_line(error: BaseException) -> str:
         return "there are no rows"
     if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         return _first_line(error.__cause__)
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -26,6 +26,7 @@ from qadapter.data.tokenisation import (
     token_features,
     tokenise_preferences,
 )
+from qadapter.errors import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +86,7 @@ def tokenise_cached(
             found = read_entry(entry, limits)
         except Exception as error:  # damaged files raise many types
             if os.path.exists(entry):
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 logger.warning("the cached tokens in %s are damaged (%s): the pairs are tokenised anew.", entry, reason)
                 remove_entry(entry)
         else:

