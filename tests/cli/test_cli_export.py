@@ -257,6 +257,15 @@ def test_a_distilled_lora_s_card_names_the_whole_dial(export, exported, tmp_path
     assert "strength 1.5, weights default=0.7, decay 0.9, KL cap 0.1 nats, threshold 0.01 nats, distilled on" in card
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_a_dora_is_distilled_into_as_many_ranks(base, strength):
+    """Which begin at nothing: its magnitudes have no place in a plain LoRA; nor has any adapter at strength 0."""
+    policy = QAdapterForCausalLM.from_base(base, peft_config=lora(use_dora=True))
+    found = distil(train_randomly(policy).eval(), tiny_tokenizer(), list("abcde"), strength, 1, max_new_tokens=2)
+    assert found.student.peft_config["default"].r == 3
+    assert found.kl_before == pytest.approx(found.kl_base)
+
+
 def test_a_distilled_lora_names_the_base_as_the_adapter_does(policy, tmp_path):
     """And not the folder of the built-in model's copy on this machine."""
     policy.base_source = BaseSource(policy.base_source.path, "someone/base", None)

@@ -299,5 +299,6 @@ def test_every_field_of_the_official_client_is_known():
 
 
 def test_fields_without_meaning_here_are_ignored(client):
-    answer = chat(client, max_tokens=2, user="me", store=False, metadata={"a": "b"}, tools=[], logit_bias={})
+    ignored = {"user": "me", "store": False, "metadata": {"a": "b"}, "tools": [], "logit_bias": {}}
+    answer = chat(client, max_tokens=2, temperature=0, **ignored)
     assert answer.usage.completion_tokens == 2

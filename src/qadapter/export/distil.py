@@ -153,7 +153,7 @@ def _student(model: QAdapterForCausalLM, dial: Dial) -> Any:
     To first order in the adapters' updates that is the policy already: distilling mends the rest.
     """
     scaled = {name: dial.get(name) for name in ("strength", "adapter_weights", "interpolation")}
-    factors = {
+    factors = dict.fromkeys(model.adapters, 0.0) | {
         name: float(coefficient) * float(factor)
         for stream, coefficient in model.stream_coefficients(**scaled).items()
         for name, factor in parts_of(stream)

@@ -23,15 +23,15 @@ Updates = dict[str, tuple[Tensor, Tensor]]
 def summed_updates(model: QAdapterForCausalLM, factors: Mapping[str, float]) -> Updates:
     """{adapted layer: (A, B)}, whose product B A is the sum of the layer's updates, each times its adapter's factor.
 
-    DoRA's magnitudes have no place in a plain LoRA: such adapters are left out.
+    DoRA's magnitudes have no place in a plain LoRA: of such an adapter there are the ranks, and no update.
     """
     updates = {}
     for name, module in model.base.named_modules():
-        if isinstance(module, StreamLinear):
-            used = [part for part in factors if part in module.lora_A and part not in module.lora_variant]
-            if used:
-                wide = [module.lora_B[part].weight * (module.scaling[part] * factors[part]) for part in used]
-                updates[name] = torch.cat([module.lora_A[part].weight for part in used]), torch.cat(wide, 1)
+        used = [part for part in factors if isinstance(module, StreamLinear) and part in module.lora_A]
+        if used:
+            scales = [0.0 if part in module.lora_variant else module.scaling[part] * factors[part] for part in used]
+            scaled = [module.lora_B[part].weight * scale for part, scale in zip(used, scales, strict=True)]
+            updates[name] = torch.cat([module.lora_A[part].weight for part in used]), torch.cat(scaled, 1)
     return updates
 
 
