@@ -22,10 +22,10 @@ from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import copy_adapter, write_json
 from qadapter.modeling.compiled import compile_layers
-from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.policy import DEFAULT_ADAPTER
 from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
+from qadapter.modeling.resuming import load_adapter_weights
 from qadapter.objective import pair_losses
 from qadapter.retention import given_texts, with_retained_texts
 from qadapter.run_folder import ARGUMENTS_NAME, nothing_left_of_refusals

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.export import export_merged, export_vllm
-from qadapter.modeling.loading import load_adapter_weights
 from qadapter.modeling.manifest import MANIFEST_NAME
 from qadapter.modeling.quantised import quantisation_of
+from qadapter.modeling.resuming import load_adapter_weights
 
 IDS = torch.tensor(token_ids(9, 9))
 BITS = pytest.mark.parametrize("bits", [4, 8])

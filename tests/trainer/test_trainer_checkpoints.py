@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer
 
 from qadapter import QAdapterForCausalLM, QAdapterTrainingArguments
 from qadapter.errors import AdapterFormatError
-from qadapter.modeling.loading import load_adapter_weights
+from qadapter.modeling.resuming import load_adapter_weights
 from qadapter.training_log import CURVE_NAME, LOG_NAME, read_log
 
 FILES = ("qadapter_config.json", *(f"adapters/default/adapter_{name}" for name in ("config.json", "model.safetensors")))

@@ -46,8 +46,7 @@ class RuleJudge:
             return Verdict(None, f"{self.name}: {error}")
         if satisfied_a == satisfied_b:
             return Verdict("tie", f"{'both' if satisfied_a else 'neither'} satisfy {self.name}")
-        winner = "a" if satisfied_a else "b"
-        return Verdict(winner, f"it alone satisfies {self.name}")  # type: ignore[arg-type]
+        return Verdict("a" if satisfied_a else "b", f"it alone satisfies {self.name}")
 
 
 def make_rule_judge(rule: str) -> RuleJudge:
