@@ -99,3 +99,8 @@ def process(*arguments, stdin="", **options):
     with start(*arguments, **options) as running:
         out, err = running.communicate(stdin, timeout=100)
     return Outcome(running.returncode, out, err)
+
+
+def contents(folder):
+    """{path in the folder: bytes} of all its files."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -90,3 +90,9 @@ def train(base, pairs, tmp_path):
         return qadapter("train", *given, *settings, *options)
 
     return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where the fixture `train` writes."""
+    return tmp_path / "run"

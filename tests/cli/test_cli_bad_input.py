@@ -24,12 +24,6 @@ CHAT = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Where the fixture `train` writes."""
-    return tmp_path / "run"
-
-
 # -- data ----------------------------------------------------------------------------------------------------------
 
 
