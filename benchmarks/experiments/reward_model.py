@@ -16,6 +16,7 @@ from benchmarks.experiments.trainer import new_policy
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.data import PreferenceCollator
 from qadapter.generation import Answer, encode
+from qadapter.modeling.passes import positions_of
 from qadapter.training_batches import padding_token
 
 
@@ -69,10 +70,12 @@ def kept_reward_model(path: Path, base: str, training: Training, dtype: str, dev
 
 def adapter_hidden(model: QAdapterForCausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Final hidden states (B, T, H) of the adapter's stream alone."""
-    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with model.plan.running(model.adapters[0]):
         return model.get_decoder()(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions_of(attention_mask),
+            use_cache=False,
         ).last_hidden_state
 
 

@@ -62,15 +62,7 @@ class QAdapterTrainer(Trainer):
     train_dataset: Any
 
     def __init__(self, model: QAdapterForCausalLM, args: QAdapterTrainingArguments, **kwargs: Any) -> None:
-        if not isinstance(model, QAdapterForCausalLM):
-            raise ConfigError(
-                f"model is a {type(model).__name__}: make it one with QAdapterForCausalLM.from_base(model, ...)."
-            )
-        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-            raise ConfigError("the model is in float16, in which this objective diverges: load it with dtype=bfloat16.")
-        check_trainable(model.base, model.base_source.name)
-        if not isinstance(args, QAdapterTrainingArguments):
-            raise ConfigError(f"args is a {type(args).__name__}: give QAdapterTrainingArguments.")
+        _check_arguments(model, args, kwargs)
         if args.n_gpu > 1:  # the Trainer would hand each some rows of a batch, and a packed one has a single row
             warnings.warn(
                 f"one of {args.n_gpu} GPUs is used: for all of them start a process each, as "
@@ -78,12 +70,6 @@ class QAdapterTrainer(Trainer):
                 stacklevel=2,
             )
             args._n_gpu = 1
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
-            if kwargs.get(name) is not None:
-                raise ConfigError(
-                    f"{name} would never be called: there are no logits and no labels. Leave it out, or override "
-                    "compute_loss."
-                )
         tokenizer = kwargs.get("processing_class")
         if not args.share_trunk:
             model.shared_layers = 0
@@ -95,9 +81,6 @@ class QAdapterTrainer(Trainer):
         self._pair_collator = require_packing(kwargs["data_collator"], model)
         kwargs["data_collator"] = with_options(self._pair_collator, args)
         self.tokenisation_reports: dict[str, Any] = {}
-        if isinstance(kwargs.get("train_dataset"), dict):
-            splits = ", ".join(map(repr, kwargs["train_dataset"]))
-            raise DataError(f"train_dataset has the splits {splits}: give one of them, as dataset['train'].")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args, model.config)
         weight = model.configs[model.adapters[0]].retention
@@ -381,3 +364,25 @@ class QAdapterTrainer(Trainer):
             super()._load_best_model()
         else:
             load_adapter_weights(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
+
+
+def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what this trainer cannot train, and functions that it would never call."""
+    if not isinstance(model, QAdapterForCausalLM):
+        raise ConfigError(
+            f"model is a {type(model).__name__}: make it one with QAdapterForCausalLM.from_base(model, ...)."
+        )
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ConfigError("the model is in float16, in which this objective diverges: load it with dtype=bfloat16.")
+    check_trainable(model.base, model.base_source.name)
+    if not isinstance(args, QAdapterTrainingArguments):
+        raise ConfigError(f"args is a {type(args).__name__}: give QAdapterTrainingArguments.")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"{name} would never be called: there are no logits and no labels. Leave it out, or override "
+                "compute_loss."
+            )
+    if isinstance(kwargs.get("train_dataset"), dict):
+        splits = ", ".join(map(repr, kwargs["train_dataset"]))
+        raise DataError(f"train_dataset has the splits {splits}: give one of them, as dataset['train'].")

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import QAdapterForCausalLM
 from qadapter.export import export_lora
-from qadapter.modeling import loading, wrapping
+from qadapter.modeling import hub, wrapping
 from qadapter.modeling.bases import BaseSource, load_base
 from qadapter.modeling.wrapping import wrap
 
@@ -194,7 +194,7 @@ def test_a_lora_on_the_hub_is_wrapped_by_its_id(base, tmp_path, monkeypatch):
         asked.append((repo_id, {"adapter_config.json", "adapter_model.safetensors"} <= set(allow_patterns)))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     policy, _ = wrap("someone/polite", base)
     assert asked == [("someone/polite", True)]
     with torch.no_grad():

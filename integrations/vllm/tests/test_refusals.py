@@ -14,7 +14,7 @@ from qadapter import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.export import export_vllm
 from qadapter.export.vllm import VLLM_ARCHITECTURES
-from qadapter.modeling import loading
+from qadapter.modeling import hub
 from qadapter_vllm import FAMILIES
 from qadapter_vllm.startup import StartupChecks
 
@@ -115,7 +115,7 @@ def test_base_and_adapter_on_the_hub_are_of_one_revision(tmp_path, monkeypatch):
     folder = exported(policy, tmp_path / "out")
     config = start(folder)
     asked = []
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs)) or folder)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs)) or folder)
     config.model_config.model, config.model_config.revision = "me/exported", "v1"
     StartupChecks.verify_and_update_config(config)
     ((name, options),) = asked

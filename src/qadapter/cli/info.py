@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from qadapter.cli.policies import quiet_libraries
-    from qadapter.modeling.loading import local_folder
+    from qadapter.modeling.hub import local_folder
 
     with quiet_libraries():
         facts = describe(local_folder(options.adapter), not options.no_verify)

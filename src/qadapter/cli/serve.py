@@ -148,7 +148,8 @@ def load_composed(
 ) -> "tuple[QAdapterForCausalLM, Any]":
     """(the policy of several folders' adapters, its tokenizer), on the base that the first one names."""
     from qadapter.modeling import QAdapterForCausalLM
-    from qadapter.modeling.loading import load_base_of, local_folder, tokenizer_of
+    from qadapter.modeling.hub import local_folder
+    from qadapter.modeling.loading import load_base_of, tokenizer_of
     from qadapter.modeling.manifest import read_manifest
 
     first = next(iter(adapters.values()))

@@ -33,6 +33,7 @@ from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.heads import widened
 from qadapter.modeling.mixing import capped_logits
 from qadapter.modeling.packed import enable_packing, packed_batch
+from qadapter.modeling.passes import positions_of
 from qadapter.modeling.streams import Stream
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 
@@ -187,8 +188,9 @@ def _padded(model: QAdapterForCausalLM, passages: Sequence[Passage]) -> tuple[di
         input_ids[row, : len(passage.ids)] = torch.tensor(passage.ids)
         attention_mask[row, : len(passage.ids)] = 1
         states.append(row * width + torch.tensor(passage.places))
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    batch = {
+        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions_of(attention_mask)
+    }  # fmt: skip
     return {name: tensor.to(model.device) for name, tensor in batch.items()}, torch.cat(states)
 
 

@@ -15,6 +15,7 @@ from qadapter.export.summed import summed_lora
 from qadapter.functional import kl_divergence
 from qadapter.generation import Sampling, encode, end_tokens
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.passes import positions_of
 from qadapter.modeling.streams import parts_of
 
 HELD_OUT_SHARE = 0.2
@@ -128,11 +129,10 @@ def _divergence(model: QAdapterForCausalLM, student: nn.Module, batch: dict[str,
     if decay < 1:  # the strength of each answer's t-th token, as `generate` has it
         steps = batch["predicts"].long().cumsum(-1) - 1
         settings["strength"] = settings["strength"] * decay ** steps.clamp(min=0).float()
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     inputs = {
         "input_ids": batch["input_ids"],
         "attention_mask": batch["attention_mask"],
-        "position_ids": positions,
+        "position_ids": positions_of(batch["attention_mask"]),
         "use_cache": False,
     }
     with torch.no_grad():

@@ -2,19 +2,18 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapter.config import QAdapterConfig
-from qadapter.errors import AdapterFormatError, ConfigError, first_line
+from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling.bases import (
     BaseSource,
     load_base,
@@ -25,15 +24,14 @@ from qadapter.modeling.bases import (
     weight_fingerprint,
 )
 from qadapter.modeling.checkpoint import file_digest
-from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from qadapter.modeling.manifest import ADAPTER_NAME, MANIFEST_NAME, Manifest, read_manifest
+from qadapter.modeling.hub import local_folder
+from qadapter.modeling.lora_files import WEIGHTS_NAME, read_adapter
+from qadapter.modeling.manifest import ADAPTER_NAME, Manifest, read_manifest
 from qadapter.modeling.mixing import checked_number, checked_weights
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import check_probe
 from qadapter.modeling.quantised import described, quantisation_of, quantised_again
 from qadapter.modeling.streams import narrow_adapters
-
-TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.jinja")  # in a hub repository
 
 
 @dataclass(frozen=True)
@@ -241,42 +239,6 @@ def check_same_origin(stored: Mapping[str, StoredAdapter]) -> None:
                 raise AdapterFormatError(
                     f"{both} were trained with a different {part.replace('_', ' ')}: they cannot be composed."
                 )
-
-
-def local_folder(folder: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder itself if it exists, else a snapshot of the hub repository of that name."""
-    if Path(folder).is_dir():
-        return Path(folder)
-    if not may_be_repository(folder):
-        raise AdapterFormatError(f"{folder}: there is no such adapter folder. Train one with `qadapter train`.")
-    files = [MANIFEST_NAME, f"adapters/*/{CONFIG_NAME}", f"adapters/*/{WEIGHTS_NAME}", *TOKENIZER_FILES, "*.md"]
-    return snapshot_of(folder, files, revision, token)
-
-
-def may_be_repository(name: str | os.PathLike[str]) -> bool:
-    """Whether the name of no folder can be that of a hub repository."""
-    return not Path(name).exists() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
-
-
-def snapshot_of(
-    folder: str | os.PathLike[str],
-    files: Sequence[str],
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """The folder of a hub repository's files of such names, from the cache or downloaded.
-
-    Raises:
-        AdapterFormatError: they are not to be had.
-    """
-    try:
-        snapshot = snapshot_download(str(folder), revision=revision, token=token, allow_patterns=list(files))
-    except Exception as error:  # the hub client raises a dozen types; all mean: not to be had
-        reason = first_line(error)
-        raise AdapterFormatError(
-            f"{folder}: no such folder here, and the hub has no readable repository of that name ({reason})."
-        ) from error
-    return Path(snapshot)
 
 
 def load_base_of(

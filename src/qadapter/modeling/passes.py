@@ -220,7 +220,12 @@ def laid_out(flat: TokenStatistics, mask: Tensor) -> TokenStatistics:
 
 
 def _decoder_batch(input_ids: Tensor, attention_mask: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's arguments. Without `position_ids`, positions count real tokens only: padding changes nothing."""
+    """The decoder's arguments, with the positions of a mask where none are given."""
     if "position_ids" not in kwargs and isinstance(attention_mask, Tensor):
-        kwargs = kwargs | {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
+        kwargs = kwargs | {"position_ids": positions_of(attention_mask)}
     return {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Position ids (B, T) that count real tokens only: padding, on whichever side, then changes nothing."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

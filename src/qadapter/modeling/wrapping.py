@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base
-from qadapter.modeling.loading import TOKENIZER_FILES, load_tensors, may_be_repository, snapshot_of
+from qadapter.modeling.hub import TOKENIZER_FILES, may_be_repository, snapshot_of
+from qadapter.modeling.loading import load_tensors
 from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, read_foreign_lora
 from qadapter.modeling.manifest import MANIFEST_NAME, read_json_object
 from qadapter.modeling.policy import DEFAULT_ADAPTER, QAdapterForCausalLM

@@ -8,7 +8,7 @@ import torch
 from saved_adapters import ADAPTER_FILES, files_in, load, logits_of
 
 from qadapter.errors import AdapterFormatError, ConfigError
-from qadapter.modeling import bases, checkpoint, loading
+from qadapter.modeling import bases, checkpoint, hub, loading
 
 
 class Hub:
@@ -84,7 +84,7 @@ def test_the_token_reaches_adapters_base_and_tokenizer(folder, tmp_path, monkeyp
 
         return from_pretrained
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.setattr(bases.AutoModelForCausalLM, "from_pretrained", loads("base"))
     with pytest.raises(ConfigError, match="enough"):
         load("org/base", adapters={"polite": "me/polite"}, revision="v2", token="secret")
@@ -108,7 +108,7 @@ def test_hub_snapshot_of_links_into_a_cache_is_read(policy, folder, tmp_path, mo
         asked.update(repo_id=repo_id, revision=revision, token=token)
         return str(snapshot)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     loaded = load("me/polite", revision="v2", token="secret")
     assert torch.equal(logits_of(loaded), logits_of(policy))
     assert asked == {"repo_id": "me/polite", "revision": "v2", "token": "secret"}
@@ -118,13 +118,13 @@ def test_unreachable_hub_is_named(monkeypatch):
     def download(*args, **kwargs):
         raise ConnectionError("no route to host\nlong story")
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(AdapterFormatError, match=r"me/polite: no such folder here, .*\(no route to host\)"):
         load("me/polite")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "./a/b", "~/adapter"])
 def test_missing_folder_is_named_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr(loading, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     with pytest.raises(AdapterFormatError, match="there is no such adapter folder. Train one"):
         load(name)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.functional import MixCoefficients, composed_coefficients, mix_coefficients
-from qadapter.modeling.loading import StoredAdapter, check_same_origin, local_folder, read_folder
+from qadapter.modeling.hub import local_folder
+from qadapter.modeling.loading import StoredAdapter, check_same_origin, read_folder
 from qadapter.modeling.lora_files import KEY
 from qadapter.modeling.mixing import checked_number, checked_weights
 
