@@ -112,7 +112,7 @@ def write_report(results: Path, output: Path) -> None:
         [
             HEAD.format(results=source, places=places),
             *index,
-            *verdict_lines(settings),
+            *verdict_lines(settings, plots),
             DEFINITIONS.format(resamples=RESAMPLES, loops=LOOPS),
         ],
     )

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from benchmarks.experiments.contests import OWN, Contest, contests, pooled
 from benchmarks.experiments.curves import DRIFTS, GAINS
 from benchmarks.experiments.default_lines import default_lines
 from benchmarks.experiments.failure_lines import failure_lines
+from benchmarks.experiments.forest import Bar, forest_chart
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
 from benchmarks.experiments.summary import FORMS, RIVAL, Variant, dial_points
@@ -24,6 +26,7 @@ from benchmarks.experiments.yardsticks import (
     measures,
     says,
 )
+from qadapter.plots import svg
 
 # The heads of a contest's columns.
 CONTEST = (
@@ -31,6 +34,16 @@ CONTEST = (
     "lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
 )
 CONTEST_COLUMNS = CONTEST.count("|") + 1
+PICTURE = "verdict.svg"
+
+
+class DomainMean(NamedTuple):
+    """The mean of a contest over so many domains, and the same read by √drift."""
+
+    domains: int
+    contest: Contest
+    rooted: Contest
+
 
 INTRODUCTION = """## Verdict
 
@@ -53,8 +66,12 @@ half of Q-Adapter − 4/3 × lower half of DPO > 0).
 """
 
 
-def verdict_lines(settings: Settings) -> Iterator[str]:
-    """The section; nothing where no setting has Q-Adapter and a rival."""
+def verdict_lines(settings: Settings, plots: Path | None = None) -> Iterator[str]:
+    """The section; nothing where no setting has Q-Adapter and a rival.
+
+    Args:
+        plots: the folder beside the page for the picture of the mean over domains; None for none.
+    """
     found = {(key, yard): contests(variants, GAINS[yard[0]], DRIFTS[yard[1]])
              for key, variants in settings.items() for yard in YARDSTICKS if measured(variants, yard)}  # fmt: skip
     # A suite of nothing but ablations tunes no method: its variants are not a knob's.
@@ -64,7 +81,10 @@ def verdict_lines(settings: Settings) -> Iterator[str]:
     yield INTRODUCTION
     by_root = {place: in_root(settings[place[0]], *place[1]) for place in found}
     yield from goal_table("Against DPO", found, by_root)
-    yield from domain_table(found, by_root)
+    means = domain_means(found, by_root)
+    if plots is not None:
+        yield from picture_lines(means, plots)
+    yield from domain_table(means)
     yield from threshold_lines(settings, list(found))
     yield from rival_table(found)
     yield from default_lines(settings)
@@ -102,7 +122,7 @@ def threshold_lines(settings: Settings, places: Sequence[Any]) -> Iterator[str]:
     by_root = {(key, yard): in_root(settings[key], *yard, form) for key, yard in with_threshold}
     for title, other in (("Against DPO with the dial", "dial"), ("Against DPO with the threshold, too", form)):
         yield from goal_table(title, found, by_root, other)
-        yield from domain_table(found, by_root, other)
+        yield from domain_table(domain_means(found, by_root, other))
 
 
 def points_of(variant: Variant, form: str, yardstick: tuple[str, str]) -> bool:
@@ -124,27 +144,50 @@ def rivals(found: Sequence[Contest]) -> list[Contest]:
     return [one for one in others if one.other.form in ("dial", "scaled")]
 
 
-def domain_table(
+def domain_means(
     found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]], form: str = "dial"
-) -> Iterator[str]:
-    """Q-Adapter against DPO in the mean over the domains of DSP, where a suite has several."""
+) -> dict[tuple[str, str, str], DomainMean]:
+    """Q-Adapter against DPO in the mean over the domains of DSP, where a suite has several, by suite, gain, drift."""
     parts: dict[tuple[str, str, str], list[tuple[Contest, Contest]]] = {}
     for place, own in found.items():
         (suite, setting), (gain, drift) = place
         one, rooted = against_dpo(own, form), against_dpo(by_root[place], form)
         if one is not None and rooted is not None and setting.startswith("dsp-"):
             parts.setdefault((suite, gain, drift), []).append((one, rooted))
-    rows = []
-    for (suite, gain, drift), domains in parts.items():
-        if len(domains) > 1:
-            place = [f"[{suite}](results/{suite}.md)", str(len(domains)), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
-            rows.append(contest_row(place, *(pooled(readings) for readings in zip(*domains, strict=True))))
-    if rows:
-        yield "**The mean over the domains of DSP** (seeds: the fewest of a domain):\n"
-        yield f"| suite | domains | gain by | against | {CONTEST} |"
-        yield "|---" * (4 + CONTEST_COLUMNS) + "|"
-        yield from rows
-        yield ""
+    return {
+        key: DomainMean(len(domains), *(pooled(readings) for readings in zip(*domains, strict=True)))
+        for key, domains in parts.items()
+        if len(domains) > 1
+    }
+
+
+def domain_table(means: Mapping[tuple[str, str, str], DomainMean]) -> Iterator[str]:
+    """The means over domains as a table."""
+    if not means:
+        return
+    yield "**The mean over the domains of DSP** (seeds: the fewest of a domain):\n"
+    yield f"| suite | domains | gain by | against | {CONTEST} |"
+    yield "|---" * (4 + CONTEST_COLUMNS) + "|"
+    for (suite, gain, drift), mean in means.items():
+        place = [f"[{suite}](results/{suite}.md)", str(mean.domains), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
+        yield contest_row(place, mean.contest, mean.rooted)
+    yield ""
+
+
+def picture_lines(means: Mapping[tuple[str, str, str], DomainMean], plots: Path) -> Iterator[str]:
+    """The same as a picture, of the suites with several seeds; differences as shares of DPO's area."""
+    bars: dict[str, list[Bar]] = {}
+    for (suite, gain, drift), mean in means.items():
+        one, whole = mean.contest, mean.contest.other.whole.value
+        if one.counts and one.seeds > 1 and whole > 0:
+            bar = Bar(suite, *(number / whole for number in one.whole))
+            bars.setdefault(f"{GAIN_TITLES[gain]}, {DRIFT_TITLES[drift]}", []).append(bar)
+    if not bars:
+        return
+    title = "Q-Adapter's area less DPO's, mean over the domains of DSP"
+    picture = svg(forest_chart(bars, title, "share of DPO's area; bars: 95% intervals"))
+    (plots / PICTURE).write_text(picture, encoding="utf-8")
+    yield f"![{title}, by gain and drift]({plots.name}/{PICTURE})\n"
 
 
 def goal_table(

@@ -1,21 +1,32 @@
 """The head of the results page, from made-up results: common seeds, goals met and not, the default, what failed."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.experiments.contests import SHORT, contests, gains_at, pooled, trained_alike, variant_difference
+from benchmarks.experiments.contests import (
+    SHORT,
+    contests,
+    gains_at,
+    on_seeds,
+    pooled,
+    trained_alike,
+    variant_difference,
+)
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.default_lines import pooled_default_lines
 from benchmarks.experiments.estimates import Estimate, mean_of_settings, seed_mean
+from benchmarks.experiments.forest import Bar, forest_chart
 from benchmarks.experiments.report import shown_command, up_to
 from benchmarks.experiments.summary import Variant, method_areas, reach, variants
 from benchmarks.experiments.tables import ablation_table, is_usual
 from benchmarks.experiments.verdict import verdict_lines
 from benchmarks.experiments.yardsticks import YARDSTICKS, measured_gains, word
 from qadapter import QAdapterConfig
+from qadapter.plots import WIDTH, svg
 
 PAIRS = 12
 # The mean height of √KL over √(KL / 0.25), where straight lines in KL join the points below.
@@ -506,3 +517,28 @@ def test_a_gain_that_one_seed_lacks_is_not_spoken_of():
     for point in seeds[1]["points"]:
         del point["pairs"]["margin_gain"]
     assert measured_gains([Variant("qadapter", "{}", seeds)]) == ["score"]
+
+
+def test_the_picture_shows_each_mean_over_domains_as_a_share_of_dpos_area(tmp_path):
+    def cells(margin):
+        return variants([*(result(m, s, h) for m, h in (("qadapter", margin), ("dpo", 1.0)) for s in (0, 1))], TRAINING)
+
+    names = {("s", "dsp-a"): cells(1.2), ("s", "dsp-b"): cells(1.2)}
+    page = "\n".join(verdict_lines(names, tmp_path))
+    assert f"]({tmp_path.name}/verdict.svg)" in page
+    picture = (tmp_path / "verdict.svg").read_text()
+    shares = {match[2]: float(match[1]) for match in re.finditer(r'x="([\d.]+)"[^>]*>([-+]?\d+%|0)<', picture)}
+    dots = {float(x) for x in re.findall(r'<circle cx="([\d.]+)"', picture)}
+    assert [*dots] == pytest.approx([shares["+20%"]], abs=0.2)  # 1.2 of DPO's by both gains
+    assert "margin, KL<" in picture
+    one_seed = {key: [on_seeds(v, frozenset({0})) for v in own] for key, own in names.items()}
+    assert "verdict.svg" not in "\n".join(verdict_lines(one_seed, tmp_path))  # nothing of the spread over seeds
+
+
+def test_a_picture_cuts_what_goes_beyond_its_sides():
+    bars = {"row": [Bar("a", 0.1, -9.0, 9.0), Bar("a", 7.0, 6.0, 8.0)]}
+    picture = svg(forest_chart(bars, "title", "share"))
+    ends = [float(x) for line in re.findall(r'points="([^"]+)"', picture) for x in re.findall(r"([\d.]+),", line)]
+    assert min(ends) >= 0
+    assert max(ends) <= WIDTH
+    assert picture.count("<circle") == 1  # the other estimate has no place
