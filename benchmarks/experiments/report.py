@@ -48,8 +48,8 @@ HEAD = """# Results
 
 Made by `python -m benchmarks.experiments report{places}` from the files in `{results}`:
 every figure and plot comes from them.
-Each suite has a page with its tables and curves; the verdict over all of them comes first. The terms (area, lower half,
-seeds, brackets) are defined at the end: [How to read it](#how-to-read-it).
+The verdict over all suites comes first. Then [what was run](#what-was-run), each suite with a page of its tables and
+curves; the terms (area, lower half, seeds, brackets) are defined at the end: [How to read it](#how-to-read-it).
 """
 BACK = "[The verdict, and how to read the tables](../{page})\n"
 DEFINITIONS = """## How to read it
@@ -111,8 +111,9 @@ def write_report(results: Path, output: Path) -> None:
         output,
         [
             HEAD.format(results=source, places=places),
-            *index,
             *verdict_lines(settings, plots),
+            "## What was run\n",
+            *index,
             DEFINITIONS.format(resamples=RESAMPLES, loops=LOOPS),
         ],
     )

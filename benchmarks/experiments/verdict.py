@@ -37,6 +37,22 @@ CONTEST_COLUMNS = CONTEST.count("|") + 1
 PICTURE = "verdict.svg"
 
 
+class Comparison(NamedTuple):
+    """Q-Adapter against DPO in a setting by a yardstick, and the same read by √drift."""
+
+    suite: str
+    setting: str
+    gain: str
+    drift: str
+    contest: Contest
+    rooted: Contest
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether it can be met or lost."""
+        return self.contest.seeds > 1 and self.contest.counts
+
+
 class DomainMean(NamedTuple):
     """The mean of a contest over so many domains, and the same read by √drift."""
 
@@ -50,6 +66,8 @@ INTRODUCTION = """## Verdict
 Q-Adapter, its knob tuned and with the strength dial, against each rival with the same, on the seeds both have. The
 goals: a larger area than every rival, and in the lower half at least a third more gain than DPO at equal drift (lower
 half of Q-Adapter − 4/3 × lower half of DPO > 0).
+"""
+TERMS = """<details><summary>What the words in the tables mean</summary>
 
 | in the tables | means |
 |---|---|
@@ -63,6 +81,8 @@ half of Q-Adapter − 4/3 × lower half of DPO > 0).
 | variants | how many each side chose from, Q-Adapter's / the rival's; a star: unlike |
 | up to | the share of the limit that both were measured to: the areas and their halves end there |
 | by √drift | lines straight in √drift join the points; where this disagrees, too few strengths were measured to tell |
+
+</details>
 """
 
 
@@ -80,11 +100,15 @@ def verdict_lines(settings: Settings, plots: Path | None = None) -> Iterator[str
         return
     yield INTRODUCTION
     by_root = {place: in_root(settings[place[0]], *place[1]) for place in found}
-    yield from goal_table("Against DPO", found, by_root)
-    means = domain_means(found, by_root)
+    against = comparisons(found, by_root)
+    yield from goal_lines("Against DPO", against)
+    yield from count_table(against)
+    means = domain_means(against)
     if plots is not None:
         yield from picture_lines(means, plots)
     yield from domain_table(means)
+    yield from comparison_table(against)
+    yield TERMS
     yield from threshold_lines(settings, list(found))
     yield from rival_table(found)
     yield from default_lines(settings)
@@ -121,8 +145,10 @@ def threshold_lines(settings: Settings, places: Sequence[Any]) -> Iterator[str]:
     found = {(key, yard): contests(settings[key], *measures(yard), form=form) for key, yard in with_threshold}
     by_root = {(key, yard): in_root(settings[key], *yard, form) for key, yard in with_threshold}
     for title, other in (("Against DPO with the dial", "dial"), ("Against DPO with the threshold, too", form)):
-        yield from goal_table(title, found, by_root, other)
-        yield from domain_table(domain_means(found, by_root, other))
+        against = comparisons(found, by_root, other)
+        yield from goal_lines(title, against)
+        yield from domain_table(domain_means(against))
+        yield from comparison_table(against)
 
 
 def points_of(variant: Variant, form: str, yardstick: tuple[str, str]) -> bool:
@@ -144,16 +170,12 @@ def rivals(found: Sequence[Contest]) -> list[Contest]:
     return [one for one in others if one.other.form in ("dial", "scaled")]
 
 
-def domain_means(
-    found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]], form: str = "dial"
-) -> dict[tuple[str, str, str], DomainMean]:
+def domain_means(against: Sequence[Comparison]) -> dict[tuple[str, str, str], DomainMean]:
     """Q-Adapter against DPO in the mean over the domains of DSP, where a suite has several, by suite, gain, drift."""
     parts: dict[tuple[str, str, str], list[tuple[Contest, Contest]]] = {}
-    for place, own in found.items():
-        (suite, setting), (gain, drift) = place
-        one, rooted = against_dpo(own, form), against_dpo(by_root[place], form)
-        if one is not None and rooted is not None and setting.startswith("dsp-"):
-            parts.setdefault((suite, gain, drift), []).append((one, rooted))
+    for one in against:
+        if one.setting.startswith("dsp-"):
+            parts.setdefault((one.suite, one.gain, one.drift), []).append((one.contest, one.rooted))
     return {
         key: DomainMean(len(domains), *(pooled(readings) for readings in zip(*domains, strict=True)))
         for key, domains in parts.items()
@@ -190,38 +212,65 @@ def picture_lines(means: Mapping[tuple[str, str, str], DomainMean], plots: Path)
     yield f"![{title}, by gain and drift]({plots.name}/{PICTURE})\n"
 
 
-def goal_table(
-    title: str,
-    found: Mapping[Any, Sequence[Contest]],
-    by_root: Mapping[Any, Sequence[Contest]],
-    form: str = "dial",
-) -> Iterator[str]:
-    """Q-Adapter against DPO in a form of it, by each yardstick."""
-    rows, words, counted = [], [], 0
+def comparisons(
+    found: Mapping[Any, Sequence[Contest]], by_root: Mapping[Any, Sequence[Contest]], form: str = "dial"
+) -> list[Comparison]:
+    """Q-Adapter against DPO in a form of it, in each setting by each yardstick."""
+    rows = []
     for place, own in found.items():
-        (suite, setting), (gain, drift) = place
         one, rooted = against_dpo(own, form), against_dpo(by_root[place], form)
-        if one is None or rooted is None:
-            continue
-        words.append([says(one, value) for value in (one.whole, one.beyond_goal, rooted.whole, rooted.beyond_goal)])
-        counted += one.seeds > 1 and one.counts
-        rows.append(contest_row([suite, setting, GAIN_TITLES[gain], DRIFT_TITLES[drift]], one, rooted))
-    if not rows:
+        if one is not None and rooted is not None:
+            rows.append(Comparison(*place[0], *place[1], one, rooted))
+    return rows
+
+
+def goal_lines(title: str, against: Sequence[Comparison]) -> Iterator[str]:
+    """In how many comparisons the goals are met."""
+    if not against:
         return
+    words = [
+        [says(row.contest, value) for one in (row.contest, row.rooted) for value in (one.whole, one.beyond_goal)]
+        for row in against
+    ]
     larger, third, root_larger, root_third = (
         sum(entry == "met" for entry in column) for column in zip(*words, strict=True)
     )
     behind = sum(row[0] == "behind" for row in words)
     yield (
-        f"**{title}: a larger area is met in {larger} of {len(rows)} comparisons, a third more gain in the lower "
-        f"half in {third} of {len(rows)}; by √drift in {root_larger} and in {root_third}. DPO's area is the larger, "
-        f"outside the interval, in {behind}. Only the {counted} comparisons with several seeds, like training and "
-        "enough reach can be met or lost.**\n"
+        f"**{title}: a larger area is met in {larger} of {len(against)} comparisons, a third more gain in the lower "
+        f"half in {third} of {len(against)}; by √drift in {root_larger} and in {root_third}. DPO's area is the larger, "
+        f"outside the interval, in {behind}. Only the {sum(row.can_tell for row in against)} comparisons with several "
+        "seeds, like training and enough reach can be met or lost.**\n"
     )
+
+
+def count_table(against: Sequence[Comparison]) -> Iterator[str]:
+    """The same by gain, of the comparisons that can tell."""
+    telling = [row for row in against if row.can_tell]
+    if not telling:
+        return
+    yield "| gain by | can tell | Q-Adapter's area larger | neither | DPO's larger | a third more at small drift |"
+    yield "|---" * 6 + "|"
+    for gain in dict.fromkeys(row.gain for row in telling):
+        own = [row.contest for row in telling if row.gain == gain]
+        words = [says(one, one.whole) for one in own]
+        larger, behind = words.count("met"), words.count("behind")
+        third = sum(says(one, one.beyond_goal) == "met" for one in own)
+        counts = (len(own), larger, len(own) - larger - behind, behind, third)
+        yield f"| {GAIN_TITLES[gain]} | " + " | ".join(map(str, counts)) + " |"
+    yield ""
+
+
+def comparison_table(against: Sequence[Comparison]) -> Iterator[str]:
+    """Every comparison."""
+    if not against:
+        return
     yield "<details><summary>Each comparison</summary>\n"
     yield f"| suite | setting | gain by | against | {CONTEST} |"
     yield "|---" * (4 + CONTEST_COLUMNS) + "|"
-    yield from rows
+    for row in against:
+        place = [row.suite, row.setting, GAIN_TITLES[row.gain], DRIFT_TITLES[row.drift]]
+        yield contest_row(place, row.contest, row.rooted)
     yield "\n</details>\n"
 
 

@@ -6,7 +6,6 @@ dtype that the base computes in. `policy.token_statistics` without them is the s
 """
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qadapter.data.packing import SIDES, PackedCollator, PackedSequences
-from qadapter.data.tokenisation import as_python
+from qadapter.data.tokenisation import as_python, pairs_digest
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.base_digest import base_digest
@@ -37,7 +36,7 @@ from qadapter.modeling.passes import BaseStates
 logger = logging.getLogger(__name__)
 
 MANIFEST = "base_states.json"
-FORMAT = 2
+FORMAT = 3
 SHARD_PAIRS = 32
 IN_MEMORY = "memory"
 # Of what is free; the rest is left to the run itself.
@@ -203,16 +202,13 @@ def check_folder(folder: Path, stated: dict[str, Any]) -> None:
 
 def fingerprint(model: QAdapterForCausalLM, pairs: Dataset, packed: bool) -> dict[str, Any]:
     """What the states depend on, in the precision of the context; `packed`: whether they are of packed rows."""
-    digest = hashlib.sha256()
-    for row in pairs:
-        digest.update(json.dumps([row["prompt_ids"], *(row[side] for side in SIDES)]).encode())
     device, dtype = model.device.type, str(model.dtype)
     if torch.is_autocast_enabled(device):
         dtype = f"{dtype} with products in {torch.get_autocast_dtype(device)}"
     return {
         "format": FORMAT,
         "base": base_digest(model.base),
-        "pairs": digest.hexdigest(),
+        "pairs": pairs_digest(pairs),
         "shared_layers": model.shared_layers,
         "dtype": dtype.replace("torch.", ""),
         "attention": model.config.get_text_config(decoder=True)._attn_implementation,

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 ARGUMENTS_NAME = "training_arguments.json"
 # What decides which pairs a step trains on.
+PAIRS = "pairs_sha256"  # among the arguments
 BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 # What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
 RUN_FILES = (
@@ -85,6 +86,17 @@ def _warn_of_other_batches(checkpoint: Path, training: QAdapterTrainingArguments
         logger.warning(
             "%s was trained with %s: the run goes on with other pairs than it would have.", checkpoint, ", ".join(other)
         )
+
+
+def warn_of_other_pairs(checkpoint: Path, digest: str | None) -> None:
+    """Warn where a checkpoint names other training pairs than those of `digest`; None for pairs that have none."""
+    path = checkpoint / ARGUMENTS_NAME
+    before = (read_json_object(path) if path.exists() else {}).get(PAIRS)
+    if before is not None and digest is not None and before != digest:
+        logger.warning(
+            "%s was trained on other pairs, or on these in another order: the run goes on with those of this dataset "
+            "from the step at which it stopped, as if it had seen the ones before.", checkpoint
+        )  # fmt: skip
 
 
 def run_parts(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.trainer_utils import HubStrategy, has_length
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
 from qadapter.config import QAdapterConfig
 from qadapter.data.base_limits import RETAINED, require_fit
+from qadapter.data.tokenisation import pairs_digest
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
@@ -28,7 +29,7 @@ from qadapter.modeling.quantised import check_trainable
 from qadapter.modeling.resuming import load_adapter_weights
 from qadapter.objective import pair_losses
 from qadapter.retention import given_texts, with_retained_texts
-from qadapter.run_folder import ARGUMENTS_NAME, nothing_left_of_refusals
+from qadapter.run_folder import ARGUMENTS_NAME, PAIRS, nothing_left_of_refusals, warn_of_other_pairs
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import (
     collator_for,
@@ -83,6 +84,7 @@ class QAdapterTrainer(Trainer):
         self.tokenisation_reports: dict[str, Any] = {}
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args, model.config)
+        self._given_pairs = kwargs["train_dataset"]  # retention puts texts among them, kept states are read beside them
         weight = model.configs[model.adapters[0]].retention
         self._retained_texts = given_texts(weight, args.retention_texts, tokenizer, model.config)
         if tokenizer is not None:
@@ -340,7 +342,7 @@ class QAdapterTrainer(Trainer):
         if not self.args.should_save:
             return
         model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class, probe=probe)
-        write_json(folder / ARGUMENTS_NAME, self.args.to_sanitized_dict())
+        write_json(folder / ARGUMENTS_NAME, {**self.args.to_sanitized_dict(), PAIRS: self._pairs_digest})
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the Trainer's, which copies only files that it knows from the checkpoint into the folder it uploads."""
@@ -353,7 +355,13 @@ class QAdapterTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the Trainer's would replace the user's README.md and call the folder a model of transformers."""
 
+    @cached_property
+    def _pairs_digest(self) -> str | None:
+        """Of the pairs that were given; None of a stream."""
+        return pairs_digest(self._given_pairs) if isinstance(self._given_pairs, Dataset) else None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        warn_of_other_pairs(Path(resume_from_checkpoint), self._pairs_digest)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

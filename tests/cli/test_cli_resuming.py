@@ -62,6 +62,21 @@ def test_resuming_with_batches_of_other_pairs_says_so(train, adapter, folder, ca
     assert f"checkpoint-4 was trained with {said}: " in caplog.text
 
 
+def test_resuming_on_other_pairs_says_so(train, adapter, folder, pairs, tmp_path, caplog):
+    """The Trainer skips as many steps of whatever dataset it is given."""
+    shutil.copytree(adapter, folder)
+    again = ("--resume-from-checkpoint", "last", "--max-steps", 5)
+    succeeded(train(*again))
+    assert "other pairs" not in caplog.text
+    shutil.rmtree(folder)
+    shutil.copytree(adapter, folder)
+    lines = pairs.read_text().splitlines()
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    succeeded(train(*again, dataset=other))
+    assert "checkpoint-4 was trained on other pairs, or on these in another order" in caplog.text
+
+
 def test_a_checkpoint_that_does_not_say_its_arguments_is_resumed(train, adapter, folder):
     shutil.copytree(adapter, folder)
     (folder / "checkpoint-4" / "training_arguments.json").unlink()
