@@ -24,6 +24,7 @@ DEFAULT_WORDS = {
     "not shown": "no ground to change it",
     "not met": "the default leads",
     "behind": "the default is better",
+    "one seed, behind": "the default is better on one seed",
 }
 DEFAULT_YARDSTICKS = tuple((gain, drift) for drift in ("kl", "kl-prose") for gain in GOAL_GAINS)
 

@@ -53,9 +53,10 @@ def failures(variants: Sequence[Variant]) -> Iterator[tuple[str, str]]:
             yield NO_GAIN, told
     for variant in variants:
         points = variant.results[0]["points"]
-        for strength in sorted(p["value"] for p in points if p["dial"] == STRENGTH and "samples" in p):
-            repeated = (point_figures(variant, STRENGTH, strength) or {}).get("sample repetition", 0)
-            if repeated > BABBLE:
+        strengths = sorted(p["value"] for p in points if p["dial"] == STRENGTH and "samples" in p)
+        repetition = {s: (point_figures(variant, STRENGTH, s) or {}).get("sample repetition", 0) for s in strengths}
+        for strength, repeated in repetition.items():
+            if repeated > max(BABBLE, 2 * repetition[strengths[0]]):  # the smallest strength's: nearly the base's habit
                 name = TITLES.get(variant.method, variant.method)
                 yield (
                     LOOPS,

@@ -36,7 +36,7 @@ from benchmarks.experiments.verdict import verdict_lines
 from benchmarks.experiments.yardsticks import YARDSTICKS, measured, measured_gains
 from qadapter.errors import DataError
 from qadapter.evaluation.part_store import jsonable, write_ordered_json
-from qadapter.modeling.bases import BUILTIN_MODEL
+from qadapter.modeling.bases import BUILTIN_MODEL, GGUF_REVISION
 from qadapter.plots import line_chart
 
 # (gain, drift) of the folded tables; those of the verdict stand in front of them.
@@ -82,7 +82,8 @@ dial z_b + λ (z̃ − z_b), given to every method (on a DPO LoRA it is DeRa); "
 
 Brackets are 95% intervals over held-out prompts (bootstrap, {resamples:,} resamples, the same for all methods) and over
 seeds (their unbiased variance; both by Student's t, with Satterthwaite's degrees of freedom). With one seed they are
-over prompts alone. Many comparisons stand on this page, and nothing is corrected for that.
+over prompts alone. Many comparisons stand on this page, and nothing is corrected for that; nor are they
+independent: several gains and drifts are read from one run, and threshold-small trains anew on discount-small's pairs.
 """
 
 
@@ -220,7 +221,8 @@ def described(found: Sequence[Variant]) -> str:
     first = next(plain, found[0]).results[0]
     data, judge, setting = first["data"], first["judge"], first["cell"]["setting"]
     training, base = setting["training"], first["base"]
-    name = BUILTIN_MODEL if base["name"] == "builtin" else base["name"]
+    copied = ", a dequantised 4-bit copy" if base["revision"] == GGUF_REVISION else ""
+    name = (BUILTIN_MODEL if base["name"] == "builtin" else base["name"]) + copied
     prepared = f", tuned to {setting['prepared']} first" if setting["prepared"] else ""
     seeds = number_of_seeds(results)
     fewer = {TITLES.get(v.method, v.method): len(v.seeds) for v in found if len(v.seeds) < seeds}

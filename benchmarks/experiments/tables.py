@@ -19,6 +19,7 @@ from benchmarks.experiments.summary import (
     form_gain,
     limit_of,
     point_figures,
+    reach,
     variant_areas,
 )
 from benchmarks.experiments.yardsticks import GAIN_TITLES, bracketed, measured_gains
@@ -185,25 +186,31 @@ def form_tables(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
 
 
 def threshold_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
-    """What else a threshold changes at an equal KL on answers: the gains, and the KL on prose."""
+    """What else a threshold changes at an equal KL on answers: the gains, and the KL on prose; where both get there."""
     rows = [variant for variant in found if form_gain(variant, "thresholded", DRIFTS["kl-prose"])]
     if not rows:
         return
     columns = {GAIN_TITLES[gain]: GAINS[gain] for gain in measured_gains(found)}
     columns |= {"KL on prose": DRIFTS["kl-prose"]}
-    yield "At an equal KL on held-out answers, without → with the threshold:\n"
+    yield (
+        "At an equal KL on held-out answers, without → with the threshold; a dash where not every seed's largest "
+        "strength gets so far:\n"
+    )
     yield "| method | options | KL on answers | " + " | ".join(columns) + " |"
     yield "|---" * (3 + len(columns)) + "|"
     for variant in rows:
-        for share in LEVELS[1:]:
+        for share in LEVELS:
             level, cells = share * limit_of(variant.results[0], DRIFTS["kl"]), []
             for name, measure in columns.items():
                 digits = 5 if name == "KL on prose" else 3
-                values = (
-                    gains_at(variant, measure, DRIFTS["kl"], level, draws, form).value
-                    for form in ("dial", "thresholded")
+                cells.append(
+                    " → ".join(
+                        f"{gains_at(variant, measure, DRIFTS['kl'], level, draws, form).value:.{digits}f}"
+                        if reach([variant], form, measure, DRIFTS["kl"]) >= level
+                        else "–"
+                        for form in ("dial", "thresholded")
+                    )
                 )
-                cells.append(" → ".join(f"{value:.{digits}f}" for value in values))
             row = [TITLES.get(variant.method, variant.method), variant.label, f"{level:.3g}", *cells]
             yield "| " + " | ".join(row) + " |"
     yield ""

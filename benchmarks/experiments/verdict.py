@@ -76,6 +76,7 @@ TERMS = """<details><summary>What the words in the tables mean</summary>
 | not shown | the estimate is on the right side, the interval is not |
 | not met | neither is |
 | behind | the whole interval is on the wrong side, on several seeds |
+| one seed, behind | the same on one seed |
 | unlike | does not count: the rival never had Q-Adapter's training (epochs, say), or took less than half the steps |
 | short | does not count: one of the two was measured to less than a tenth of the drift's limit |
 | variants | how many each side chose from, Q-Adapter's / the rival's; a star: unlike |
@@ -102,7 +103,8 @@ def verdict_lines(settings: Settings, plots: Path | None = None) -> Iterator[str
     by_root = {place: in_root(settings[place[0]], *place[1]) for place in found}
     against = comparisons(found, by_root)
     yield from goal_lines("Against DPO", against)
-    yield from count_table(against)
+    yield from count_table("gain by", [(GAIN_TITLES[row.gain], row) for row in against])
+    yield from count_table("suite", [(f"[{row.suite}](results/{row.suite}.md)", row) for row in against])
     means = domain_means(against)
     if plots is not None:
         yield from picture_lines(means, plots)
@@ -244,20 +246,20 @@ def goal_lines(title: str, against: Sequence[Comparison]) -> Iterator[str]:
     )
 
 
-def count_table(against: Sequence[Comparison]) -> Iterator[str]:
-    """The same by gain, of the comparisons that can tell."""
-    telling = [row for row in against if row.can_tell]
+def count_table(title: str, against: Sequence[tuple[str, Comparison]]) -> Iterator[str]:
+    """The same for each group of comparisons, named before them, of those that can tell."""
+    telling = [(name, row) for name, row in against if row.can_tell]
     if not telling:
         return
-    yield "| gain by | can tell | Q-Adapter's area larger | neither | DPO's larger | a third more at small drift |"
+    yield f"| {title} | can tell | Q-Adapter's area larger | neither | DPO's larger | a third more at small drift |"
     yield "|---" * 6 + "|"
-    for gain in dict.fromkeys(row.gain for row in telling):
-        own = [row.contest for row in telling if row.gain == gain]
+    for group in dict.fromkeys(name for name, _ in telling):
+        own = [row.contest for name, row in telling if name == group]
         words = [says(one, one.whole) for one in own]
         larger, behind = words.count("met"), words.count("behind")
         third = sum(says(one, one.beyond_goal) == "met" for one in own)
         counts = (len(own), larger, len(own) - larger - behind, behind, third)
-        yield f"| {GAIN_TITLES[gain]} | " + " | ".join(map(str, counts)) + " |"
+        yield f"| {group} | " + " | ".join(map(str, counts)) + " |"
     yield ""
 
 

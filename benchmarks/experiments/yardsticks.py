@@ -68,8 +68,8 @@ def word(value: Interval, seeds: int) -> str:
     estimate, low, high = value
     if low > ROUNDING:
         return "met" if seeds > 1 else "one seed"
-    if high < -ROUNDING and seeds > 1:
-        return "behind"
+    if high < -ROUNDING:
+        return "behind" if seeds > 1 else "one seed, behind"
     return "not shown" if estimate > ROUNDING else "not met"
 
 

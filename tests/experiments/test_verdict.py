@@ -19,10 +19,11 @@ from benchmarks.experiments.contests import (
 from benchmarks.experiments.curves import DRIFTS, GAINS, Draws
 from benchmarks.experiments.default_lines import pooled_default_lines
 from benchmarks.experiments.estimates import Estimate, mean_of_settings, seed_mean
+from benchmarks.experiments.failure_lines import LOOPS, failures
 from benchmarks.experiments.forest import Bar, forest_chart
 from benchmarks.experiments.report import shown_command, up_to
 from benchmarks.experiments.summary import Variant, method_areas, reach, variants
-from benchmarks.experiments.tables import ablation_table, is_usual
+from benchmarks.experiments.tables import ablation_table, is_usual, threshold_table
 from benchmarks.experiments.verdict import verdict_lines
 from benchmarks.experiments.yardsticks import YARDSTICKS, measured_gains, word
 from qadapter import QAdapterConfig
@@ -166,7 +167,7 @@ def test_one_seed_is_never_enough():
         "met", "one seed", "not shown"
     ]  # fmt: skip
     assert word((-0.1, -0.2, 0.1), 2) == "not met"
-    assert [word((-0.1, -0.2, -0.05), seeds) for seeds in (1, 2)] == ["not met", "behind"]
+    assert [word((-0.1, -0.2, -0.05), seeds) for seeds in (1, 2)] == ["one seed, behind", "behind"]
 
 
 def test_methods_are_compared_on_the_seeds_that_both_have():
@@ -542,3 +543,52 @@ def test_a_picture_cuts_what_goes_beyond_its_sides():
     assert min(ends) >= 0
     assert max(ends) <= WIDTH
     assert picture.count("<circle") == 1  # the other estimate has no place
+
+
+def test_a_clear_loss_on_one_seed_is_told_like_a_clear_win():
+    own, dpo = ([result(method, 0, margin)] for method, margin in (("qadapter", 0.5), ("dpo", 1.0)))
+    page = text([*own, *dpo])
+    assert "| one seed, behind |" in page
+    assert "outside the interval, in 0" in page  # nothing is lost on one seed, as nothing is met
+
+
+def test_counts_by_gain_and_suite_are_of_the_comparisons_that_can_tell():
+    won, lost = (
+        variants([*(result(m, s, h) for m, h in (("qadapter", margin), ("dpo", 1.0)) for s in (0, 1))], TRAINING)
+        for margin in (1.4, 0.5)
+    )
+    once = [on_seeds(variant, frozenset({0})) for variant in won]
+    page = "\n".join(verdict_lines({("s", "a"): won, ("s", "b"): lost, ("t", "c"): once}))
+    assert "| margin | 2 | 1 | 0 | 1 | 1 |" in page
+    assert "| [s](results/s.md) | 4 | 2 | 0 | 2 | 2 |" in page
+    assert "[t](results/t.md) |" not in page
+
+
+def test_a_threshold_is_not_judged_where_its_dial_ends():
+    """A curve that ends at a quarter of the limit says nothing of the whole limit."""
+
+    def with_threshold(one):
+        for point in one["points"]:
+            point["texts"] = {"prose": {"kl": [point["value"] / 10] * 5}}
+        kept = [{**point, "dial": "threshold"} for point in one["points"] if point["value"] <= 0.25]
+        return {**one, "points": [*one["points"], *kept]}
+
+    rows = list(threshold_table(variants([with_threshold(result("qadapter", 0, 1.0))], TRAINING), Draws()))
+    levels = {row.split("|")[3].strip(): row for row in rows if row.startswith("| Q-Adapter")}
+    assert levels["0.0625"].count("–") == 0
+    assert levels["0.25"].count("→ –") == levels["0.25"].count("→") > 0
+
+
+def test_loops_that_the_base_has_as_well_are_not_a_methods_failure():
+    def looping(*shares):
+        one = result("qadapter", 0, 1.0)
+        for point, share in zip(one["points"], shares, strict=True):
+            point["samples"]["repetition"] = [share] * PAIRS
+        return variants([one], TRAINING)
+
+    def told(found):
+        return [line for kind, line in failures(found) if kind == LOOPS]
+
+    assert told(looping(0.14, 0.14, 0.15, 0.2)) == []
+    assert "from strength 1 on: 30%" in told(looping(0.14, 0.14, 0.15, 0.3))[0]
+    assert "from strength 0.25 on: 12%" in told(looping(0.01, 0.02, 0.12, 0.3))[0]
