@@ -13,7 +13,7 @@ import qadapter
 PACKAGE = Path(qadapter.__file__).parent
 # From low to high; a module imports from its own layer and from those before it, wherever the import stands.
 LAYERS = (
-    ("errors", "functional", "devices", "detokenising"),
+    ("errors", "functional", "devices", "detokenising", "program"),
     ("new_folders",),
     ("fused",),
     ("config",),

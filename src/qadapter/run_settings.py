@@ -15,7 +15,7 @@ from qadapter.modeling.quantised import require_bitsandbytes
 from qadapter.training_arguments import OWN_TEXTS, QAdapterTrainingArguments
 from qadapter.training_metrics import METRICS
 
-ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+ALL_LINEAR = "all-linear"  # every linear layer of the decoder that an adapter can be on
 
 
 @dataclass
@@ -65,7 +65,7 @@ class AdapterArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the layers to adapt; default: all linear layers but the head."},
+        metadata={"help": "Names of the layers to adapt; default: all linear layers but head, routers and experts."},
     )
     first_adapted_layer: int = field(
         default=0,

@@ -11,6 +11,7 @@ from render_help import render
 
 from qadapter.cli import COMMANDS, overview
 from qadapter.cli.train import GROUPS, TrainParser
+from qadapter.program import called_as
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -72,3 +73,18 @@ def test_every_option_of_ours_to_train_has_a_help_text():
 
 def test_the_document_is_what_the_commands_say():
     assert DOCUMENT.read_text(encoding="utf-8") == render(), "run python tests/cli/render_help.py > docs/cli.md"
+
+
+def test_hints_name_the_program_as_it_can_be_called(tmp_path, monkeypatch):
+    """After `make quickstart` it is in the environment's folder only."""
+    program = tmp_path / "some where" / "qadapter"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [str(program), "quickstart"])
+    assert called_as() == f"'{program}'"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert called_as() == "qadapter"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    assert called_as() == "qadapter"

@@ -25,6 +25,7 @@ from foreign_folders import (
 )
 from models import token_ids
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import QAdapterForCausalLM
@@ -207,3 +208,22 @@ def test_a_lora_that_is_neither_here_nor_on_the_hub_is_named(base, tmp_path):
     outcome = qadapter("wrap", "./nothing", "--base-model", base, "--output-dir", tmp_path / "out")
     assert_refused(outcome, "nothing: there is no such folder")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "said"),
+    [
+        ({"lora_bias": True}, "q_proj.lora_B.bias", "lora_bias is set, which a frozen base and its streams cannot"),
+        ({"bias": "lora_only"}, "q_proj.lora_only!", "bias is 'lora_only'; only adapters with bias 'none'"),
+        ({"peft_type": "IA3"}, "q_proj.ia3_l!", "peft_type is 'IA3'; only LORA adapters"),
+    ],
+)
+def test_the_config_says_why_a_lora_with_other_tensors_is_refused(base, tmp_path, changes, tensor, said):
+    folder = tmp_path / "foreign"
+    tensors = write_lora(folder, base, AXOLOTL_0_9)
+    name = f"base_model.model.model.layers.0.self_attn.{tensor}"
+    save_file({**tensors, name: torch.zeros(3)}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    outcome = qadapter("wrap", folder, "--output-dir", tmp_path / "wrapped")
+    assert_refused(outcome, rf"adapter_config\.json: {said}")

@@ -5,14 +5,25 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from models import lora, tiny_base, tiny_policy, tiny_tokenizer
+from models import (
+    SIZES,
+    lora,
+    padded,
+    randomise,
+    tiny_base,
+    tiny_policy,
+    tiny_tokenizer,
+    token_ids,
+    train_randomly,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, T5Config
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import ConfigError
+from qadapter.export import export_merged
 from qadapter.modeling import bases
 from qadapter.modeling.bases import (
     BUILTIN_MODEL,
@@ -96,6 +107,45 @@ def test_model_arguments_reach_the_base(tmp_path):
     assert policy.config._attn_implementation == "eager"
 
 
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+POSITIONS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+READS_IMAGES = {
+    "mistral3": {
+        "text_config": SIZES | {"model_type": "mistral", "head_dim": 8},
+        "vision_config": VISION | {"model_type": "pixtral", "image_size": 28, "patch_size": 14},
+        "image_token_index": 90,
+    },
+    "qwen2_5_vl": {
+        "text_config": SIZES | {"model_type": "qwen2_5_vl_text", "rope_parameters": POSITIONS},
+        "vision_config": {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32},
+        "image_token_id": 90,
+        "video_token_id": 91,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", READS_IMAGES)
+def test_base_of_a_class_that_reads_images_is_loaded_by_name(tmp_path, kind):
+    base = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **READS_IMAGES[kind]))
+    randomise(base)
+    base.save_pretrained(tmp_path / "base")
+    policy = train_randomly(QAdapterForCausalLM.from_base(tmp_path / "base").eval())
+    policy.save_pretrained(tmp_path / "adapter")
+    loaded = QAdapterForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(loaded.base) is type(base)
+    batch = padded(token_ids(7, 4, 3))
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch, strength=0.6).logits, policy(**batch, strength=0.6).logits)
+        assert torch.equal(loaded(**batch, strength=0.0).logits, base.eval()(**batch).logits)
+    assert export_merged(loaded, tmp_path / "merged") < 1e-3
+
+
+def test_base_that_is_no_causal_language_model_is_refused_by_name(tmp_path):
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is a T5ForConditionalGeneration, which is no causal language model"):
+        load_base(resolve_base(tmp_path))
+
+
 def test_base_with_missing_weights_is_refused(tmp_path):
     tiny_base().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -103,6 +153,25 @@ def test_base_with_missing_weights_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"1 weights are missing from its files, first 'model.layers.1.mlp.up_proj"):
         load_base(resolve_base(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda weights, config: weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2]),
+        lambda weights, config: weights.write_bytes(b""),
+        lambda weights, config: config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64')),
+        lambda weights, config: config.write_text(
+            config.read_text().replace('"hidden_size": 32', '"hidden_size": "x"')
+        ),
+    ],
+    ids=["cut off", "empty", "of another size", "no number"],
+)
+def test_a_damaged_base_is_named(tmp_path, damage):
+    tiny_base().save_pretrained(tmp_path)
+    damage(tmp_path / "model.safetensors", tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=f"base model '{tmp_path}' cannot be loaded: "):
+        QAdapterForCausalLM.from_base(tmp_path)
 
 
 def test_pickled_base_is_refused(tmp_path):

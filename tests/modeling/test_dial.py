@@ -456,3 +456,34 @@ def test_the_states_that_forward_refuses_are_had_as_it_says(policy, base):
 def test_a_tuple_is_given_where_no_dict_is_wanted(policy):
     with torch.no_grad():
         assert torch.equal(policy(input_ids=IDS, return_dict=False)[0], logits(policy))
+
+
+REAL = "real numbers, of a float type or integers"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["strength", "max_kl", "min_kl", "adapter_weights"])
+def test_a_tensor_of_no_real_numbers_is_refused(policy, name, dtype):
+    """Truth values are no numbers, and of complex ones the imaginary part would be dropped."""
+    values = torch.ones(3, dtype=dtype)
+    weights = [{"default": values}, {"default": values[0]}, values.view(3, 1)]
+    for value in weights if name == "adapter_weights" else [values, values[0]]:
+        for call in (policy, policy.generate):
+            with pytest.raises(ConfigError, match=rf"{name}.* is a tensor of {dtype}: give {REAL}"):
+                call(IDS, **{name: value})
+    if name == "strength":
+        with pytest.raises(ConfigError, match=rf"strength \(from the callable\) is a tensor of {dtype}: give {REAL}"):
+            policy.generate(IDS, max_new_tokens=2, strength=lambda state: values)
+
+
+def test_integers_in_a_tensor_are_numbers(policy):
+    strengths = torch.tensor([0, 1, 2])
+    assert torch.equal(logits(policy, strength=strengths), logits(policy, strength=strengths.float()))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_strengths_a_row_in_a_list_are_refused_with_the_tensor_that_is_taken(policy, kind):
+    for setting in ({"strength": kind([0.1, 0.2, 0.3])}, {"adapter_weights": {"default": kind([0.1, 0.2, 0.3])}}):
+        for call in (policy, policy.generate):
+            with pytest.raises(ConfigError, match=r"0\.3\]?\)?: give one number, or a tensor of one a row, \(3,\)"):
+                call(IDS, **setting)

@@ -9,6 +9,7 @@ import torch
 from models import (
     APART,
     VOCABULARY,
+    byte_tokenizer,
     defined_logps,
     padded,
     plain_peft,
@@ -688,3 +689,64 @@ def test_continuous_batching_of_transformers_is_refused_not_answered_with_nothin
 def test_a_strength_that_no_logits_survive_is_refused(policy, strength):
     with pytest.raises(ConfigError, match="strength = .*: must lie within ±10000"):
         generated(policy, strength=strength)
+
+
+@pytest.mark.parametrize("given", [{"input_ids": None}, {"input_ids": None, "inputs_embeds": None}])
+def test_ids_that_are_none_are_as_not_given(policy, given):
+    rows = torch.tensor(token_ids(6, 6))
+    dial = {"strength": torch.tensor([0.8, 0.6]), "decay": 0.5, "output_strengths": True}
+    options = {"max_new_tokens": 4, "do_sample": False, **dial}
+    expected, actual = policy.generate(rows, **options), policy.generate(rows, **given, **options)
+    assert torch.equal(actual.strengths, expected.strengths)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert expected.strengths[0].tolist() == pytest.approx([0.8, 0.4, 0.2, 0.1])
+
+
+# -- token healing -------------------------------------------------------------------------------------------------
+
+
+@cache
+def healing():
+    """(base, policy, tokenizer) where the last token of a prompt begins longer ones."""
+    tokenizer = byte_tokenizer(("t", "h"), ("th", "e"), ("a", "n"), ("i", "n"), ("in", "g"))
+    tokenizer.bos_token = tokenizer.pad_token = "</s>"
+    base = tiny_base(vocab_size=len(tokenizer))
+    return base, tiny_policy(base), tokenizer
+
+
+def healed(model, rows, **options):
+    tokenizer = healing()[2]
+    options = {"token_healing": True, "tokenizer": tokenizer, "max_new_tokens": 4, "do_sample": False} | options
+    return model.generate(torch.tensor([tokenizer.encode(row) for row in rows]), **options)
+
+
+PROMPTS_TO_HEAL = ["go t", "we a"]
+
+
+@pytest.mark.parametrize(
+    "zero", [{"strength": 0.0}, {"strength": torch.tensor([0.0, 0.0])}, {"max_kl": 0.0}, {"adapter_weights": {}}]
+)
+def test_token_healing_at_strength_0_is_the_bases(zero):
+    """Its own pass, too, is at the dial of the call, and the model's stays as it was."""
+    base, policy, _ = healing()
+    expected = healed(base, PROMPTS_TO_HEAL)
+    assert not torch.equal(expected, healed(policy, PROMPTS_TO_HEAL)), "the same prompts at 1: the test shows nothing"
+    assert torch.equal(healed(policy, PROMPTS_TO_HEAL, **zero), expected)
+    texts = healed(policy, PROMPTS_TO_HEAL, num_return_sequences=2, num_beams=2, **zero)
+    assert torch.equal(texts[::2], healed(base, PROMPTS_TO_HEAL, num_beams=2))
+    assert (policy.strength, policy.max_kl, policy.adapter_weights) == (1.0, None, {"default": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("dial", "said"),
+    [
+        ({"strength": lambda state: 0.5}, "a callable strength cannot be used with token_healing, which may change"),
+        ({"decay": 0.5}, "a decay cannot be used with token_healing"),
+        ({"strength": torch.tensor([0.0, 0.5])}, "strength of one value a row cannot be used with token_healing"),
+        ({"max_kl": torch.tensor([0.1, 0.5])}, "max_kl of one value a row cannot be used with token_healing"),
+        ({"adapter_weights": torch.tensor([[0.1], [1.0]])}, "adapter_weights of one value a row cannot be used with"),
+    ],
+)
+def test_token_healing_with_what_its_own_pass_cannot_follow_is_refused(dial, said):
+    with pytest.raises(ConfigError, match=said):
+        healed(healing()[1], PROMPTS_TO_HEAL, **dial)

@@ -100,9 +100,10 @@ def test_mixture_of_experts_under_an_attention_lora_equals_the_definition(archit
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's own keys
 def test_lora_on_experts_is_refused_by_name():
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     message = r"LoRA on .*gate \(MixtralTopKRouter\) cannot run beside .* as in k_proj o_proj q_proj v_proj\."
     with pytest.raises(ConfigError, match=message):
-        tiny_policy(tiny_base("mixtral"))
+        tiny_policy(tiny_base("mixtral"), peft_config=lora(target_modules=[*targets, "gate"]))
 
 
 @pytest.mark.parametrize("kind", ["LoRA on two layers", "DoRA", "DoRA on the head"])

@@ -25,6 +25,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.errors import ConfigError
+from qadapter.modeling.streams import StreamLinear
 
 BATCH = padded(token_ids(7, 4, 3))
 REAL = BATCH["attention_mask"].bool()
@@ -289,7 +290,8 @@ def test_dropout_of_the_adapter_acts_on_its_own_stream_alone():
     actual = policy.train().token_statistics(**batch, completion_mask=completion_mask)
     assert torch.equal(actual.base_logits, expected.base_logits)
     assert not torch.allclose(actual.logits, expected.logits)
-    assert all(module.training for module in policy.base.get_decoder().modules())
+    adapted = [module for module in policy.base.get_decoder().modules() if isinstance(module, StreamLinear)]
+    assert all(module.training and module.lora_dropout["default"].training for module in adapted)
 
 
 def test_statistics_of_the_base_carry_no_gradient(policy):

@@ -319,3 +319,57 @@ def test_logits_that_are_not_finite_end_their_own_answer_only():
         assert server.get("/health").status_code == 200
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    ("variables", "param"),
+    [
+        ({"suffix": 5}, "chat_template_kwargs"),  # text + 5
+        ({"depth": "high"}, "chat_template_kwargs"),  # "high" > 3
+        ({"depth": 0}, "chat_template_kwargs"),  # 12 / 0
+        ({"name": 5}, "chat_template_kwargs"),  # 5.strip()
+        ({"suffix": "refuse"}, "messages"),  # by the template's own words
+    ],
+)
+def test_a_variable_that_the_template_cannot_use_is_400(caplog, variables, param):
+    template = (
+        "{{ messages[0]['content'] + (suffix | default('')) }}{% if depth is defined and depth > 3 or 12 / (depth | "
+        "default(1)) > 20 %}x{% endif %}{{ name.strip() if name is defined }}"
+        "{{ raise_exception('no such suffix') if suffix == 'refuse' }}"
+    )
+    server = RunningServer(tokenizer=tiny_tokenizer(template))
+    try:
+        for good in ({}, {"suffix": "a", "depth": 5, "name": "b"}):
+            assert server.post(CHAT, json.dumps({**VALID_CHAT, "chat_template_kwargs": good})).status_code == 200
+        error = error_of(server.post(CHAT, json.dumps({**VALID_CHAT, "chat_template_kwargs": variables})), 400)
+    finally:
+        server.stop()
+    (name,) = variables
+    assert (error["param"], error["code"]) == (param, "invalid_value")
+    assert (f"the chat template fails with {name} as given: " in error["message"]) == (param != "messages")
+    assert "Traceback" not in caplog.text
+
+
+def test_what_asks_for_nothing_is_accepted_and_changes_no_answer(server):
+    def text(**changes):
+        response = server.post(CHAT, json.dumps({**VALID_CHAT, "temperature": 0, **changes}))
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["message"]["content"]
+
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    empty = {"reasoning_content": "", "reasoning": "", "refusal": ""}
+    asked = [*said, {"role": "user", "content": "c"}]
+    assert text(messages=[said[0], said[1] | empty, asked[2]]) == text(messages=asked)
+    assert text(reasoning_effort="none", verbosity="medium") == text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"verbosity": "low"}, "verbosity"),
+        ({"messages": [VALID_CHAT["messages"][0] | {"reasoning_content": "b"}]}, "messages.0.reasoning_content"),
+        ({"messages": [VALID_CHAT["messages"][0] | {"refusal": "b"}]}, "messages.0.refusal"),
+    ],
+)
+def test_what_would_change_the_answer_is_still_refused(server, changes, param):
+    assert error_of(server.post(CHAT, json.dumps({**VALID_CHAT, **changes})), 400)["param"] == param

@@ -75,20 +75,19 @@ def run(arguments: list[str]) -> int:
 
     from qadapter.cli.policies import load_policy, quiet_libraries
     from qadapter.export import export_gguf_ready, export_lora, export_merged, export_vllm
-    from qadapter.modeling.mixing import checked_weights
 
     with quiet_libraries():
         model, tokenizer = load_policy(options)
         strength = options.strength if interpolated else None
-        if interpolated:
-            weights = checked_weights(dial["adapter_weights"], model.adapter_weights)
-            model.adapter_weights = {name: float(weight) for name, weight in weights.items()}
         if options.format == "lora":
             export_lora(model, options.output_dir, tokenizer, strength)
             print(f"plain PEFT LoRA written to {options.output_dir}: the policy at strength {options.strength:g}")
         elif options.format == "vllm":
             export_vllm(model, options.output_dir, tokenizer, options.strength)
-            print(f"folder for vLLM written to {options.output_dir}: vllm serve {shlex.quote(str(options.output_dir))}")
+            print(
+                f"folder for vLLM written to {options.output_dir}: vllm serve {shlex.quote(str(options.output_dir))} "
+                "--generation-config vllm"
+            )
         elif options.format == "distilled":
             _distilled(model, tokenizer, prompts, options, column.settings())
         else:

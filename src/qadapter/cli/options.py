@@ -79,10 +79,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    add_threshold_option(parser)
-    add_decay_option(parser)
+    add_dial_options(parser)
     add_condition_option(parser)
-    add_interpolation_option(parser)
     add_template_option(parser)
 
 

@@ -11,13 +11,15 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from qadapter.cli import first_process
+from qadapter.cli.options import dial_of
 from qadapter.data.template_variables import fix_variables
 from qadapter.devices import default_device, pick_dtype
+from qadapter.evaluation.columns import Column
 from qadapter.generation import Sampling
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.conditions import OffInside
 from qadapter.modeling.loading import tokenizer_of
-from qadapter.modeling.mixing import Strength, checked_decay, checked_number, checked_threshold
+from qadapter.modeling.mixing import Strength, checked_weights
 
 
 @contextlib.contextmanager
@@ -97,16 +99,17 @@ def loading_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_policy(options: argparse.Namespace) -> tuple[QAdapterForCausalLM, Any]:
-    """Policy and tokenizer of an adapter folder, on the machine's accelerator."""
-    checked_number(options.strength, "strength")  # before minutes of loading
-    decay = checked_decay(getattr(options, "decay", 1.0))  # of the commands that generate
-    threshold = checked_threshold(getattr(options, "threshold", None), getattr(options, "interpolation", None))
+    """Policy and tokenizer of an adapter folder, on the machine's accelerator, at the options' setting of the dial."""
+    dial = Column("policy", options.strength, **dial_of(options))  # checked before minutes of loading
     model = QAdapterForCausalLM.from_pretrained(
         options.adapter,
         base_model=options.base_model,
         verify=not options.no_verify,
         **loading_options(options),
     )
-    model.decay, model.min_kl = decay, threshold
-    model.interpolation = model.checked_interpolation(getattr(options, "interpolation", None))
+    model.max_kl, model.min_kl, model.decay = dial.max_kl, dial.min_kl or None, dial.decay
+    model.interpolation = model.checked_interpolation(dial.interpolation)
+    if dial.adapter_weights is not None:
+        weights = checked_weights(dial.adapter_weights, model.adapter_weights)
+        model.adapter_weights = {name: float(weight) for name, weight in weights.items()}
     return model.to(default_device()), tokenizer_with(tokenizer_of(options.adapter, model.base_source), options)

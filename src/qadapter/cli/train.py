@@ -22,6 +22,7 @@ from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError, TrainingError
 from qadapter.modeling.manifest import MAX_JSON_BYTES
+from qadapter.program import called_as
 from qadapter.run_settings import AdapterArguments, DataArguments, ModelArguments, Run, RunArguments
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training import train
@@ -107,7 +108,7 @@ def run(arguments: list[str]) -> int:
                 f"KL from the base {metrics['eval_qadapter/kl']:.4f} per token"
             )
         command = "chat" if trainer.processing_class.chat_template else "generate"
-        print(f"adapter written to {folder}; try: qadapter {command} {shlex.quote(str(folder))}")
+        print(f"adapter written to {folder}; try: {called_as()} {command} {shlex.quote(str(folder))}")
     return 0
 
 

@@ -9,6 +9,7 @@ from qadapter.cli import command_parser
 from qadapter.cli.options import DTYPES
 from qadapter.errors import ConfigError
 from qadapter.new_folders import removed_on_error, require_new_folder
+from qadapter.program import called_as
 
 
 def run(arguments: list[str]) -> int:
@@ -49,5 +50,5 @@ def run(arguments: list[str]) -> int:
         print(f"{written} written to {options.new_base}")
     folder = shlex.quote(str(options.output_dir))
     command = "chat" if tokenizer is not None and tokenizer.chat_template else "generate"
-    print(f"adapter written to {options.output_dir}; try: qadapter {command} {folder} --strength 0.5")
+    print(f"adapter written to {options.output_dir}; try: {called_as()} {command} {folder} --strength 0.5")
     return 0

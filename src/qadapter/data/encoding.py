@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 from qadapter.data.rows import Message, Pair, RowError
 from qadapter.errors import DataError
 
+UNUSABLE_VARIABLES = "unusable variables"  # the reason of a RowError
+# What a template raises where a value is of another type, or out of range.
+PYTHON_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 
 class EncodedPair(NamedTuple):
     """`stable` is False where the template's generation prompt is not how it opens a finished answer."""
@@ -108,15 +112,21 @@ def render(
     """The token ids of a conversation; `variables` are what the template reads besides, such as `enable_thinking`.
 
     Raises:
-        RowError: the template refuses the conversation.
+        RowError: the template refuses the conversation, or (`UNUSABLE_VARIABLES`) does not run with the variables.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, UndefinedError
 
     try:
         rendered = tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **(variables or {})
         )
-    except TemplateError as error:
+    except (TemplateError, *PYTHON_ERRORS) as error:
+        # Such as text joined with a number, or a number asked for its length.
+        if variables and isinstance(error, (UndefinedError, *PYTHON_ERRORS)):
+            names = ", ".join(variables)
+            raise RowError(UNUSABLE_VARIABLES, f"the chat template fails with {names} as given: {error}") from None
+        if not isinstance(error, TemplateError):
+            raise
         raise RowError("refused by template", f"the chat template refuses the conversation: {error}") from None
     return list(rendered["input_ids"])
 

@@ -184,7 +184,7 @@ def require_train(split: str, name: str) -> None:
     if split != "train":
         raise DataError(
             f"{name}: a file has only the split 'train', not {split!r}; "
-            "name the file of the other split, or hold rows out (--eval-fraction, train_eval_split)"
+            "leave --split out, or name the file of the other split"
         )
 
 

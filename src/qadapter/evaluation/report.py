@@ -15,6 +15,7 @@ from rich.text import Text
 from qadapter.evaluation.intervals import Interval
 from qadapter.evaluation.tables import marked
 from qadapter.generation import Answer
+from qadapter.program import called_as
 from qadapter.training_log import CURVE_NAME
 
 REPORT_FILES = ("report.md", "report.html", "results.json")
@@ -90,14 +91,12 @@ def print_report(result: QuickstartResult, folder: Path, console: Console) -> No
         table.add_row(*row)
     console.print(table)
     seconds = result.seconds
+    chat = f"{called_as()} chat {shlex.quote(str(folder / 'adapter'))}"
     console.print(
         f"{seconds['total']:.0f} s in all: {seconds['train']:.0f} s training, {seconds['measure']:.0f} s measuring."
     )
     for name, text in (
-        (
-            "adapter",
-            f"try: qadapter chat {shlex.quote(str(folder / 'adapter'))} --threshold {result.settings['threshold']:g}",
-        ),
+        ("adapter", f"try: {chat} --threshold {result.settings['threshold']:g}"),
         (f"adapter/{CURVE_NAME}", "training curve"),
         ("report.md", "this report"),
         ("report.html", "the same with the curve and all judged answers"),

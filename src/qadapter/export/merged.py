@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qadapter.errors import ConfigError
 from qadapter.export.summed import write_summed_lora
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.bases import context_limit, loading_class
 from qadapter.modeling.checkpoint import write_adapter, write_json
 from qadapter.modeling.quantised import require_unquantised
 from qadapter.modeling.streams import StreamLinear
@@ -32,6 +33,12 @@ def exact_factors(model: QAdapterForCausalLM, interpolated: float | None = None)
     Raises:
         ConfigError: the policy is no LoRA: it mixes logits, or its settings need the base stream.
     """
+    for name, neutral in (("max_kl", None), ("min_kl", None), ("decay", 1.0)):
+        if getattr(model, name) != neutral:
+            raise ConfigError(
+                f"the model's own {name} = {getattr(model, name)!r} is not part of any LoRA: set it to {neutral}, or "
+                "distil the policy (qadapter.export.distil)."
+            )
     weights = {name: weight for name, weight in model.adapter_weights.items() if weight}
     if reason := _need_of_streams(model, weights, interpolated):
         raise ConfigError(
@@ -95,7 +102,8 @@ def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any, inter
     _untie_a_changed_head(model, factors, folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
+    kind = loading_class(model.base.config, model.base_source.name)
+    merged = kind.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
     return largest_difference(model, merged, interpolated)
 
 
@@ -143,8 +151,9 @@ def _update(module: StreamLinear, adapter: str, weight: torch.Tensor) -> torch.T
 def largest_difference(policy: QAdapterForCausalLM, other: PreTrainedModel, interpolated: float | None = None) -> float:
     """The largest absolute difference of logits between the policy and a plain model."""
     vocabulary = policy.config.get_text_config(decoder=True).vocab_size
-    ids = ((torch.arange(CHECKED_TOKENS, device=policy.device) + 1) * 7919 % vocabulary).unsqueeze(0)
-    dial: dict[str, Any] = {"strength": 1.0} if interpolated is None else {
+    tokens = min(CHECKED_TOKENS, context_limit(policy.config) or CHECKED_TOKENS)
+    ids = ((torch.arange(tokens, device=policy.device) + 1) * 7919 % vocabulary).unsqueeze(0)
+    dial: dict[str, Any] = {"strength": 1.0, "interpolation": "logits"} if interpolated is None else {
         "strength": interpolated, "interpolation": "weights"}  # fmt: skip
     ours = policy(ids, use_cache=False, **dial).logits.float()
     return float((ours - other.eval()(ids, use_cache=False).logits.float()).abs().max())

@@ -1,12 +1,14 @@
 """A folder that vLLM serves with the plugin `qadapter-vllm`: base weights, adapter, tokenizer and what names them."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from torch import Tensor
 
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
@@ -25,13 +27,20 @@ VLLM_ARCHITECTURES = (
     "GemmaForCausalLM",
     "Gemma3ForCausalLM",
 )
+# Settings of a model that the plugin has no place for, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "max_kl": (None, math.inf),
+    "min_kl": (None, 0),
+    "decay": (1.0,),
+    "interpolation": ("logits",),
+}
 # The same weights once more, in Mistral's own format, which vLLM would prefer.
 MISTRAL_FILES = "consolidated"
 BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def export_vllm(
-    model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None, strength: float = 1.0
+    model: QAdapterForCausalLM, folder: str | os.PathLike[str], tokenizer: Any = None, strength: float | None = None
 ) -> None:
     """Write a complete folder for `vllm serve`.
 
@@ -40,12 +49,14 @@ def export_vllm(
     checks the same things as `from_pretrained`.
 
     Args:
-        strength: what the server uses where a request gives none.
+        strength: what the server uses where a request gives none; None takes the model's own.
 
     Raises:
-        ConfigError: a base that the plugin cannot serve, or whose files are not safetensors; a strength that is none.
+        ConfigError: a base or an adapter that the plugin cannot serve, or a base whose files are not safetensors; a
+            strength that is none; a policy with another setting of its own than strength and weights.
     """
-    strength = checked_number(strength, "strength")
+    strength = checked_number(model.strength if strength is None else strength, "strength")
+    _require_servable(model)
     architecture = type(model.base).__name__
     if architecture not in VLLM_ARCHITECTURES:
         raise ConfigError(
@@ -73,6 +84,23 @@ def export_vllm(
         write_json(scratch / "config.json", config)
 
     into_new_folder(Path(folder), write)
+
+
+def _require_servable(model: QAdapterForCausalLM) -> None:
+    """Raise ConfigError for what the plugin has no setting of, or would refuse at the start."""
+    for name, neutral in NEUTRAL.items():
+        value = getattr(model, name)
+        if isinstance(value, Tensor) or value not in neutral:
+            raise ConfigError(
+                f"the model's own {name} = {value!r} cannot be exported for vLLM, which takes strength and weights "
+                f"alone: set it to {neutral[0]!r}, use `qadapter serve`, or distil the policy (qadapter.export.distil)."
+            )
+    for name, config in model.peft_model.peft_config.items():
+        if config.use_dora and model.adapter_weights.get(name):  # of weight 0 the plugin reads nothing
+            raise ConfigError(
+                f"{name!r} is a DoRA adapter, which rescales the base's own output: that is not supported on vLLM. "
+                "Serve it with `qadapter serve`, or merge it (`qadapter export --format merged`)."
+            )
 
 
 def base_folder(model: QAdapterForCausalLM) -> Path:

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -185,19 +195,35 @@ def load_config(source: BaseSource, token: str | bool | None = None) -> Any:
         return None
 
 
+def loading_class(config: Any, name: str) -> Any:
+    """The class of transformers that loads a base with this config: some that read images, too, have one of their own.
+
+    Raises:
+        ConfigError: the model, called `name`, is of no kind that writes on from a text.
+    """
+    if config is None or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # without a config, to say what is wrong with it
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    kind = (config.architectures or [type(config).__name__])[0]
+    raise ConfigError(f"base model {name!r} is a {kind}, which is no causal language model: give one that is.")
+
+
 def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
     """The base model from safetensors in a folder or hub repository; remote code is never run.
 
     Raises:
-        ConfigError: nothing loadable is there, or a package that reads its weights is missing.
+        ConfigError: nothing loadable is there, it is no causal language model, or a package that reads its weights is
+            missing.
     """
     if model_kwargs.get("quantization_config", ...) is None:  # it would overwrite what quantised files state
         del model_kwargs["quantization_config"]
     for name, (fixed, reason) in FIXED_LOADING.items():
         if model_kwargs.pop(name, fixed) not in (fixed, None):
             raise ConfigError(f"{name} is {fixed} for every base: {reason}. Leave it out.")
+    kind = loading_class(load_config(source, model_kwargs.get("token")), source.name)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = kind.from_pretrained(
             source.path,
             revision=source.hub_revision or "main",
             use_safetensors=True,
@@ -210,6 +236,13 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
         raise ConfigError(
             f"base model {source.name!r} cannot be loaded: {reason} "
             "Give a folder with config.json and safetensors, or a hub id that is cached or reachable."
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, StrictDataclassError, RuntimeError) as error:  # of files that were cut off, or do not fit
+        raise ConfigError(
+            f"base model {source.name!r} cannot be loaded: its files are damaged or belong to different models "
+            f"({first_line(error)}). Download it again."
         ) from error
     except ImportError as error:  # of a quantisation
         raise ConfigError(f"base model {source.name!r} cannot be loaded: {first_line(error)}") from error

@@ -23,7 +23,7 @@ from qadapter.modeling.mixing import (
     evaluated,
     refuse_changing,
 )
-from qadapter.modeling.stacked import streams_in
+from qadapter.modeling.stacked import refuse_images, streams_in
 from qadapter.modeling.streams import Blend, parts_of
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
@@ -60,10 +60,12 @@ class PolicyGenerationMixin(GenerationMixin):
             ConfigError: a setting that is not finite, too large or of the wrong shape; a callable strength, a decay or
                 `output_strengths` where a step is not one token of one row (assisted decoding, beams) or sees a piece
                 of the prompt (`prefill_chunk_size`); a callable strength, a decay or weights a row with
-                `guidance_scale`; `assistant_early_exit`; a cache that another call has filled with other streams; with
-                `interpolation="weights"` a strength that changes along the answer, or adapters it cannot scale.
+                `guidance_scale`, these or any values a row with `token_healing`; `assistant_early_exit`; a cache that
+                another call has filled with other streams; with `interpolation="weights"` a strength that changes
+                along the answer, or adapters it cannot scale.
         """
-        prompt = kwargs.get("input_ids", inputs)
+        refuse_images(kwargs)
+        prompt = inputs if kwargs.get("input_ids") is None else kwargs["input_ids"]
         given = kwargs.get("inputs_embeds") if prompt is None else prompt
         rows = 1 if given is None else len(given)
         strength = self._strength_of_answers(strength, rows)
@@ -106,7 +108,11 @@ class PolicyGenerationMixin(GenerationMixin):
         # The pass without the prompt that guidance makes is not handed the loop's arguments, but its rows.
         texts = max(setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
         own = [v.repeat_interleave(texts) if isinstance(v, Tensor) else v for v in (strength, cap, threshold)]
-        with self.defaults(own[0], adapter_weights, *own[1:], interpolation) if guided else nullcontext():
+        if healed := bool(setting("token_healing")):  # a call of generate for each prompt's last token
+            names = ("strength", "max_kl", "min_kl")
+            own = [of_one_prompt(value, name) for value, name in zip(own, names, strict=True)]
+            adapter_weights = of_one_prompt(adapter_weights, "adapter_weights")
+        with self.defaults(own[0], adapter_weights, *own[1:], interpolation) if guided or healed else nullcontext():
             output = super().generate(inputs, *args, **kwargs, **settings)
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
@@ -117,9 +123,9 @@ class PolicyGenerationMixin(GenerationMixin):
         strength = self.strength if strength is None else strength
         if callable(strength):
             return strength
+        check_shape("strength", strength, (rows,))
         if not isinstance(strength, Tensor):
             return checked_number(strength, "strength")
-        check_shape("strength", strength, (rows,))
         strength = bounded(strength, "strength").to(self.device)
         # generate repeats tensors row by row
         return strength.reshape(()).expand(rows) if strength.numel() == 1 else strength
@@ -227,9 +233,9 @@ def stacked_weights(
     if isinstance(weights, Tensor):
         check_shape("adapter_weights", weights, (rows, len(adapters)), (1, len(adapters)))
         return bounded(weights, "adapter_weights").to(device).expand(rows, len(adapters))
-    weights = checked_weights(weights, dict.fromkeys(adapters, 0.0))
     for name, weight in weights.items():
         check_shape(f"adapter_weights[{name!r}]", weight, (rows,))
+    weights = checked_weights(weights, dict.fromkeys(adapters, 0.0))
     if not any(isinstance(weight, Tensor) for weight in weights.values()):
         return weights
     return bounded(stacked_columns(weights, rows, device), "adapter_weights")
@@ -248,6 +254,22 @@ def generation_setting(kwargs: Mapping[str, Any], configs: Sequence[Any], name: 
     if name in kwargs:
         return kwargs[name]
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+
+def of_one_prompt(value: Any, name: str) -> Any:
+    """A setting of the dial, of which a tensor has the one row that all rows are equal to.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if bool((value != value[:1]).any()):
+        raise ConfigError(
+            f"{name} of one value a row cannot be used with token_healing, which heals the prompts one by one: give "
+            "all rows one value, or leave token_healing out."
+        )
+    return value[:1]
 
 
 def refuse_unsupported(changing: str, recorded: bool, setting: Callable[[str], Any]) -> None:
@@ -270,5 +292,7 @@ def refuse_unsupported(changing: str, recorded: bool, setting: Callable[[str], A
     if (changing or recorded) and setting("prefill_chunk_size") is not None:
         what = changing or "output_strengths"
         raise ConfigError(f"{what} cannot be used with prefill_chunk_size: a pass there sees a piece of the prompt.")
+    if changing and setting("token_healing"):
+        raise ConfigError(f"{changing} cannot be used with token_healing, which may change the prompt's length.")
     if recorded and beams:
         raise ConfigError("output_strengths cannot be used with num_beams > 1: beams change rows at every token.")

@@ -73,6 +73,8 @@ class Head:
                 raise ConfigError(
                     f"{type(model).__name__} does not give its decoder alone: it cannot be customised yet."
                 )
+            if "past_key_values" not in getattr(type(output), "__dataclass_fields__", ()):  # RWKV, Mamba
+                raise ConfigError(f"{type(model).__name__} keeps no keys and values: it cannot be customised.")
             hidden = output.last_hidden_state
             ours, theirs = self.logits(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > 1e-3 * theirs.abs().max() + 1e-4:

@@ -7,6 +7,7 @@ are regular expressions, and a hostile one can run for ever.
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     Raises:
         AdapterFormatError: a file is missing or damaged, or the adapter is of an unsupported kind.
     """
-    config, tensors = _read_files(folder, KEY)
+    config, tensors = _read_files(folder, KEY, {})
     return _lora_config(config, tensors, folder), tensors
 
 
@@ -65,21 +66,28 @@ def read_foreign_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict
     whether they have changed or not; whoever has the base can tell. With both of the latter it also writes the parts
     of its wrapper (`modules_to_save`, `original_module`), which it does not read.
     """
-    config, tensors = _read_files(folder, re.compile(f"{KEY.pattern}|{BASE_KEY.pattern}"))
+    keys = re.compile(f"{KEY.pattern}|{BASE_KEY.pattern}")
+    config, tensors = _read_files(folder, keys, settled={"modules_to_save": None})
     adapter = {name: tensor for name, tensor in tensors.items() if KEY.fullmatch(name)}
     base = {
         name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
         for name, tensor in tensors.items()
         if name not in adapter and not (WRAPPER_PART.search(name) and WRAPPER_PART.sub(".", name) in tensors)
     }
-    return _lora_config({**config, "modules_to_save": None}, adapter, folder), adapter, base
+    return _lora_config(config, adapter, folder), adapter, base
 
 
-def _read_files(folder: Path, keys: re.Pattern[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_files(
+    folder: Path, keys: re.Pattern[str], settled: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config, with the entries that the caller has settled, and the tensors, whose names all match `keys`."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise AdapterFormatError(f"{folder}: {name} is missing{_way_out(folder)}")
-    return read_json_object(folder / CONFIG_NAME), _read_tensors(folder / WEIGHTS_NAME, keys)
+    config = {**read_json_object(folder / CONFIG_NAME), **settled}
+    # First: it says why the weights hold tensors that no plain LoRA has.
+    _require_plain_lora(config, folder / CONFIG_NAME)
+    return config, _read_tensors(folder / WEIGHTS_NAME, keys)
 
 
 def _way_out(folder: Path) -> str:
@@ -121,8 +129,7 @@ def _read_tensors(path: Path, keys: re.Pattern[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _lora_config(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> LoraConfig:
-    where = folder / CONFIG_NAME
+def _require_plain_lora(config: Mapping[str, Any], where: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterFormatError(f"{where}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be used.")
     for key in UNSUPPORTED_SETTINGS:
@@ -138,6 +145,10 @@ def _lora_config(config: dict[str, Any], tensors: dict[str, Tensor], folder: Pat
     for key in ("use_rslora", "use_dora"):
         if not isinstance(config.get(key, False), bool):
             raise AdapterFormatError(f"{where}: {key} is {config[key]!r}, must be true or false.")
+
+
+def _lora_config(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> LoraConfig:
+    where = folder / CONFIG_NAME
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, part = KEY.fullmatch(name).groups()  # type: ignore[union-attr]

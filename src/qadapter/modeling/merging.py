@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qadapter.errors import ConfigError
 from qadapter.modeling.streams import StreamLinear
+
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def folded(base: PreTrainedModel, adapter: str) -> Iterator[None]:
     """
     layers = {name: m for name, m in base.named_modules() if isinstance(m, StreamLinear) and adapter in m.lora_A}
     for name, layer in layers.items():
-        if type(layer.base_layer) not in (nn.Linear, Conv1D):
+        if not isinstance(layer.base_layer, nn.Linear | Conv1D) or not is_plain(layer.base_layer.weight):
             kind = type(layer.base_layer).__name__
             raise ConfigError(f"{name} is a {kind}: an adapter cannot be folded into quantised weights. Run it beside.")
     originals = {name: layer.base_layer.weight for name, layer in layers.items()}
@@ -37,6 +40,11 @@ def folded(base: PreTrainedModel, adapter: str) -> Iterator[None]:
         for name, layer in layers.items():
             layer.base_layer.weight = originals[name]
             layer.merged_adapters.clear()
+
+
+def is_plain(weight: object) -> bool:
+    """Whether a weight is a matrix of numbers that others can be added to; quantised ones are of other kinds."""
+    return type(weight) is nn.Parameter and weight.dtype in PLAIN
 
 
 def require_unfolded(base: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The dial in all its forms: strengths a row or a token, weights of several adapters, and a cap on the KL."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -63,22 +63,6 @@ def checked_decay(value: Any) -> float:
     return number
 
 
-def checked_threshold(value: Any, interpolation: str | None = None) -> float | None:
-    """A `min_kl` as a float; None for 0, which is none.
-
-    Raises:
-        ConfigError: it is negative or no number, or weights are interpolated.
-    """
-    if value is None:
-        return None
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not 0 <= number < math.inf:
-        raise ConfigError(f"min_kl = {value!r}: must be a finite number of nats, 0 or above.")
-    if number and interpolation == "weights":
-        refuse_changing("min_kl")
-    return number or None
-
-
 def refuse_changing(what: str) -> None:
     """Raise ConfigError if something makes a strength change along a text, where weights are interpolated."""
     if what:
@@ -92,10 +76,20 @@ def check_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> None:
     """Refuse a tensor of several numbers that has none of the shapes, of which the first is one number a row.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none; it holds no real numbers; it is a list or an array, not a tensor.
     """
-    if isinstance(value, Tensor) and value.numel() != 1 and tuple(value.shape) not in shapes:
-        raise ConfigError(f"{name} has the shape {tuple(value.shape)}: give one number, or one a row, {shapes[0]}.")
+    if isinstance(value, Tensor):
+        require_real(name, value)
+        if value.numel() != 1 and tuple(value.shape) not in shapes:
+            raise ConfigError(f"{name} has the shape {tuple(value.shape)}: give one number, or one a row, {shapes[0]}.")
+    elif isinstance(value, Sized) and not isinstance(value, str) and not callable(value):
+        raise ConfigError(f"{name} = {value!r}: give one number, or a tensor of one a row, {shapes[0]}.")
+
+
+def require_real(name: str, value: Tensor) -> None:
+    """Raise ConfigError for a tensor of truth values or of complex numbers."""
+    if value.dtype == torch.bool or value.is_complex():
+        raise ConfigError(f"{name} is a tensor of {value.dtype}: give real numbers, of a float type or integers.")
 
 
 def checked_weights(
@@ -130,11 +124,11 @@ def checked_nats(
     Raises:
         ConfigError: a negative value or NaN, what is no number, or another number of them than one, or one a row.
     """
-    check_shape(name, value, (rows,))
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real | Tensor):  # numpy's numbers are Real, too
         raise ConfigError(f"{name} = {value!r}: must be a number of nats per token, or a tensor of one a row.")
+    check_shape(name, value, (rows,))
     if name == "min_kl" and isinstance(value, Real) and value == 0:
         return None
     nats = torch.as_tensor(value if isinstance(value, Tensor) else float(value), dtype=torch.float32, device=device)
@@ -151,8 +145,9 @@ def bounded(value: Tensor, name: str) -> Tensor:
     """`value`; reads the tensor, so not for every token.
 
     Raises:
-        ConfigError: an entry that is not finite, or larger than any dial.
+        ConfigError: an entry that is no real number, not finite, or larger than any dial.
     """
+    require_real(name, value)
     if not bool((value.abs() <= MAX_DIAL).all()):  # false for NaN too
         raise ConfigError(f"{name} = {value.tolist()!r}: every entry must be a finite number within ±{MAX_DIAL:g}.")
     return value

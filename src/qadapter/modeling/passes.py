@@ -10,6 +10,7 @@ from qadapter.data.packing import PackedSequences
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling.packed import packed_batch
+from qadapter.modeling.streams import keep_base_in_eval
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 from qadapter.objective import ImpliedRewards, implied
 
@@ -73,6 +74,7 @@ class TrainingPasses:
         with self.plan.running(None, layer_pass=trunk):
             final = decoder(**batch, use_cache=False).last_hidden_state
         decoder.train(training)
+        keep_base_in_eval(decoder)
         return BaseStates(final, trunk.states if self.shared_layers else None)
 
     def adapter_pass(

@@ -1,9 +1,10 @@
 """The customised policy as a transformers causal language model: a frozen base, LoRA adapters, and a dial."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
-from qadapter.modeling.adapter_settings import check_adapter_names, default_peft_config, warn_of_missing_targets
+from qadapter.modeling.adapter_settings import (
+    check_adapter_names,
+    default_peft_config,
+    warn_of_missing_targets,
+    with_named_targets,
+)
 from qadapter.modeling.bases import load_base, resolve_base, source_of, tokenizer_fingerprint
 from qadapter.modeling.decoding import PolicyGenerationMixin
 from qadapter.modeling.heads import Head
@@ -31,15 +37,16 @@ from qadapter.modeling.mixing import (
 )
 from qadapter.modeling.passes import TrainingPasses
 from qadapter.modeling.quantised import check_trainable_files, keep_layout
-from qadapter.modeling.stacked import StackedPasses, shape_of
+from qadapter.modeling.stacked import StackedPasses, refuse_images, shape_of
 from qadapter.modeling.streams import (
     StreamPlan,
     adapter_parameters,
     disable_dropout,
     follow_plan,
+    keep_base_in_eval,
     with_stream_layers,
 )
-from qadapter.modeling.trunk import share_trunk, with_first_layer
+from qadapter.modeling.trunk import can_fork, share_trunk, with_first_layer
 
 DEFAULT_ADAPTER = "default"
 
@@ -100,6 +107,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         self.head = Head.of(self.base)
         # Decoder layers below the first adapted one, which all streams share; 0 switches the sharing off.
         self.shared_layers = share_trunk(self.base, self.plan)
+        self.rows_can_fork = can_fork(self.base, self.plan, self.shared_layers)
+        keep_base_in_eval(self.base)
         # The settings of calls that give none.
         self.strength: Any = 1.0
         self.max_kl: Any = None
@@ -111,6 +120,12 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         self.base_source = source_of(base)
         self.tokenizer_fingerprint: dict[str, str] | None = None
 
+    def train(self, mode: bool = True) -> Self:
+        """As any module's, but for the base's own modules, which stay in eval mode: the streams differ by adapters."""
+        super().train(mode)
+        keep_base_in_eval(self.base)
+        return self
+
     @property
     def peft_model(self) -> PeftModel:
         """PEFT's view of the base with its adapters, for PEFT's own functions (saving, loading)."""
@@ -121,9 +136,11 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
             (name, with_stream_layers(peft_config)) for name, peft_config in peft_configs.items()
         )
         try:
-            peft_model = get_peft_model(base, first_config, adapter_name=first)
-            for name, peft_config in others:
-                peft_model.add_adapter(name, peft_config)
+            with warnings.catch_warnings():  # PEFT asks by a name that transformers gives up
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                peft_model = get_peft_model(base, first_config, adapter_name=first)
+                for name, peft_config in others:
+                    peft_model.add_adapter(name, peft_config)
         except ValueError as error:  # PEFT's type for targets that are not there or cannot be adapted
             raise ConfigError(f"the adapter does not fit {type(base).__name__}: {error}") from error
         follow_plan(peft_model, self.plan)
@@ -143,7 +160,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         Args:
             base: model id, folder, or a loaded causal LM.
             config: the method's settings, `QAdapterConfig()` by default.
-            peft_config: the adapter; LoRA of rank 8 on all linear layers but the head by default.
+            peft_config: the adapter; LoRA of rank 8 on "all-linear" by default: the decoder's linear layers, not the
+                head, routers, experts, Mamba's own weights or what reads images.
             first_adapted_layer: adapt this decoder layer and those above it only; both streams share the layers below.
             model_kwargs: passed to AutoModelForCausalLM.from_pretrained (dtype, revision, device_map, ...).
 
@@ -161,6 +179,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         warn_of_missing_targets(peft_config, base)
         if first_adapted_layer:
             peft_config = with_first_layer(peft_config, base, first_adapted_layer)
+        peft_config = with_named_targets(peft_config, base)
         model = cls(base, {DEFAULT_ADAPTER: config or QAdapterConfig()}, {DEFAULT_ADAPTER: peft_config})
         model.base_source = source or model.base_source
         return model
@@ -236,6 +255,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
                 which is `generate`'s; `output_hidden_states` or `output_attentions`; with `interpolation="weights"` a
                 strength that changes along the text, DoRA, or another form than the residual with α₀ = α̃.
         """
+        refuse_images(kwargs)
         if gather_indices is not None:
             packed: dict[str, Any] = {"position_ids": position_ids, "gather_indices": gather_indices, **kwargs}
             return self.packed_statistics(input_ids, completion_mask=completion_mask, **packed)  # type: ignore[arg-type]

@@ -25,6 +25,8 @@ from qadapter.modeling.streams import Blend, Stream, parts_of, repeat_rows, titl
 from qadapter.modeling.trunk import ForkRows
 
 INTERPOLATIONS = ("logits", "weights")
+# In the names of what models of other things than text are handed.
+OTHER_THAN_TEXT = ("pixel", "image", "video", "audio", "input_features")
 
 
 class StackedPasses:
@@ -43,6 +45,7 @@ class StackedPasses:
     peft_model: Any
     plan: Any
     shared_layers: int
+    rows_can_fork: bool
     strength: Any
     training: bool
 
@@ -160,10 +163,21 @@ class StackedPasses:
     def forks(self, streams: int) -> bool:
         """Whether a pass of so many streams parts above the first layer, with one cache for all below.
 
-        FlexAttention's block masks cannot be repeated in the middle of a pass.
+        FlexAttention's block masks cannot be repeated in the middle of a pass, nor what some layers are handed.
         """
         flexible = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
-        return streams > 1 and self.shared_layers > 0 and not flexible
+        return streams > 1 and self.shared_layers > 0 and self.rows_can_fork and not flexible
+
+
+def refuse_images(kwargs: Mapping[str, Any]) -> None:
+    """Raise ConfigError for images, sound and video: a decoder of text would take them and not look at them."""
+    given = [
+        name for name, value in kwargs.items() if value is not None and any(part in name for part in OTHER_THAN_TEXT)
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: a policy reads text only, also of a base that takes more. Leave it out."
+        )
 
 
 def blended(factors: Mapping[str, float | Tensor]) -> Stream:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qadapter.errors import ConfigError
+from qadapter.modeling.adapter_settings import is_linear_map
 
 
 class Blend(NamedTuple):
@@ -282,14 +283,19 @@ def follow_plan(model: nn.Module, plan: StreamPlan) -> None:
     """Let every LoRA layer of `model` follow `plan`.
 
     Raises:
-        ConfigError: a LoRA layer that is no `StreamLinear`, such as on an embedding or a fused quantised layer.
+        ConfigError: a LoRA layer that is no `StreamLinear`, such as on an embedding or a fused quantised layer, or is
+            on a router that gives no tensor to add to.
     """
     for name, module in model.named_modules():
-        if isinstance(module, StreamLinear):
+        if isinstance(module, StreamLinear) and is_linear_map(module.get_base_layer()):
             module.plan = plan
         elif isinstance(module, LoraLayer):
             kind = type(module.get_base_layer()).__name__
-            can = {path.rpartition(".")[2] for path, part in model.named_modules() if isinstance(part, StreamLinear)}
+            can = {
+                path.rpartition(".")[2]
+                for path, part in model.named_modules()
+                if isinstance(part, StreamLinear) and is_linear_map(part.get_base_layer())
+            }
             raise ConfigError(
                 f"LoRA on {name} ({kind}) cannot run beside the base in one batch: leave it out of target_modules"
                 + (f", as in {' '.join(sorted(can))}." if can else ".")
@@ -318,12 +324,32 @@ def repeat_rows(value: Any, times: int, rows: int) -> Any:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch off the base's own dropout, so that both streams differ by the adapter alone (as TRL does)."""
+    """Switch off the base's own dropout, so that both streams differ by the adapter alone (as TRL does).
+
+    Much of it is a number that a layer hands to a function in its forward: `residual_dropout`, `attn_pdrop`, a router's
+    `jitter_noise`.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(vars(module).get("attention_dropout"), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def keep_base_in_eval(module: nn.Module) -> None:
+    """Put the base's own modules into eval mode; its LoRA layers keep theirs.
+
+    In training mode some architectures draw experts at random or bound their weights. Layers whose activations are
+    checkpointed keep their mode, since transformers checkpoints in training mode only, and so do quantised layers,
+    which choose by it what they keep for the backward pass.
+    """
+    if isinstance(module, LoraLayer) or type(module).__module__.startswith("bitsandbytes"):
+        return
+    if not getattr(module, "gradient_checkpointing", False):
+        module.training = False
+    for child in module.children():
+        keep_base_in_eval(child)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:

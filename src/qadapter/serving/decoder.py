@@ -111,10 +111,12 @@ class Decoder:
         config = model.config.get_text_config(decoder=True)
         self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
         kinds = set(getattr(config, "layer_types", None) or LAYER_TYPES)
-        if not kinds <= LAYER_TYPES or getattr(config, "num_kv_shared_layers", None):
+        sharing = getattr(config, "num_kv_shared_layers", None)
+        if not kinds <= LAYER_TYPES or sharing:
+            has = f"{sharing} layers that read another's keys and values" if sharing else f"layers {sorted(kinds)}"
             raise ConfigError(
-                f"{type(model.base).__name__} has layers of the kinds {sorted(kinds)}; the server knows "
-                f"{sorted(LAYER_TYPES)} with keys and values of their own. Use `qadapter generate`."
+                f"{type(model.base).__name__} has {has}; the server knows {sorted(LAYER_TYPES)} with keys and values "
+                "of their own. Use `qadapter generate`."
             )
 
     def empty(self, dials: Sequence[Dial]) -> RowBatch:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qadapter.data.encoding import PlainEncoder, render
+from qadapter.data.encoding import UNUSABLE_VARIABLES, PlainEncoder, render
 from qadapter.data.rows import RowError
 from qadapter.data.template_variables import unread_variable
 from qadapter.serving.api_errors import ApiError, bad_request
@@ -25,7 +25,8 @@ class PromptEncoder:
             variables: what the template reads besides.
 
         Raises:
-            ApiError: there is no template, it refuses the conversation, or a variable is not the client's to set.
+            ApiError: there is no template, it refuses the conversation, or a variable is not the client's to set or
+                of a type that the template cannot use.
         """
         if not self.tokenizer.chat_template:
             raise bad_request(
@@ -40,7 +41,8 @@ class PromptEncoder:
         try:
             return render(self.tokenizer, rows, add_generation_prompt=True, variables=variables)
         except RowError as error:
-            raise bad_request(f"{error}.", "messages") from None
+            param = "chat_template_kwargs" if error.reason == UNUSABLE_VARIABLES else "messages"
+            raise bad_request(f"{error}.", param) from None
 
     def text(self, prompt: str | Sequence[int]) -> list[int]:
         """A text as the tokenizer begins texts, or ids as they are.

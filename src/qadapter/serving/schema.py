@@ -30,14 +30,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "web_search_options": (),
     "moderation": (),
-    "reasoning_effort": (),
-    "verbosity": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "suffix": ("",),
     "echo": (False,),
     "best_of": (),
 }
 # Of an answer's message, as other servers write it.
-EMPTY_FIELDS: tuple[tuple[str, Any], ...] = (("tool_calls", []), ("annotations", []))
+EMPTY_FIELDS: tuple[tuple[str, Any], ...] = (
+    ("tool_calls", []), ("annotations", []), ("refusal", ""), ("reasoning_content", ""), ("reasoning", ""),
+)  # fmt: skip
 
 Name = Annotated[str, Field(max_length=200)]
 TemplateVariable = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=1000)]
