@@ -18,6 +18,7 @@ from qadapter.base_states import (
     keep_base_states,
 )
 from qadapter.data import PackedCollator, PreferenceCollator
+from qadapter.data.tokenisation import pairs_digest
 from qadapter.errors import ConfigError
 from qadapter.modeling.packed import enable_packing
 
@@ -321,3 +322,16 @@ def test_memory_of_one_process_is_refused_to_several(tmp_path, monkeypatch):
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     with pytest.raises(ConfigError, match="with several processes: give a folder"):
         trainer.get_train_dataloader()
+
+
+def test_the_digest_is_of_the_pairs_however_they_are_stored():
+    def shortened(rows):
+        return {**rows, "chosen_ids": [ids[:1] for ids in rows["chosen_ids"]]}
+
+    pairs = Dataset.from_list(token_pairs(6))
+    assert pairs_digest(pairs.with_format("torch")) == pairs_digest(pairs)
+    assert pairs_digest(pairs.select([*range(6)])) == pairs_digest(pairs)
+    assert pairs_digest(pairs.select([1, 0, *range(2, 6)])) != pairs_digest(pairs)
+    # A transform makes the rows.
+    assert pairs_digest(pairs.with_transform(shortened)) == pairs_digest(pairs.with_transform(shortened))
+    assert pairs_digest(pairs.with_transform(shortened)) != pairs_digest(pairs.with_transform(dict))

@@ -209,7 +209,7 @@ def picture_lines(means: Mapping[tuple[str, str, str], DomainMean], plots: Path)
     if not bars:
         return
     title = "Q-Adapter's area less DPO's, mean over the domains of DSP"
-    picture = svg(forest_chart(bars, title, "share of DPO's area; bars: 95% intervals"))
+    picture = svg(forest_chart(bars, title, "the difference and its 95% interval, as a share of DPO's estimate"))
     (plots / PICTURE).write_text(picture, encoding="utf-8")
     yield f"![{title}, by gain and drift]({plots.name}/{PICTURE})\n"
 

@@ -8,6 +8,8 @@ import sys
 
 def called_as() -> str:
     """How this program can be called again: by its name, or where that is not on the path, as it was called."""
-    if shutil.which("qadapter") or os.path.basename(sys.argv[0]) != "qadapter":
+    if shutil.which("qadapter"):
         return "qadapter"
-    return shlex.quote(sys.argv[0])
+    if os.path.basename(sys.argv[0]) == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m qadapter"
+    return shlex.quote(sys.argv[0]) if os.path.basename(sys.argv[0]) == "qadapter" else "qadapter"

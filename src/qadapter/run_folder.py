@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 ARGUMENTS_NAME = "training_arguments.json"
+PAIRS = "pairs_sha256"  # an entry of it
 # What decides which pairs a step trains on.
-PAIRS = "pairs_sha256"  # among the arguments
 BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 # What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
 RUN_FILES = (

@@ -361,7 +361,8 @@ class QAdapterTrainer(Trainer):
         return pairs_digest(self._given_pairs) if isinstance(self._given_pairs, Dataset) else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        warn_of_other_pairs(Path(resume_from_checkpoint), self._pairs_digest)
+        if self.is_world_process_zero():
+            warn_of_other_pairs(Path(resume_from_checkpoint), self._pairs_digest)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

@@ -170,7 +170,7 @@ def test_base_with_missing_weights_is_refused(tmp_path):
 def test_a_damaged_base_is_named(tmp_path, damage):
     tiny_base().save_pretrained(tmp_path)
     damage(tmp_path / "model.safetensors", tmp_path / "config.json")
-    with pytest.raises(ConfigError, match=f"base model '{tmp_path}' cannot be loaded: "):
+    with pytest.raises(ConfigError, match=f"base model '{tmp_path}' cannot be loaded: its files are damaged"):
         QAdapterForCausalLM.from_base(tmp_path)
 
 

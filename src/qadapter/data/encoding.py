@@ -6,6 +6,7 @@ would add a second beginning-of-sequence token.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qadapter.data.rows import Message, Pair, RowError
@@ -116,19 +117,24 @@ def render(
     """
     from jinja2 import TemplateError, UndefinedError
 
-    try:
+    def ids(given: Mapping[str, Any]) -> list[int]:
         rendered = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **(variables or {})
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **given
         )
+        return list(rendered["input_ids"])
+
+    try:
+        return ids(variables or {})
     except (TemplateError, *PYTHON_ERRORS) as error:
         # Such as text joined with a number, or a number asked for its length.
         if variables and isinstance(error, (UndefinedError, *PYTHON_ERRORS)):
-            names = ", ".join(variables)
-            raise RowError(UNUSABLE_VARIABLES, f"the chat template fails with {names} as given: {error}") from None
+            with suppress(TemplateError, *PYTHON_ERRORS):
+                ids({})
+                names = ", ".join(variables)
+                raise RowError(UNUSABLE_VARIABLES, f"the chat template fails with {names} as given: {error}") from None
         if not isinstance(error, TemplateError):
             raise
         raise RowError("refused by template", f"the chat template refuses the conversation: {error}") from None
-    return list(rendered["input_ids"])
 
 
 def shared_prefix(*sequences: Sequence[int]) -> int:

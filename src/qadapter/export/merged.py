@@ -4,6 +4,7 @@ A composition of interpolated weights is one, too: the sum of its adapters' upda
 """
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from qadapter.modeling.streams import StreamLinear
 from qadapter.new_folders import into_new_folder, set_mode_of_weights
 
 CHECKED_TOKENS = 64
+# Settings of a policy that no LoRA has, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"max_kl": (None, math.inf), "min_kl": (None, 0), "decay": (1.0,)}
 
 
 def exact_factors(model: QAdapterForCausalLM, interpolated: float | None = None) -> dict[str, float]:
@@ -33,11 +36,12 @@ def exact_factors(model: QAdapterForCausalLM, interpolated: float | None = None)
     Raises:
         ConfigError: the policy is no LoRA: it mixes logits, or its settings need the base stream.
     """
-    for name, neutral in (("max_kl", None), ("min_kl", None), ("decay", 1.0)):
-        if getattr(model, name) != neutral:
+    for name, neutral in NEUTRAL.items():
+        value = getattr(model, name)
+        if isinstance(value, torch.Tensor) or value not in neutral:
             raise ConfigError(
-                f"the model's own {name} = {getattr(model, name)!r} is not part of any LoRA: set it to {neutral}, or "
-                "distil the policy (qadapter.export.distil)."
+                f"the model's own {name} = {value!r} is not part of any LoRA: set it to {neutral[0]!r}, or distil the "
+                "policy (qadapter.export.distil)."
             )
     weights = {name: weight for name, weight in model.adapter_weights.items() if weight}
     if reason := _need_of_streams(model, weights, interpolated):

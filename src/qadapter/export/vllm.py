@@ -1,7 +1,6 @@
 """A folder that vLLM serves with the plugin `qadapter-vllm`: base weights, adapter, tokenizer and what names them."""
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from qadapter.errors import ConfigError
+from qadapter.export.merged import NEUTRAL
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import save, write_json
 from qadapter.modeling.heads import Head
@@ -28,12 +28,7 @@ VLLM_ARCHITECTURES = (
     "Gemma3ForCausalLM",
 )
 # Settings of a model that the plugin has no place for, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "max_kl": (None, math.inf),
-    "min_kl": (None, 0),
-    "decay": (1.0,),
-    "interpolation": ("logits",),
-}
+WITHOUT_A_PLACE: dict[str, tuple[Any, ...]] = {**NEUTRAL, "interpolation": ("logits",)}
 # The same weights once more, in Mistral's own format, which vLLM would prefer.
 MISTRAL_FILES = "consolidated"
 BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -88,7 +83,7 @@ def export_vllm(
 
 def _require_servable(model: QAdapterForCausalLM) -> None:
     """Raise ConfigError for what the plugin has no setting of, or would refuse at the start."""
-    for name, neutral in NEUTRAL.items():
+    for name, neutral in WITHOUT_A_PLACE.items():
         value = getattr(model, name)
         if isinstance(value, Tensor) or value not in neutral:
             raise ConfigError(

@@ -203,7 +203,7 @@ def loading_class(config: Any, name: str) -> Any:
     """
     if config is None or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # without a config, to say what is wrong with it
         return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
         return AutoModelForImageTextToText
     kind = (config.architectures or [type(config).__name__])[0]
     raise ConfigError(f"base model {name!r} is a {kind}, which is no causal language model: give one that is.")
@@ -237,9 +237,9 @@ def load_base(source: BaseSource, **model_kwargs: Any) -> PreTrainedModel:
             f"base model {source.name!r} cannot be loaded: {reason} "
             "Give a folder with config.json and safetensors, or a hub id that is cached or reachable."
         ) from error
-    except torch.OutOfMemoryError:
-        raise
-    except (SafetensorError, StrictDataclassError, RuntimeError) as error:  # of files that were cut off, or do not fit
+    except (SafetensorError, StrictDataclassError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error):
+            raise  # of memory or a device: nothing is wrong with the files
         raise ConfigError(
             f"base model {source.name!r} cannot be loaded: its files are damaged or belong to different models "
             f"({first_line(error)}). Download it again."

@@ -28,7 +28,9 @@ def folded(base: PreTrainedModel, adapter: str) -> Iterator[None]:
     for name, layer in layers.items():
         if not isinstance(layer.base_layer, nn.Linear | Conv1D) or not is_plain(layer.base_layer.weight):
             kind = type(layer.base_layer).__name__
-            raise ConfigError(f"{name} is a {kind}: an adapter cannot be folded into quantised weights. Run it beside.")
+            raise ConfigError(
+                f"{name} is a {kind}, quantised or sharded: no adapter can be folded into it. Run it beside."
+            )
     originals = {name: layer.base_layer.weight for name, layer in layers.items()}
     try:
         for layer in layers.values():

@@ -1,5 +1,6 @@
 """The customised policy as a transformers causal language model: a frozen base, LoRA adapters, and a dial."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ from qadapter.modeling.streams import (
 from qadapter.modeling.trunk import can_fork, share_trunk, with_first_layer
 
 DEFAULT_ADAPTER = "default"
+logger = logging.getLogger(__name__)
 
 
 class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, PolicyGenerationMixin):
@@ -108,6 +110,8 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         # Decoder layers below the first adapted one, which all streams share; 0 switches the sharing off.
         self.shared_layers = share_trunk(self.base, self.plan)
         self.rows_can_fork = can_fork(self.base, self.plan, self.shared_layers)
+        if not self.rows_can_fork:
+            logger.info("%s repeats its rows before the first layer: passes share no trunk.", type(base).__name__)
         keep_base_in_eval(self.base)
         # The settings of calls that give none.
         self.strength: Any = 1.0

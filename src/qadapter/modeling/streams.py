@@ -340,13 +340,13 @@ def disable_dropout(model: nn.Module) -> None:
 def keep_base_in_eval(module: nn.Module) -> None:
     """Put the base's own modules into eval mode; its LoRA layers keep theirs.
 
-    In training mode some architectures draw experts at random or bound their weights. Layers whose activations are
+    In training mode some architectures draw experts at random or bound their weights. Modules whose activations can be
     checkpointed keep their mode, since transformers checkpoints in training mode only, and so do quantised layers,
     which choose by it what they keep for the backward pass.
     """
     if isinstance(module, LoraLayer) or type(module).__module__.startswith("bitsandbytes"):
         return
-    if not getattr(module, "gradient_checkpointing", False):
+    if not hasattr(module, "gradient_checkpointing"):
         module.training = False
     for child in module.children():
         keep_base_in_eval(child)
