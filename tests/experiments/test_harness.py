@@ -130,7 +130,7 @@ def test_the_page_is_made_of_the_files(finished, tmp_path):
     assert len(thresholds) == 2  # against KL on the pairs and on prose
     assert all("| margin | Q-Adapter | " in table for table in thresholds)
     assert (
-        len(re.findall(r"^\| Q-Adapter \| .*( → .*){3}\|$", page.split("without → with the threshold")[1], re.M)) == 3
+        len(re.findall(r"^\| Q-Adapter \| .*( → .*){3}\|$", page.split("without → with the threshold")[1], re.M)) == 4
     )
     assert "**Against DPO with the threshold, too: a larger area is met in" in front
     plots = re.findall(r"\]\(([^)]+\.svg)\)", page)

@@ -149,9 +149,11 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not (taken := list(tmp_path.glob("work/board-*/taken-*"))) and time.monotonic() < deadline:
+        workers: set[int] = set()
+        while not workers and time.monotonic() < deadline:
             time.sleep(0.05)
-        workers = {int(path.read_text()) for path in taken if path.read_text()}
+            texts = (path.read_text() for path in tmp_path.glob("work/board-*/taken-*"))
+            workers = {int(text) for text in texts if text}  # a file is made before it is written to
         assert workers
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
