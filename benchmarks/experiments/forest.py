@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from qadapter.plots import COLOURS, GREY, GRID, INK, WIDTH, Box, Chart, Dot, Label, Line, Shape, ticks
 
-LEFT, RIGHT, TOP, BOTTOM = 268, 24, 66, 44  # room for a yardstick's name
+LEFT, RIGHT, TOP, BOTTOM = 290, 34, 66, 44  # room for a yardstick's name
 BAR, GAP = 15, 12  # pixels a bar, and between yardsticks
 ENTRIES_A_ROW = 4
 MOST = 1.5  # of DPO's area: what goes farther is cut there

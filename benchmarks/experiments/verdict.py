@@ -104,7 +104,8 @@ def verdict_lines(settings: Settings, plots: Path | None = None) -> Iterator[str
     against = comparisons(found, by_root)
     yield from goal_lines("Against DPO", against)
     yield from count_table("gain by", [(GAIN_TITLES[row.gain], row) for row in against])
-    yield from count_table("suite", [(f"[{row.suite}](results/{row.suite}.md)", row) for row in against])
+    folder = "results" if plots is None else plots.name
+    yield from count_table("suite", [(f"[{row.suite}]({folder}/{row.suite}.md)", row) for row in against])
     means = domain_means(against)
     if plots is not None:
         yield from picture_lines(means, plots)
@@ -209,7 +210,7 @@ def picture_lines(means: Mapping[tuple[str, str, str], DomainMean], plots: Path)
     if not bars:
         return
     title = "Q-Adapter's area less DPO's, mean over the domains of DSP"
-    picture = svg(forest_chart(bars, title, "the difference and its 95% interval, as a share of DPO's estimate"))
+    picture = svg(forest_chart(bars, title, "difference and 95% interval, as a share of DPO's estimate"))
     (plots / PICTURE).write_text(picture, encoding="utf-8")
     yield f"![{title}, by gain and drift]({plots.name}/{PICTURE})\n"
 
