@@ -142,7 +142,8 @@ def test_base_rows_equal_the_bare_base_model_bit_for_bit_in_bfloat16():
     ids = token_ids(5)
     logits = decoder.feed(decoder.empty(dials_of(model)[:1]), ids)
     with torch.no_grad(), model.plan.running(None):
-        expected = model.base(torch.tensor(ids)).logits[:, -1]
+        # The head's product of one column, as the decoder's: of several, some processors round otherwise.
+        expected = model.base(torch.tensor(ids), logits_to_keep=1).logits[:, -1]
     assert torch.equal(logits, expected.float())
 
 
