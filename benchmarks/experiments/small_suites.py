@@ -236,14 +236,21 @@ def short_setting(name: str) -> Setting:
 
 
 def noise_small() -> Suite:
-    """`undiscounted` and DPO on a preference that shows in every answer, with ever more of the pairs swapped."""
+    """The default, `undiscounted` and DPO on a preference that shows in every answer, with ever more pairs swapped."""
     polite = short_setting("polite")
     noisy = (
         replace(polite, name=f"polite-noise-{noise:g}", training=replace(polite.training, label_noise=noise))
         for noise in (0.3, 0.15)
     )
-    knobs: dict[str, list[dict[str, Any]]] = {"qadapter": [{"beta": 10.0}], "dpo": [{"beta": 0.1}]}
-    purpose = "Does the lead over DPO need pairs that agree? With a share of the answers swapped; for a CPU."
+    smoothing = {"label_smoothing": 0.3}
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [{"beta": 10.0}, DEFAULT, DEFAULT | smoothing],
+        "dpo": [{"beta": 0.1}, {"beta": 0.1} | smoothing],
+    }
+    purpose = (
+        "Does the lead over DPO need pairs that agree? With a share of the answers swapped, with and without "
+        "label smoothing; for a CPU."
+    )
     return Suite((polite, *noisy), knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))
 
 
