@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from qadapter.data import load_preference_dataset, train_eval_split
 from qadapter.data.base_limits import require_fit
@@ -30,6 +30,7 @@ from qadapter.run_settings import DataArguments, Run, base_name, check_settings,
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import tokenised_pairs, warn_of_tokens
+from qadapter.training_log import LogBar, LogLines
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,9 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
             processing_class=tokenizer,
             callbacks=[interrupt, begins, *(callbacks or [])],
         )
+        for theirs in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(theirs)
+        trainer.add_callback(LogLines() if run.training.disable_tqdm else LogBar())
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except NothingLeft as stop:  # it may have ended before the adapter was written

@@ -1,17 +1,26 @@
-"""What every run leaves behind: a line of JSON a log entry, and the training curve as SVG."""
+"""What a run says while it trains, and what it leaves behind: a line of JSON a log entry, the training curve as SVG."""
 
 import json
 import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from qadapter.plots import line_chart
 
 LOG_NAME = "training_log.jsonl"
 CURVE_NAME = "training_curve.svg"
 CURVES = ("loss", "rewards/accuracies", "qadapter/kl")
+# What a line says of an entry: its metric, what it is called there, and its format. The file has all metrics.
+SAID = (
+    ("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".0%"), ("rewards/margins", "margin", ".3f"),
+    ("qadapter/kl", "KL", ".4f"), ("qadapter/retained_kl", "KL on texts", ".4f"),
+    ("learning_rate", "learning rate", ".1e"),
+)  # fmt: skip
 
 
 class TrainingLogCallback(TrainerCallback):
@@ -43,6 +52,54 @@ class TrainingLogCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             (folder / CURVE_NAME).write_text(training_curve(read_log(folder / LOG_NAME)))
+
+
+class LogBar(ProgressCallback):
+    """The trainer's progress bar, with a line an entry in place of its dictionary."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the line above the bar."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            for line in log_lines(logs or {}, state):
+                self.training_bar.write(line)
+
+
+class LogLines(PrinterCallback):
+    """A line an entry, with the time left, where nobody watches a bar."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.begin = (0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run's first step is a later one."""
+        self.begin = (state.global_step, self.clock())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print the line."""
+        if state.is_local_process_zero:
+            step, start = self.begin
+            done, left = state.global_step - step, state.max_steps - state.global_step
+            seconds = (self.clock() - start) / done * left if done else 0
+            for line in log_lines(logs or {}, state):
+                print(f"{line}; {timedelta(seconds=round(seconds))} left" if seconds else line, flush=True)
+
+
+def log_lines(logs: dict[str, Any], state: Any) -> list[str]:
+    """What an entry of the log says to a reader: of training, of each set of held-out pairs, of the whole run."""
+    lines = []
+    for key in logs:
+        if key == "loss" or (key.startswith("eval_") and key.endswith("_loss")):
+            prefix = key[: -len("loss")]
+            values = [f"{said} {logs[prefix + name]:{form}}" for name, said, form in SAID if prefix + name in logs]
+            held_out = " ".join(("held out", prefix[len("eval_") : -1])).strip()
+            lines.append(
+                f"step {state.global_step} of {state.max_steps}{', ' + held_out if prefix else ''}: {', '.join(values)}"
+            )
+    if "train_runtime" in logs:
+        pairs = f", {logs['train_samples_per_second']:.2g} pairs a second" if "train_samples_per_second" in logs else ""
+        lines.append(f"trained to step {state.global_step} in {timedelta(seconds=round(logs['train_runtime']))}{pairs}")
+    return lines
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,18 @@
 """`qadapter train`: from pairs in a file to an adapter, and what is said on the way."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import shlex
 import shutil
+import termios
 import xml.etree.ElementTree as ElementTree
 
 import datasets
 import pytest
-from commands import PROMPT, SHORT, adapter_settings, assert_refused, qadapter, succeeded
+from commands import PROMPT, QUICK, SHORT, adapter_settings, assert_refused, qadapter, start, succeeded
 
 from qadapter.data import token_cache
 from qadapter.training_log import read_log
@@ -19,6 +23,29 @@ def test_training_leaves_log_curve_and_arguments(adapter):
     assert ElementTree.parse(adapter / "training_curve.svg").getroot().tag.endswith("svg")
     arguments = json.loads((adapter / "training_arguments.json").read_text())
     assert (arguments["max_steps"], arguments["learning_rate"]) == (4, 0.05)
+
+
+def test_training_says_how_far_it_is_a_line_an_entry(train):
+    out = succeeded(train("--max-steps", 3))
+    assert re.search(r"^step 1 of 3: loss 0\.\d{4}, accuracy \d+%, .*; 0:00:0\d left$", out, re.MULTILINE)
+    assert re.search(r"^trained to step 3 in 0:00:\d\d, [\d.e+]+ pairs a second$", out, re.MULTILINE)
+    assert "{" not in out
+
+
+def test_in_a_terminal_training_draws_a_bar(base, pairs, tmp_path):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    options = ("--model", base, "--dataset", pairs, "--output-dir", tmp_path / "run", *QUICK)
+    with start("train", *options, stderr=theirs) as running:
+        os.close(theirs)
+        out, _ = running.communicate(timeout=100)
+    drawn = bytearray()
+    with contextlib.suppress(OSError):  # so Linux ends a terminal that nobody writes to any more
+        while chunk := os.read(ours, 65536):
+            drawn += chunk
+    os.close(ours)
+    assert "step 4 of 4: loss" in out
+    assert "4/4 [" in drawn.decode()
 
 
 def test_the_same_command_trains_the_same_adapter_and_another_seed_another(train, adapter, tmp_path):

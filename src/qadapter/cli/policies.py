@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from qadapter.cli import first_process
@@ -26,6 +27,7 @@ from qadapter.modeling.mixing import Strength, checked_weights
 def quiet_libraries() -> Iterator[None]:
     """Within the context, libraries report errors only, and our own warnings are lines on standard error.
 
+    Downloads show how far they are where somebody watches.
     Of several processes the first one warns.
     """
     own, handler = logging.getLogger("qadapter"), logging.StreamHandler()
@@ -34,9 +36,11 @@ def quiet_libraries() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     handler.setLevel(logging.WARNING if first_process() else logging.ERROR)
     verbosity = transformers_logging.get_verbosity()
-    drew = transformers_logging.is_progress_bar_enabled()
+    drew, hub_drew = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # the hub's bars, too
+    if hub_drew and sys.stderr.isatty():
+        enable_progress_bars()
     for logger in others:
         logger.setLevel(logging.ERROR)
     own.addHandler(handler)
@@ -53,6 +57,7 @@ def quiet_libraries() -> Iterator[None]:
         own.removeHandler(handler)
         if drew:
             transformers_logging.enable_progress_bar()
+        (enable_progress_bars if hub_drew else disable_progress_bars)()
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -7,6 +7,7 @@ import inspect
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -148,8 +149,9 @@ def parse(arguments: list[str]) -> Run:
     preset = first.preset if _times_given(arguments, "preset") else from_yaml.get("preset", "default")
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
-    pins = {"dataloader_pin_memory": default_device() == "cuda"}  # elsewhere torch would warn that it cannot
-    parser.set_defaults(**{**pins, **PRESETS[preset], **from_yaml})
+    # Pinning elsewhere, torch would warn that it cannot.
+    machine = {"dataloader_pin_memory": default_device() == "cuda", "disable_tqdm": not sys.stderr.isatty()}
+    parser.set_defaults(**{**machine, **PRESETS[preset], **from_yaml})
     values = parser.parse_args(arguments)
     require(values.model, "--model", "ID_OR_PATH (or builtin)")
     require(values.dataset, "--dataset", "FILE_OR_HUB_ID (or builtin)")
