@@ -18,6 +18,7 @@ Written by `python tests/cli/render_help.py > docs/cli.md`; a test fails when it
 ```
 
 Exit codes: 0 done, 1 an error (one line on standard error), 2 a command line that cannot be understood, 130 Ctrl-C.
+`audit`: 1 a limit is broken, 2 it could not run. `data check`: 1 also where the data are bad.
 """
 TRAIN = """
 ## qadapter train
@@ -25,7 +26,8 @@ TRAIN = """
 {description}
 
 Besides these, every one of transformers' `TrainingArguments` is an option
-(`qadapter train --help` lists them), and `--config FILE` reads any of them from YAML.
+(`qadapter train --help` lists them; the few that do not fit pairs are refused with the reason), and `--config FILE`
+reads any of them from YAML.
 """
 
 

@@ -63,7 +63,7 @@ def test_a_threshold_leaves_tokens_to_the_base(adapter):
     base = answer("--strength", 0)
     assert answer("--strength", 2, "--threshold", 1e6) == base != answer("--strength", 2, "--threshold", 1e-9)
     outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--threshold", -1, *SHORT)
-    assert_refused(outcome, "min_kl = -1.0: must be a finite number, 0 or above")
+    assert_refused(outcome, "--threshold -1: must be a finite number of nats, 0 or above")
     outcome = qadapter("generate", adapter, "--prompt", PROMPT, "--threshold", 1, "--interpolation", "weights", *SHORT)
     assert_refused(outcome, 'min_kl cannot be used with interpolation="weights"')
 
@@ -78,7 +78,7 @@ def test_a_cap_and_weights_are_those_of_the_dial(adapter, answers):
     assert answer("--adapter-weights", "default=0") == base
     assert answer("--adapter-weights", "default=2") == answer("--strength", 2) != policy
     for options, message in (
-        (("--cap", "nan"), "max_kl = nan: must be a finite number, 0 or above."),
+        (("--cap", "nan"), "--cap nan: must be a finite number of nats, 0 or above."),
         (("--adapter-weights", "other=1"), "adapter_weights names ['other']; the adapters are ['default']."),
     ):
         assert_refused(qadapter("generate", adapter, "--prompt", PROMPT, *options, *SHORT), re.escape(message))

@@ -5,12 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from commands import QUICK, qadapter, succeeded
+from commands import QUICK, SHORT, qadapter, succeeded
 
 from qadapter.cli import COMMANDS
 from qadapter.cli.train import TrainParser
 from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.evaluation.workload import BUDGETS
+from qadapter.training_metrics import METRICS, RETAINED_KL
 
 ROOT = Path(__file__).parents[2]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -89,6 +90,11 @@ def test_the_budgets_in_the_documents_are_the_code_s():
     }
 
 
+def test_the_metrics_in_the_documents_are_the_code_s():
+    rows = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "docs/training.md").read_text(), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row)) == sorted((*METRICS, RETAINED_KL))
+
+
 def test_the_presets_in_the_documents_are_the_code_s():
     rows = re.findall(r"^\| `(\w+)`[^|]*\| `(\w+)` \|(.*)\|$", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
     assert {name for name, *_ in rows} == set(PRESETS)
@@ -118,14 +124,15 @@ def test_the_readme_counts_what_the_results_count():
 def test_the_python_of_the_readme_runs(base, pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_bytes(pairs.read_bytes())
-    for folder in ("quickstart/adapter", "concise-adapter", "polite-adapter"):
+    for folder in ("quickstart/adapter", "polite-adapter"):
         command = ("train", "--model", base, "--dataset", pairs, "--output-dir", folder)
         succeeded(qadapter(*command, *QUICK))
     names = {}
     for example in code(README.read_text(), "python"):
         example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(base))
         exec(re.sub(r"max_new_tokens=\d+", "max_new_tokens=3", example), names)
-    assert (tmp_path / "my-adapter" / "qadapter_config.json").exists()
+    assert (tmp_path / "concise-adapter" / "qadapter_config.json").exists()
+    succeeded(qadapter("generate", "both", "--prompt", "Hi", "--adapter-weights", "concise=0.5", "polite=0.2", *SHORT))
 
 
 def test_the_python_of_the_evaluation_runs(adapter, pairs, tmp_path, monkeypatch):

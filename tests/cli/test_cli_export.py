@@ -336,7 +336,7 @@ def test_a_base_that_the_vllm_plugin_lacks_is_refused(exported, tmp_path):
         (("--format", "vllm", "--interpolation", "weights"), "--interpolation cannot be exported as vllm", 1),
         (("--cap", 0.1), "--cap cannot be exported as merged: use --format distilled", 1),
         (("--format", "vllm", "--decay", 0.9), "--decay cannot be exported as vllm: use --format distilled", 1),
-        (("--format", "distilled", "--cap", -1), "max_kl = -1.0: must be a finite number, 0 or above", 1),
+        (("--format", "distilled", "--cap", -1), "--cap -1: must be a finite number of nats, 0 or above", 1),
     ],
 )
 def test_an_impossible_export_writes_nothing(export, exported, options, match, code):

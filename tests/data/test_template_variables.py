@@ -58,6 +58,16 @@ def test_what_is_no_variable_of_the_template_is_refused(text, said):
     assert tokenizer.chat_template == THINKING
 
 
+def test_a_value_that_the_template_cannot_work_with_is_refused():
+    template = THINKING + "{{ 'Style: ' + style if style }}"
+    tokenizer = tiny_tokenizer(template)
+    with pytest.raises(ConfigError, match=r"chat template fails with it \(can only concatenate str"):
+        fix_variables(tokenizer, '{"style": 1}')
+    assert tokenizer.chat_template == template
+    fix_variables(tokenizer, '{"style": "plain"}')
+    assert rendered(tokenizer).endswith("Style: plain")
+
+
 def test_without_a_template_there_are_no_variables():
     with pytest.raises(ConfigError, match="has no chat template"):
         fix_variables(tiny_tokenizer(None), '{"style": 1}')

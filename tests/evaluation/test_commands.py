@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from types import SimpleNamespace
@@ -163,6 +164,17 @@ def test_sweep_writes_into_the_adapter_folder(run, own):
         assert (own / name).exists()
 
 
+def test_a_sweep_ends_with_the_audit_of_the_strength_it_recommends(run, own, files):
+    code, printed, _ = run("sweep", own, "--strengths", "0.5,1", "--alpha-0", 0.3, "--max-kl", 100, "--decay", 0.9)
+    program, name, *arguments = shlex.split(printed.partition("next: ")[2].splitlines()[0])
+    assert (code, program, name) == (0, "qadapter", "audit")
+    code, _, _ = run("audit", *arguments, "--instructions", files["prompts"])
+    audit = json.loads((own / "audit.json").read_text())
+    assert (code, audit["settings"]["strength"], audit["settings"]["decay"]) == (0, 1.0, 0.9)
+    assert "next: " not in run("sweep", own, "--strengths", "1", "--max-kl", 0)[1]
+    assert "next: " not in run("sweep", own, "--strengths", "1")[1]
+
+
 def test_a_sweep_without_pillow_says_what_is_missing(run, own, monkeypatch):
     monkeypatch.setattr(sweep_report, "find_spec", lambda name: None)
     code, printed, _ = run("sweep", own, "--strengths", "1")
@@ -322,8 +334,8 @@ def test_an_audited_folder_still_loads(run, own):
         ("sweep", ["--max-drop", "1"], "--max-drop needs benchmarks"),
         ("sweep", ["--interpolation", "weights", "--decay", "0.9"], "a decay cannot be used with interpolation"),
         ("sweep", ["--interpolation", "weights", "--alpha-0", "0.2"], "alpha_0 = 0.2 mixes logits"),
-        ("sweep", ["--threshold", "-1"], "min_kl = -1.0: must be a finite number, 0 or above"),
-        ("sweep", ["--cap", "-1"], "max_kl = -1.0: must be a finite number, 0 or above"),
+        ("sweep", ["--threshold", "-1"], "--threshold -1: must be a finite number of nats, 0 or above"),
+        ("sweep", ["--cap", "-1"], "--cap -1: must be a finite number of nats, 0 or above"),
         ("sweep", ["--judge", "rule:json"], "a sweep generates no answers to judge"),
         ("compare", ["--strengths", "0"], "--strengths '0' names the base only"),
         ("compare", ["--output-dir", __file__], "test_commands.py is a file: choose another"),

@@ -10,6 +10,7 @@ from qadapter.cli.options import add_policy_options, add_sampling_options
 from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.messages import as_text
 from qadapter.data.rows import RowError
+from qadapter.data.texts import read_utf8
 from qadapter.errors import ConfigError, DataError
 
 
@@ -17,7 +18,9 @@ def run(arguments: list[str]) -> int:
     """Run the command; its exit code."""
     parser = command_parser("generate", "Answer prompts with an adapter, at any strength.")
     add_policy_options(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="a prompt; may be given several times (default: standard input)"
+    )
     parser.add_argument("--prompts-file", type=Path, help="text file, one prompt a line, or JSONL with a prompt key")
     parser.add_argument("--compare", action="store_true", help="also show the base's answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -82,12 +85,7 @@ def _standard_input() -> str:
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text or JSONL file."""
     require_text_or_jsonl(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside JSON, too
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    lines = read_utf8(path).split("\n")  # splitlines would cut at U+2028 inside JSON, too
     if path.suffix != ".jsonl":
         return [line.strip() for line in lines if line.strip()]
     return [_prompt_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]

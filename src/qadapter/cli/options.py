@@ -1,6 +1,7 @@
 """Options that several commands have. Nothing heavy is imported here: --help and a misspelt option answer at once."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,14 @@ def weights_of(options: argparse.Namespace) -> dict[str, float] | None:
 
 
 def dial_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the dial besides the strength among a command's options, as a `Column` takes them."""
+    """Settings of the dial besides the strength among a command's options, as a `Column` takes them.
+
+    Raises:
+        ConfigError: a cap or threshold that is no number of nats, by the option's own name.
+    """
+    for option, value in (("cap", options.cap), ("threshold", options.threshold)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{option} {value:g}: must be a finite number of nats, 0 or above.")
     return {
         "adapter_weights": weights_of(options),
         "max_kl": options.cap,

@@ -1,8 +1,10 @@
 """`qadapter sweep`: the whole trade-off curve of an adapter, and the strength that fits a budget."""
 
 import argparse
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -11,6 +13,7 @@ from qadapter.cli.options import add_dial_options, add_subject_options, add_work
 from qadapter.errors import ConfigError
 from qadapter.evaluation.gate import parse_drops
 from qadapter.new_folders import require_writable
+from qadapter.program import called_as
 
 if TYPE_CHECKING:
     from qadapter.evaluation.columns import Column
@@ -30,7 +33,7 @@ def run(arguments: list[str]) -> int:
     add_dial_options(parser)
     parser.add_argument("--max-kl", type=float, default=None, help="recommend a strength with at most this KL, in nats")
     parser.add_argument("--max-drop", action="append", default=[],
-                        help="recommend one whose benchmarks fall by at most POINTS, or TASK=POINTS")  # fmt: skip
+                        help="recommend one whose benchmarks fall by at most (TASK=)POINTS; repeatable")  # fmt: skip
     add_workload_options(parser, answers=False)
     parser.add_argument(
         "--output-dir",
@@ -55,9 +58,24 @@ def run(arguments: list[str]) -> int:
     written = write_sweep(sweep, folder)
     print_sweep(sweep, Console())
     print(f"written: {', '.join(map(str, written))}")
+    if sweep["recommended"] and sweep["recommended"]["fits"]:
+        print(f"next: {audit_command(arguments, sweep)}")
     if folder / PNG_NAME not in written:
         print(f"no {PNG_NAME}: it needs Pillow, pip install 'qadapter[eval]'")
     return 0
+
+
+def audit_command(arguments: list[str], sweep: Mapping[str, Any]) -> str:
+    """The command that measures the recommended strength and holds it to the same limits."""
+    of_sweeps = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    of_sweeps.add_argument("--strengths")
+    of_sweeps.add_argument("--output-dir")
+    for name in ("--alpha-0", "--max-drop"):
+        of_sweeps.add_argument(name, nargs="*" if name == "--alpha-0" else None, action="append")
+    _, shared = of_sweeps.parse_known_args(arguments)
+    drops = [f"{task}={points:g}" for task, points in sweep["budget"]["max_drop"].items()]
+    limits = ["--max-drop", *drops] if drops else []
+    return f"{called_as()} audit {shlex.join([*shared, *limits])} --strength {sweep['recommended']['strength']:g}"
 
 
 def columns_of(options: argparse.Namespace) -> "list[Column]":

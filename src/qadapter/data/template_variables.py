@@ -27,8 +27,8 @@ def fix_variables(tokenizer: Any, text: str) -> None:
     """Let the tokenizer's template begin with these variables, {"name": value} as JSON.
 
     Raises:
-        ConfigError: no JSON object, a value that is no text, number, true or false, or a name that the template does
-            not read.
+        ConfigError: no JSON object, a value that is no text, number, true or false, a name that the template does
+            not read, or a value that it cannot be filled in with.
     """
     try:
         variables = json.loads(text)
@@ -46,7 +46,18 @@ def fix_variables(tokenizer: Any, text: str) -> None:
         raise ConfigError(f"--chat-template-kwargs: the base model's chat template reads no variable {unread!r}.")
     values = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
     beginning = "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items())
+    given = tokenizer.chat_template
     tokenizer.chat_template = beginning + tokenizer.get_chat_template()
+    try:
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello."}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # whatever the template's code raises
+        tokenizer.chat_template = given
+        raise ConfigError(
+            f"--chat-template-kwargs {text!r}: the base model's chat template fails with it ({error}). Give values of "
+            "the types that it expects."
+        ) from error
 
 
 def _plain(value: Any) -> bool:

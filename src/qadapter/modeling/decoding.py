@@ -58,10 +58,10 @@ class PolicyGenerationMixin(GenerationMixin):
 
         Raises:
             ConfigError: a setting that is not finite, too large or of the wrong shape; a callable strength, a decay or
-                `output_strengths` where a step is not one token of one row (assisted decoding, beams) or sees a piece
-                of the prompt (`prefill_chunk_size`); a callable strength, a decay or weights a row with
-                `guidance_scale`, these or any values a row with `token_healing`; `assistant_early_exit`; a cache that
-                another call has filled with other streams; with `interpolation="weights"` a strength that changes
+                `output_strengths` where a step is not one token (assisted decoding) or sees a piece of the prompt
+                (`prefill_chunk_size`); `output_strengths` with beams; a callable strength, a decay or weights a row
+                with `guidance_scale`, these or any values a row with `token_healing`; `assistant_early_exit`; a cache
+                that another call has filled with other streams; with `interpolation="weights"` a strength that changes
                 along the answer, or adapters it cannot scale.
         """
         refuse_images(kwargs)
