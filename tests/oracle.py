@@ -54,8 +54,8 @@ def discounted_return(rewards, start, gamma, floor=0.0):
     return sum(weight(t, gamma, floor) * reward for t, reward in enumerate(rewards)) - start
 
 
-def pair_loss(chosen, rejected, gamma, beta, length_normalised=False, label_smoothing=0.0, floor=0.0):
-    """Loss of one pair from two sides (rewards, V(s_0))."""
+def pair_loss(chosen, rejected, gamma, beta, length_normalised=False, label_smoothing=0.0, floor=0.0, kls=None):
+    """Loss of one pair from two sides (rewards, V(s_0)); β weighs the KL of both sides' tokens, `kls`, or r²."""
     total_chosen, total_rejected = (discounted_return(*side, gamma, floor) for side in (chosen, rejected))
     (chosen, _), (rejected, _) = chosen, rejected
     if length_normalised:
@@ -63,5 +63,10 @@ def pair_loss(chosen, rejected, gamma, beta, length_normalised=False, label_smoo
     margin = total_chosen - total_rejected
     bradley_terry = (1 - label_smoothing) * math.log(1 + math.exp(-margin))
     bradley_terry += label_smoothing * math.log(1 + math.exp(margin))
-    both = chosen + rejected
-    return bradley_terry + beta * sum(r * r for r in both) / len(both)
+    weighed = [r * r for r in chosen + rejected] if kls is None else kls
+    return bradley_terry + beta * sum(weighed) / len(weighed)
+
+
+def text_loss(kls, retention):
+    """Loss of a text that no pair speaks of, from the KL of its tokens."""
+    return retention * sum(kls) / len(kls)

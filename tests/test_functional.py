@@ -56,13 +56,23 @@ def loss_of(batch, setting, gamma=1.0, beta=0.0, length_normalised=False, label_
     return functional.preference_loss(returns, penalty, beta, label_smoothing)
 
 
-def objective_of(batch, config):
+def objective_of(batch, config, retained=None):
     """The loss of each pair as training computes it under the settings of an adapter."""
     z_theta, z_base, actions, mask = batch
     coefficients = functional.mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)
     policy = functional.mix_streams([z_theta, z_base], coefficients)
     statistics = token_statistics(policy.flatten(0, 1), z_base.flatten(0, 1), actions.flatten())
-    return pair_losses(TokenStatistics(*(column.view(mask.shape) for column in statistics)), mask, config)[0]
+    return pair_losses(TokenStatistics(*(column.view(mask.shape) for column in statistics)), mask, config, retained)[0]
+
+
+def sides_of(batch, pair, setting, gamma, floor):
+    """Chosen and rejected answer of a pair, each as the oracle takes it: (rewards, V(s_0))."""
+    z_theta, z_base, actions, mask = batch
+    for row in (pair, pair + 3):
+        n = int(mask[row].sum())
+        steps = (z_theta[row, :n].tolist(), z_base[row, :n].tolist(), actions[row, :n].tolist())
+        start = oracle.value(z_theta[row, 0].tolist(), z_base[row, 0].tolist(), *setting)
+        yield oracle.rewards(*steps, *setting, gamma, floor), start
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -72,16 +82,12 @@ def objective_of(batch, config):
 )
 def test_loss_equals_the_plain_python_oracle(setting, gamma, floor, beta, length_normalised, label_smoothing):
     batch = random_batch()
-    z_theta, z_base, actions, mask = batch
-    expected = []
-    for chosen in range(3):
-        sides = []
-        for row in (chosen, chosen + 3):
-            n = int(mask[row].sum())
-            steps = (z_theta[row, :n].tolist(), z_base[row, :n].tolist(), actions[row, :n].tolist())
-            start = oracle.value(z_theta[row, 0].tolist(), z_base[row, 0].tolist(), *setting)
-            sides.append((oracle.rewards(*steps, *setting, gamma, floor), start))
-        expected.append(oracle.pair_loss(*sides, gamma, beta, length_normalised, label_smoothing, floor))
+    expected = [
+        oracle.pair_loss(
+            *sides_of(batch, pair, setting, gamma, floor), gamma, beta, length_normalised, label_smoothing, floor
+        )
+        for pair in range(3)
+    ]
     actual = loss_of(batch, setting, gamma, beta, length_normalised, label_smoothing, floor)
     assert actual.tolist() == pytest.approx(expected, rel=1e-12)
     config = QAdapterConfig(
@@ -93,6 +99,30 @@ def test_loss_equals_the_plain_python_oracle(setting, gamma, floor, beta, length
         label_smoothing=label_smoothing,
     )
     assert objective_of(batch, config).tolist() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_loss_with_the_kl_and_that_of_texts_equal_the_oracle(setting):
+    batch = random_batch()
+    z_theta, z_base, _, mask = batch
+    kls = [
+        [
+            oracle.kl(
+                oracle.policy_logits(z_theta[row, t].tolist(), z_base[row, t].tolist(), *setting),
+                z_base[row, t].tolist(),
+            )
+            for row in (pair, pair + 3)
+            for t in range(int(mask[row].sum()))
+        ]
+        for pair in range(3)
+    ]
+    expected = [
+        oracle.pair_loss(*sides_of(batch, pair, setting, 0.9, 0.0), 0.9, 0.3, kls=kls[pair]) for pair in range(3)
+    ]
+    expected[1] = oracle.text_loss(kls[1], retention=0.7)
+    config = QAdapterConfig(*setting, gamma=0.9, discount_floor=0.0, beta=0.3, penalty="kl", retention=0.7)
+    actual = objective_of(batch, config, retained=[False, True, False])
+    assert actual.tolist() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -72,6 +72,17 @@ def test_the_folders_and_files_in_the_readme_exist():
     assert names
 
 
+def test_the_tests_that_the_method_names_exist():
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/method.md").read_text()))
+    functions = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert names - functions == set()
+    assert names
+
+
 def test_the_files_named_to_contributors_exist():
     names = set(re.findall(r"`((?:\w+/)*(?:\w+\.py|\w+/))`", CONTRIBUTING.read_text()))
     places = [ROOT / name for name in ("src/qadapter", "benchmarks", "tests")]
