@@ -26,10 +26,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@$(PIP) -e '.[builtin,dev,eval,serve,benchmarks,quantised]' -c constraints.txt
 	@touch $@
 
-# Tensors of ever new sizes fragment glibc's heap: without the fixed threshold, above which memory goes back to the
-# system at once, the quickstart's peak grows from 2.3 GiB to 3.9 (benchmarks/LOG.md).
+# Tensors of ever new sizes fragment glibc's heap, so memory above a fixed threshold goes back to the system at once; with
+# less than 4 MiB, or no reserve, a sixth of the time goes into getting the same pages again (benchmarks/LOG.md).
 quickstart: $(VENV)/installed
-	@MALLOC_MMAP_THRESHOLD_=1048576 $(BIN)/qadapter quickstart --output-dir quickstart
+	@MALLOC_MMAP_THRESHOLD_=4194304 MALLOC_TOP_PAD_=67108864 $(BIN)/qadapter quickstart --output-dir quickstart
 
 test: $(VENV)/installed-dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
