@@ -15,12 +15,12 @@ from qadapter.modeling.trunk import decoder_layers
 SIDE = {"cuda": 8192, "cpu": 1024}
 
 
-def matmul_rate(device: str, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Floating-point operations a second of a large square matmul of random numbers, the median of `repeats`."""
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matmul of random numbers, the median of ten."""
     side = SIDE[device]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(repeats + 3):
+    for _ in range(13):
         synchronise(device)
         start = time.perf_counter()
         left @ right

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from qadapter.modeling.bases import load_gguf
+from qadapter.modeling.builtin_model import load_gguf
 
 # A turn a line; the model's end of text ends an answer.
 PLAIN_CHAT = (

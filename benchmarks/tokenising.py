@@ -17,7 +17,8 @@ from datasets import Dataset
 
 from qadapter.data import load_preference_dataset, tokenise_preferences
 from qadapter.data.token_cache import cache_folder, tokenise_cached
-from qadapter.modeling.bases import load_tokenizer, resolve_base, tokenizer_fingerprint
+from qadapter.modeling.bases import load_tokenizer, resolve_base
+from qadapter.modeling.fingerprints import tokenizer_fingerprint
 
 MAX_LENGTH = 1024
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedTokenizerFast
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM, QAdapterTrainer, QAdapterTrainingArguments
+from qadapter.objective import pair_losses
 
 VOCABULARY = 97
 SIZES = {
@@ -197,6 +198,14 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['conte
 
 
 PRINTABLE = tuple(map(chr, range(32, 127)))
+
+
+def losses_and_gradients(policy, batch, mask):
+    """Loss of each pair (P,), and the gradients of their mean by the adapter's parameters."""
+    policy.zero_grad()
+    losses, _ = pair_losses(policy(**batch), mask, policy.configs["default"])
+    losses.mean().backward()
+    return losses.detach(), {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
 
 
 def tiny_tokenizer(template=TEMPLATE, characters=PRINTABLE):

@@ -2,7 +2,6 @@
 
 import math
 import random
-from dataclasses import astuple
 
 import oracle
 import pytest
@@ -12,19 +11,17 @@ from hypothesis import strategies as st
 from models import APART, plain_peft, tiny_base, tiny_policy, token_pairs, two_passes
 
 from qadapter import QAdapterConfig
-from qadapter.errors import DataError
 from qadapter.evaluation import intervals
 from qadapter.evaluation.batches import batches_by_beginning, batches_by_length
+from qadapter.evaluation.columns import Column
+from qadapter.evaluation.drift import BaseTokens, TextDrift, TokenDrift, measure_texts
 from qadapter.evaluation.intervals import Interval, bootstrap_mean, wilson
+from qadapter.evaluation.preferences import PairDrift
 from qadapter.evaluation.rules import follows_house_style, sentence_count
-from qadapter.evaluation.scoring import (
-    PairScore,
-    Score,
-    drift_summary,
-    pair_summary,
-    score_pairs,
-    score_texts,
-)
+from qadapter.evaluation.scoring import drift_summary, pair_summary
+from qadapter.evaluation.texts import Text
+
+COLUMNS = [Column("policy")]
 
 # -- intervals -----------------------------------------------------------------------------------------------------
 
@@ -198,8 +195,8 @@ def policy(base):
     return tiny_policy(base)
 
 
-def direct_score(plain, context, answer):
-    """Sums over the answer's tokens, one token and one vocabulary entry at a time."""
+def direct_sums(plain, context, answer):
+    """Log-probabilities of policy and base, KL and entropy, one token and one vocabulary entry at a time."""
     z_theta, z_base = two_passes(plain, input_ids=torch.tensor([context + answer]))
     logps = base_logps = kl = entropy = 0.0
     for position, token in enumerate(answer, start=len(context) - 1):
@@ -210,50 +207,20 @@ def direct_score(plain, context, answer):
         logps, base_logps = logps + p[token], base_logps + b[token]
         kl += sum(math.exp(x) * (x - y) for x, y in zip(p, b, strict=True))
         entropy -= sum(math.exp(x) * x for x in p)
-    return Score(len(answer), logps, base_logps, kl, entropy)
+    return logps, base_logps, kl, entropy
 
 
-def test_score_pairs_equals_direct_computation(base, policy):
-    pairs = token_pairs(5)
+def test_measured_texts_equal_direct_computation(base, policy):
     plain = plain_peft(base, policy)
-    for pair, score in zip(pairs, score_pairs(policy, pairs), strict=True):
-        for side in ("chosen", "rejected"):
-            expected = direct_score(plain, pair["prompt_ids"], pair[f"{side}_ids"])
-            assert astuple(getattr(score, side)) == pytest.approx(astuple(expected), rel=1e-9)
+    texts = [Text(pair["prompt_ids"], pair[side]) for pair in token_pairs(5) for side in ("chosen_ids", "rejected_ids")]
+    for text, measured in zip(texts, measure_texts(policy, texts, COLUMNS), strict=True):
+        own = measured.columns["policy"]
+        sums = [column.sum().item() for column in (own.logps, measured.base.logps, own.kl, own.entropy)]
+        assert sums == pytest.approx(direct_sums(plain, text.context, text.answer), rel=1e-9)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 13, 29, 10_000])
-def test_scores_do_not_depend_on_batches(policy, batch_tokens):
-    pairs = token_pairs(7)
-    expected = [value for score in score_pairs(policy, pairs, batch_tokens=1) for value in flat(score)]
-    scores = score_pairs(policy, pairs, batch_tokens=batch_tokens)
-    assert [value for score in scores for value in flat(score)] == pytest.approx(expected, rel=1e-9)
-
-
-def flat(pair):
-    return (*astuple(pair.chosen), *astuple(pair.rejected))
-
-
-def test_scoring_reports_every_text_and_leaves_the_models_mode(policy):
-    done = []
-    texts = [([1], [2, 3]), ([4, 5], [6]), ([7], [8])]
-    policy.train()
-    score_texts(policy, texts, batch_tokens=4, progress=done.append)
-    assert policy.training
-    policy.eval()
-    score_texts(policy, texts)
-    assert not policy.training
-    assert sum(done) == 3
-
-
-def test_scoring_nothing_gives_nothing(policy):
-    assert score_texts(policy, []) == []
-
-
-@pytest.mark.parametrize(("context", "answer"), [([], [1, 2]), ([1, 2], [])])
-def test_texts_without_context_or_answer_are_refused(policy, context, answer):
-    with pytest.raises(DataError, match="text 1 has . tokens of context and . of answer"):
-        score_texts(policy, [([1], [2]), (context, answer)])
+def test_measuring_nothing_gives_nothing(policy):
+    assert measure_texts(policy, [], COLUMNS) == []
 
 
 @settings(deadline=None)
@@ -276,18 +243,21 @@ def test_batches_of_texts_that_begin_alike_hold_each_once_and_keep_to_their_size
         assert len(batch) == 1 or sum(len(texts[index]) for index in batch) <= batch_tokens
 
 
-def score(logps, base_logps=-6.0, tokens=2, kl=0.0):
-    return Score(tokens, logps, base_logps, kl, entropy=1.0)
+def text(logps, base_logps=-6.0, tokens=2, kl=0.0):
+    """A measured text with these sums over its tokens."""
+    own, base, divergence = (torch.full((tokens,), total / tokens) for total in (logps, base_logps, kl))
+    zero = torch.zeros(tokens)
+    return TextDrift(BaseTokens(base, zero, zero), {"policy": TokenDrift(own, divergence, zero, zero, zero, zero)})
 
 
 def test_pair_summary_counts_wins_against_base_and_per_token():
     """By hand; the third pair ties in both ways of counting, which is worth a half."""
     pairs = [
-        PairScore(score(-4.0, tokens=4, kl=2.0), score(-7.0)),  # margins: log-ratio 3, per token 2.5, base's 1.5
-        PairScore(score(-9.0, kl=1.0), score(-5.0)),  # -4, -2, 0
-        PairScore(score(-6.0, kl=0.0), score(-6.0)),  # 0, 0, 0
+        PairDrift.of(text(-4.0, tokens=4, kl=2.0), text(-7.0)),  # margins: log-ratio 3, per token 2.5, base's 1.5
+        PairDrift.of(text(-9.0, kl=1.0), text(-5.0)),  # -4, -2, 0
+        PairDrift.of(text(-6.0, kl=0.0), text(-6.0)),  # 0, 0, 0
     ]
-    summary = pair_summary(pairs)
+    summary = pair_summary(pairs, "policy")
     values = {name: interval.value for name, interval in summary.items()}
     assert values == pytest.approx(
         {
@@ -302,7 +272,7 @@ def test_pair_summary_counts_wins_against_base_and_per_token():
 
 
 def test_drift_summary_is_per_token():
-    summary = drift_summary([score(-8.0, -6.0, tokens=4, kl=2.0), score(-2.0, -6.0, tokens=2, kl=0.0)])
+    summary = drift_summary([text(-8.0, -6.0, tokens=4, kl=2.0), text(-2.0, -6.0, tokens=2, kl=0.0)], "policy")
     values = {name: interval.value for name, interval in summary.items()}
     assert values == pytest.approx({"loss": 1.5, "base_loss": 2.25, "loss_change": -0.75, "kl": 0.25})
 
@@ -310,5 +280,6 @@ def test_drift_summary_is_per_token():
 def test_an_untrained_adapter_has_not_drifted(base):
     """The residual form with α₀ = α̃ starts at the base, exactly."""
     untrained = tiny_policy(base, QAdapterConfig(), trained=False)
-    summary = drift_summary(score_texts(untrained, [([1], [2, 3]), ([4, 5], [6])]))
+    measured = measure_texts(untrained, [Text([1], [2, 3]), Text([4, 5], [6])], COLUMNS)
+    summary = drift_summary(measured, "policy")
     assert (summary["kl"].value, summary["loss_change"].value) == (0.0, 0.0)

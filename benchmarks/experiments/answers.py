@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from qadapter import QAdapterForCausalLM
 from qadapter.evaluation.part_store import write_ordered_json
-from qadapter.generation import Answer, encode, end_tokens
+from qadapter.generation import Answer, encode, end_tokens, ending_arguments
 
 Prompt = list[dict[str, str]]
 
@@ -61,7 +61,6 @@ def sample_answers(
     """
     order = sorted(range(len(prompts)), key=lambda index: (len(json.dumps(prompts[index])), index))
     ends = end_tokens(policy, tokenizer)
-    pad = next(i for i in (tokenizer.pad_token_id, *ends) if i is not None)
     dial: Any = torch.tensor(strengths) if len(strengths) > 1 else strengths[0]
     drawn: list[list[Answer]] = [[] for _ in strengths]
     for start in range(0, len(order), batch_size):
@@ -73,7 +72,7 @@ def sample_answers(
             strength=dial.repeat_interleave(len(rows)) if len(strengths) > 1 else dial, min_kl=min_kl,
             max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
             logits_processor=[CommonNoise(temperature, len(strengths), seed + start)] if temperature else [],
-            eos_token_id=ends, pad_token_id=pad,
+            **ending_arguments(ends, tokenizer),
         )  # fmt: skip
         for place, ids in enumerate(output[:, width:].tolist()):
             cut = next((index for index, token in enumerate(ids) if token in ends), None)

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.settings import Setting
 from qadapter.evaluation.part_store import jsonable
+from qadapter.new_folders import whole_file
 
 # Raise it when the meaning of a result changes: old files are then not taken for new ones.
 RESULT_VERSION = 1
@@ -81,7 +81,6 @@ class Store:
 
     results: Path
     work: Path
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def path(self, cell: Cell) -> Path:
         """The cell's results file."""
@@ -95,10 +94,9 @@ class Store:
         """Write the results file; an interrupted run leaves none."""
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
         content = {"cell": cell.described(), **result}
-        scratch.write_text(json.dumps(jsonable(content), allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        with whole_file(path) as scratch:
+            scratch.write_text(json.dumps(jsonable(content), allow_nan=False) + "\n", encoding="utf-8")
         return path
 
 

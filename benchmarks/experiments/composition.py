@@ -27,9 +27,12 @@ from rich.console import Console
 from benchmarks.results_file import RESULTS, write
 from qadapter import QAdapterForCausalLM, load_preference_dataset
 from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
+from qadapter.evaluation.columns import Column
+from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.intervals import wilson
 from qadapter.evaluation.progress import progress_bar
-from qadapter.evaluation.scoring import drift_summary, score_texts
+from qadapter.evaluation.scoring import drift_summary
+from qadapter.evaluation.texts import Text
 from qadapter.export import export_lora
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base
@@ -103,7 +106,8 @@ def figures(policy: QAdapterForCausalLM, tokenizer: Any, prompts: Sequence[str],
     judged = [judge(answer) for answer in answers]
     shares = {name: wilson(sum(verdict[name] for verdict in judged), len(judged)) for name in judged[0]}
     texts = [tokenizer(paragraph)["input_ids"] for paragraph in neutral_paragraphs()]
-    drift = drift_summary(score_texts(policy, [(ids[:1], ids[1:]) for ids in texts]))
+    measured = measure_texts(policy, [Text(ids[:1], ids[1:]) for ids in texts], [Column("policy")])
+    drift = drift_summary(measured, "policy")
     rounded = {name: [round(value, 4) for value in interval[:3]] for name, interval in {**shares, **drift}.items()}
     return {**rounded, "example": answers[0].text}
 

@@ -145,8 +145,8 @@ class Draws:
     knob for each other. Seeds are not drawn: see estimates.py.
     """
 
-    def __init__(self, resamples: int | None = None, seed: int = 0) -> None:
-        self.resamples, self.seed = RESAMPLES if resamples is None else resamples, seed
+    def __init__(self) -> None:
+        self.resamples = RESAMPLES
         self._counts: dict[tuple[str, int, int | None], Array] = {}
         self.known: dict[tuple[Any, ...], Any] = {}  # what others have computed under these draws
 
@@ -155,7 +155,7 @@ class Draws:
         key = (kind, units, half)
         if key not in self._counts:
             members = np.arange(units) if half is None else np.arange(half, units, 2)
-            generator = np.random.default_rng([self.seed, 1 + sum(map(ord, kind)), units, 2 if half is None else half])
+            generator = np.random.default_rng([0, 1 + sum(map(ord, kind)), units, 2 if half is None else half])
             drawn = generator.integers(0, len(members), (self.resamples, len(members)))
             counts = np.zeros((self.resamples + 1, units))
             counts[0, members] = 1

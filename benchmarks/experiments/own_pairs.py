@@ -5,7 +5,6 @@ in capital letters, a spelling that the base hardly knows, to the answer itself,
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks.experiments.pools import read_lines
 from qadapter import QAdapterForCausalLM
 from qadapter.data import load_preference_dataset
 from qadapter.errors import DataError
+from qadapter.new_folders import whole_file
 
 QUESTIONS = ("sciq_val",)
 LONGEST_ANSWER = 4  # words
@@ -47,9 +47,8 @@ def write_pairs(
         for prompt, chosen, said in zip(prompts, wanted, own, strict=True)
         if said.text.strip() and said.text.strip() != chosen.strip()
     ]
-    scratch = path.with_suffix(f".{os.getpid()}.partial")
-    scratch.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    os.replace(scratch, path)
+    with whole_file(path) as scratch:
+        scratch.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return path
 
 

@@ -17,7 +17,7 @@ from benchmarks.experiments.reward_model import RewardModel, adapter_hidden
 from benchmarks.experiments.settings import Training
 from qadapter import QAdapterForCausalLM
 from qadapter.functional import MixCoefficients
-from qadapter.generation import encode, end_tokens
+from qadapter.generation import encode, end_tokens, ending_arguments
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class PPO:
         batch = {name: tensor.to(device) for name, tensor in encode(self.tokenizer, prompts).items()}
         ids = self.policy.generate(
             **batch, max_new_tokens=self.settings.max_new_tokens, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-            eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id or self.ends[0], strength=1.0,
+            **ending_arguments(self.ends, self.tokenizer), strength=1.0,
         )  # fmt: skip
         width = batch["input_ids"].shape[1]
         response = response_mask_of(ids[:, width:], self.ends)

@@ -36,7 +36,7 @@ from benchmarks.experiments.verdict import verdict_lines
 from benchmarks.experiments.yardsticks import YARDSTICKS, measured, measured_gains
 from qadapter.errors import DataError
 from qadapter.evaluation.part_store import jsonable, write_ordered_json
-from qadapter.modeling.bases import BUILTIN_MODEL, GGUF_REVISION
+from qadapter.modeling.builtin_model import BUILTIN_MODEL, GGUF_REVISION
 from qadapter.plots import line_chart
 
 # (gain, drift) of the folded tables; those of the verdict stand in front of them.

@@ -1,6 +1,5 @@
 """A reward model: a LoRA and a linear head on the last token of an answer, trained on pairs by Bradley-Terry."""
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,10 @@ from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.data import PreferenceCollator
 from qadapter.generation import Answer, encode
 from qadapter.modeling.passes import positions_of
+from qadapter.new_folders import whole_file
 from qadapter.training_batches import padding_token
+
+SCORED_AT_ONCE = 8  # pairs
 
 
 class RewardModel(nn.Module):
@@ -62,9 +64,8 @@ def kept_reward_model(path: Path, base: str, training: Training, dtype: str, dev
         return model.eval()
     model = train()
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scratch = path.with_suffix(f".{os.getpid()}.partial")
-    torch.save(weights, scratch)
-    os.replace(scratch, path)
+    with whole_file(path) as scratch:
+        torch.save(weights, scratch)
     return model
 
 
@@ -115,13 +116,13 @@ def train_reward_model(
 
 
 @torch.no_grad()
-def pair_accuracy(model: RewardModel, pairs: Dataset, size: int = 8) -> float:
+def pair_accuracy(model: RewardModel, pairs: Dataset) -> float:
     """Share of the pairs whose chosen answer scores higher; ties count half."""
     collator = PreferenceCollator(pad_token_id=padding_token(None, model.policy))
     wins = 0.0
     device = model.head.weight.device
-    for start in range(0, len(pairs), size):
-        batch = collator([pairs[index] for index in range(start, min(start + size, len(pairs)))])
+    for start in range(0, len(pairs), SCORED_AT_ONCE):
+        batch = collator([pairs[index] for index in range(start, min(start + SCORED_AT_ONCE, len(pairs)))])
         chosen, rejected = model(batch["input_ids"].to(device), batch["attention_mask"].to(device)).chunk(2)
         wins += float((chosen > rejected).double().sum() + (chosen == rejected).double().sum() / 2)
     return wins / len(pairs)

@@ -28,7 +28,8 @@ from benchmarks.experiments.settings import OWN_PAIRS, Setting
 from benchmarks.experiments.tiny import write_tiny_base
 from qadapter import QAdapterConfig
 from qadapter.export.merged import export_merged
-from qadapter.modeling.bases import load_tokenizer, resolve_base, tokenizer_fingerprint, weight_fingerprint
+from qadapter.modeling.bases import load_tokenizer, resolve_base
+from qadapter.modeling.fingerprints import tokenizer_fingerprint, weight_fingerprint
 
 SETTINGS_KEPT = 8
 PREPARED_BETA = 0.1

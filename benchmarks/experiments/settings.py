@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 OWN_PAIRS = ("terse", "capitals")  # made of the base's own answers by own_pairs.py
-DOMAINS = ("academy", "business", "entertainment", "literature")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from typing import Any
 
 from benchmarks.experiments.ablations import DEFAULT
 from benchmarks.experiments.named_settings import capitals, dsp, hh, terse
-from benchmarks.experiments.settings import DOMAINS, Measuring, Setting, Training
+from benchmarks.experiments.settings import Measuring, Setting, Training
+from qadapter.data.dsp import DOMAINS
 
 CPU_MEASURING = Measuring(
     strengths=(0.25, 0.5, 1.0, 1.5, 2.0, 3.0), scales=(), sampled_strengths=(0.5, 1.0, 2.0), sampled_scales=(),

@@ -11,7 +11,7 @@ from benchmarks.experiments.bfloat16 import cpu_has_bfloat16
 from benchmarks.experiments.medium import MEDIUM_ABLATIONS, MEDIUM_KNOBS, medium_settings
 from benchmarks.experiments.methods import MAIN_KNOBS
 from benchmarks.experiments.named_settings import capitals, dsp, hh, terse
-from benchmarks.experiments.settings import DOMAINS, Measuring, Setting, Training
+from benchmarks.experiments.settings import Measuring, Setting, Training
 from benchmarks.experiments.small_suites import (
     ablations_small,
     cpu,
@@ -27,6 +27,7 @@ from benchmarks.experiments.small_suites import (
     threshold_small,
 )
 from benchmarks.experiments.suite import Suite
+from qadapter.data.dsp import DOMAINS
 from qadapter.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 
 from benchmarks.experiments.objectives import Objective
 from benchmarks.experiments.settings import Training
@@ -87,12 +87,17 @@ def train_pairs(
     )
     trainer.remove_callback(PrinterCallback)
     result = trainer.train()
-    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     policy.eval()
+    return training_figures(trainer, result, start)
+
+
+def training_figures(trainer: Trainer, result: Any, start: float) -> dict[str, float]:
+    """Steps, the first and the last loss that were logged, and the seconds since `start`."""
+    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [result.training_loss]
     return {
         "steps": result.global_step,
-        "first_loss": logs[0] if logs else result.training_loss,
-        "last_loss": logs[-1] if logs else result.training_loss,
+        "first_loss": logs[0],
+        "last_loss": logs[-1],
         "seconds": time.perf_counter() - start,
     }
 

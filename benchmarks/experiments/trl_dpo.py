@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PrinterCallback, set_seed
 
-from benchmarks.experiments.trainer import common_arguments, lora_of
+from benchmarks.experiments.trainer import common_arguments, lora_of, training_figures
 from qadapter.modeling.bases import load_base, resolve_base
 
 
@@ -40,11 +40,4 @@ def train_with_trl(context: Any, beta: float) -> tuple[Any, dict[str, float]]:
     set_peft_model_state_dict(model, get_peft_model_state_dict(policy.peft_model, save_embedding_layers=False))
     result = trainer.train()
     set_peft_model_state_dict(policy.peft_model, get_peft_model_state_dict(model, save_embedding_layers=False))
-    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    figures = {
-        "steps": result.global_step,
-        "first_loss": logs[0],
-        "last_loss": logs[-1],
-        "seconds": time.perf_counter() - start,
-    }
-    return policy.eval(), figures
+    return policy.eval(), training_figures(trainer, result, start)

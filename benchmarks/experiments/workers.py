@@ -26,6 +26,7 @@ import torch
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.provenance import set_up
 from benchmarks.experiments.runner import Runner, clock, ensured, free_memory, quiet, setting_key
+from qadapter.new_folders import whole_file
 
 POLL_SECONDS = 0.2
 # How far down the list a process looks, in cells a process: far enough for all to find settings of their own, and near
@@ -63,9 +64,8 @@ class Board:
 
     def mark(self, name: str, content: str = "") -> None:
         """Tell the others; the file appears whole."""
-        scratch = self.folder / f".{os.getpid()}"
-        scratch.write_text(content, encoding="utf-8")
-        os.replace(scratch, self.folder / name)
+        with whole_file(self.folder / name) as scratch:
+            scratch.write_text(content, encoding="utf-8")
 
     def marked(self, name: str) -> bool:
         """Whether any process has told so."""

@@ -8,7 +8,6 @@ dtype that the base computes in. `policy.token_statistics` without them is the s
 import functools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +31,7 @@ from qadapter.modeling.base_digest import base_digest
 from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.packed import packed_batch
 from qadapter.modeling.passes import BaseStates
+from qadapter.new_folders import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,8 @@ def keep_base_states(
                 shard |= dict(_named(states, first))
                 done.update(len(some))
             if paths:
-                _write(paths[number], shard)
+                with whole_file(paths[number]) as scratch:
+                    save_file(shard, scratch)
             else:
                 shards[number] = shard
     return PairsWithStates(pairs, shards)
@@ -281,13 +282,6 @@ def _named(states: Sequence[PairStates], first: int) -> Iterator[tuple[str, Tens
         yield f"{place}.{FINAL}", pair.final
         if pair.trunk is not None:
             yield f"{place}.{TRUNK}", pair.trunk
-
-
-def _write(path: Path, shard: dict[str, Tensor]) -> None:
-    """Write a shard, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file(shard, scratch)
-    os.replace(scratch, path)
 
 
 @functools.lru_cache(maxsize=256)

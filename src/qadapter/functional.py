@@ -188,6 +188,11 @@ def mix_streams(streams: Sequence[Tensor], coefficients: Sequence[float | Tensor
     mixed = torch.zeros_like(streams[0], dtype=dtype)
     for stream, coefficient in zip(streams, coefficients, strict=True):
         if isinstance(coefficient, Tensor):
-            coefficient = coefficient.to(dtype).view(*coefficient.shape, *[1] * (stream.dim() - coefficient.dim()))
+            coefficient = beside(coefficient.to(dtype), stream.dim())
         mixed = mixed + coefficient * stream.to(dtype)
     return mixed
+
+
+def beside(values: Tensor, dimensions: int) -> Tensor:
+    """Values (B, ...) or (), with as many trailing dimensions of size 1 as it takes."""
+    return values.view(*values.shape, *[1] * (dimensions - values.dim()))

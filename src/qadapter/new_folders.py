@@ -1,6 +1,7 @@
-"""Output folders: what can be written to, and new ones (of exports, of a base written anew), whole or not there."""
+"""Folders and files to write: the cache, what can be written to, and new ones, whole or not there."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,12 @@ from typing import TypeVar
 from qadapter.errors import ConfigError
 
 Result = TypeVar("Result")
+
+
+def cache_folder() -> Path:
+    """The folder for what is kept between runs: $QADAPTER_CACHE, else qadapter in the user's cache directory."""
+    root = os.environ.get("QADAPTER_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qadapter"
 
 
 def require_new_folder(folder: Path) -> None:
@@ -35,6 +42,21 @@ def require_writable(folder: Path) -> None:
         raise ConfigError(f"output folder {folder}: {nearest} is a file. Choose another one.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"output folder {folder}: {nearest} cannot be written to. Choose another one.")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Within the context, a scratch file beside `path` to write to; at its end it becomes `path`, after an error none.
+
+    Whoever reads `path` meanwhile finds the old file or none. Several may write it at once: the last one's stays.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # nobody else's
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def into_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:

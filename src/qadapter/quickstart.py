@@ -2,7 +2,6 @@
 
 import gc
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,18 @@ from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
 from qadapter.config import QAdapterConfig
 from qadapter.data import load_preference_dataset, tokenise_preferences
 from qadapter.evaluation.columns import Column
+from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.intervals import Interval, wilson
-from qadapter.evaluation.progress import progress_bar
+from qadapter.evaluation.preferences import paired
+from qadapter.evaluation.progress import Advance, bars, progress_bar
 from qadapter.evaluation.report import REPORT_FILES, QuickstartResult
 from qadapter.evaluation.rules import follows_house_style
-from qadapter.evaluation.scoring import drift_summary, pair_summary, score_columns, score_pairs
+from qadapter.evaluation.scoring import drift_summary, pair_summary
+from qadapter.evaluation.texts import Text
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.bases import BUILTIN_MODEL, BaseSource, load_tokenizer, resolve_base
+from qadapter.modeling.bases import BaseSource, load_tokenizer, resolve_base
+from qadapter.modeling.builtin_model import BUILTIN_MODEL
 from qadapter.run_folder import remove_run
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
@@ -82,16 +85,12 @@ def faster_dtype() -> torch.dtype:
 
 
 def run_quickstart(
-    folder: Path,
-    console: Console,
-    steps: int = QUICKSTART_STEPS,
-    judged_prompts: int = JUDGED_PROMPTS,
-    model: str = BUILTIN_MODEL,
+    folder: Path, console: Console, steps: int = QUICKSTART_STEPS, judged_prompts: int = JUDGED_PROMPTS
 ) -> QuickstartResult:
     """Train, save, load again, measure; everything lies in `folder` afterwards (report files: `write_report`)."""
     start = time.perf_counter()
     seconds: dict[str, float] = {}
-    source = resolve_base(model)
+    source = resolve_base(BUILTIN_MODEL)
     tokenizer = load_tokenizer(source)
     dtype = faster_dtype()
     console.print(f"Base model: {source.name}" + (f" ({source.revision})" if source.revision else ""), markup=False)
@@ -104,22 +103,23 @@ def run_quickstart(
         policy = QAdapterForCausalLM.from_pretrained(adapter, dtype=dtype)
         policy.min_kl = THRESHOLD
         tokenised = tokenise_preferences(held_out, tokenizer)[0]
-        advance = _advance(progress, "Held-out pairs", 2 * len(tokenised))
-        pairs = score_pairs(policy, tokenised, progress=advance, min_kl=THRESHOLD)
+        track, dials = bars(progress), (Column("threshold", min_kl=THRESHOLD), Column("plain"))
+        sides = [Text(row["prompt_ids"], row[side]) for row in tokenised for side in ("chosen_ids", "rejected_ids")]
+        pairs = paired(measure_texts(policy, sides, dials[:1], advance=track("Held-out pairs", len(sides))))
         neutral = [_with_context(tokenizer, paragraph) for paragraph in neutral_paragraphs()]
-        dials = Column("threshold", min_kl=THRESHOLD), Column("plain")
-        drifts = score_columns(policy, neutral, dials, progress=_advance(progress, "Neutral text", len(neutral)))
+        drifts = measure_texts(policy, neutral, dials, advance=track("Neutral text", len(neutral)))
         prompts = [_prompt_text(row) for row in held_out][:judged_prompts]
         answers = {
-            name: _answers(progress, f"Answers of the {name}", policy, tokenizer, prompts, strength)
+            name: _answers(track(f"Answers of the {name}", len(prompts)), policy, tokenizer, prompts, strength)
             for name, strength in (("base", 0.0), ("policy", 1.0))
         }
     seconds["total"] = time.perf_counter() - start
     seconds["measure"] = seconds["total"] - seconds["train"] - seconds["prepare"]
     judged = {name: _judge(column) for name, column in answers.items()}
     settings = _settings(source, dtype, steps, tokenised)
-    drift, plain = (drift_summary(drifts[dial.name]) for dial in dials)
-    return QuickstartResult(settings, pair_summary(pairs), drift, plain, judged, prompts, answers, seconds)
+    summary = pair_summary(pairs, "threshold")
+    drift, plain = (drift_summary(drifts, dial.name) for dial in dials)
+    return QuickstartResult(settings, summary, drift, plain, judged, prompts, answers, seconds)
 
 
 def train_adapter(
@@ -173,16 +173,8 @@ def remove_previous(folder: Path) -> None:
     remove_run(folder / "adapter")
 
 
-def _advance(progress: Progress, name: str, total: int) -> Callable[[int], None]:
-    """A new bar, to be called with the number of items done since the last call."""
-    task = progress.add_task(name, total=total)
-    return lambda done: progress.advance(task, done)
-
-
-def _answers(
-    progress: Progress, name: str, policy: Any, tokenizer: Any, prompts: list[str], strength: float
-) -> list[Answer]:
-    sampling, advance = Sampling(max_new_tokens=MAX_NEW_TOKENS), _advance(progress, name, len(prompts))
+def _answers(advance: Advance, policy: Any, tokenizer: Any, prompts: list[str], strength: float) -> list[Answer]:
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
     return generate_texts(policy, tokenizer, prompts, sampling, strength, JUDGED_PROMPTS, progress=advance)
 
 
@@ -190,10 +182,10 @@ def _prompt_text(row: dict[str, Any]) -> str:
     return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
 
 
-def _with_context(tokenizer: Any, paragraph: str) -> tuple[list[int], list[int]]:
-    """A text as (first token, the rest): the first token has no context to be predicted from."""
+def _with_context(tokenizer: Any, paragraph: str) -> Text:
+    """A text after its first token, which has no context to be predicted from."""
     ids = tokenizer(paragraph)["input_ids"]
-    return ids[:1], ids[1:]
+    return Text(ids[:1], ids[1:])
 
 
 def _judge(answers: list[Answer]) -> Interval:

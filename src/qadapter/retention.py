@@ -14,6 +14,7 @@ from qadapter.data.texts import read_texts
 from qadapter.errors import ConfigError, DataError
 from qadapter.generation import Sampling, end_tokens, ending_arguments
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.passes import in_eval_mode
 from qadapter.training_arguments import OWN_TEXTS
 
 TEXT_TOKENS = 128
@@ -70,13 +71,13 @@ def own_texts(
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ordinary = [token for token in _ordinary_tokens(tokenizer) if token < vocabulary]
     openings = [[*beginning, first] for first in random.Random(SEED).choices(ordinary, k=count)]
-    ends, training, texts = end_tokens(model, tokenizer), model.training, []
+    ends, texts = end_tokens(model, tokenizer), []
     sampling = Sampling(_text_tokens(model.config) - len(openings[0]), temperature=1.0)
     devices = [model.device] if model.device.type == "cuda" else []
     # Compiled layers (torch_compile) would be compiled for shapes that do not come again.
-    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices), torch.no_grad(), eager, in_eval_mode(model):
         torch.manual_seed(SEED)
-        model.eval()
         for start in range(0, count, BATCH):
             ids = torch.tensor(openings[start : start + BATCH], device=model.device)
             written = model.generate(
@@ -86,7 +87,6 @@ def own_texts(
             texts += [_until_end(text, ends, len(beginning) + 1) for text in written]
             if progress:
                 progress(len(written))
-        model.train(training)
     return texts
 
 

@@ -11,11 +11,10 @@ from peft import LoraConfig
 from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import pick_dtype
 from qadapter.errors import ConfigError
+from qadapter.modeling.adapter_settings import ALL_LINEAR
 from qadapter.modeling.quantised import require_bitsandbytes
 from qadapter.training_arguments import OWN_TEXTS, QAdapterTrainingArguments
 from qadapter.training_metrics import METRICS
-
-ALL_LINEAR = "all-linear"  # every linear layer of the decoder that an adapter can be on
 
 
 @dataclass

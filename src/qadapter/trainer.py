@@ -81,7 +81,6 @@ class QAdapterTrainer(Trainer):
             kwargs["data_collator"] = collator_for(model, padding_token(tokenizer, model), args.packing)
         self._pair_collator = require_packing(kwargs["data_collator"], model)
         kwargs["data_collator"] = with_options(self._pair_collator, args)
-        self.tokenisation_reports: dict[str, Any] = {}
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = self._tokenised(name, kwargs.get(name), tokenizer, args, model.config)
         self._given_pairs = kwargs["train_dataset"]  # retention puts texts among them, kept states are read beside them
@@ -220,7 +219,6 @@ class QAdapterTrainer(Trainer):
         if tokenizer is None:
             raise ConfigError(f"{name} holds text but processing_class is missing: pass the base model's tokenizer.")
         dataset, report = tokenised_pairs(dataset, tokenizer, args)
-        self.tokenisation_reports[name] = report
         warn_of_tokens(name, report)
         return require_fit(dataset, config)
 

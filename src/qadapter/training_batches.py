@@ -11,7 +11,7 @@ from qadapter.data.micro_batches import MicroBatchCollator
 from qadapter.data.token_cache import cacheable, tokenise_cached
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.bases import tokenizer_fingerprint
+from qadapter.modeling.fingerprints import tokenizer_fingerprint
 from qadapter.modeling.packed import enable_packing
 from qadapter.training_arguments import QAdapterTrainingArguments
 

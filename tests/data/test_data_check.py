@@ -184,9 +184,9 @@ def test_a_missing_chat_template_is_a_finding(write_lines, word_level):
     assert "no chat template" in printed(report)
 
 
-def test_max_rows_and_examples_limit_the_look(write_lines):
-    report = check_preferences(write_lines(ROWS), max_rows=4, examples=1)
-    assert (report.rows, len(report.examples), report.ok) == (4, 1, True)
+def test_max_rows_limits_the_look(write_lines):
+    report = check_preferences(write_lines(ROWS), max_rows=4)
+    assert (report.rows, len(report.examples), report.ok) == (4, 3, True)
 
 
 def test_the_report_is_json(write_lines, chatml):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qadapter.data import Format, normalise_row, recognise
+from qadapter.data import Format, recognise
 from qadapter.data.layouts import LAYOUTS
 from qadapter.data.rows import RowError
 from qadapter.errors import DataError
@@ -75,6 +75,11 @@ EXAMPLES = {
         {"prompt": "", "chosen": "Two and two is four.", "rejected": "Two and two is five."},
     ),
 }
+
+
+def normalise_row(row, columns=None):
+    """The pair of a single row in any known layout."""
+    return recognise(row, [row], columns, source="row").normalise(row)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

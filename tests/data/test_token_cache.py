@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from qadapter.data import token_cache, tokenise_preferences
 from qadapter.data.token_cache import MANIFEST, cacheable, entry_name, file_digests, tokenise_cached
 from qadapter.data.tokenisation import TOKENISATION_VERSION, Limits
-from qadapter.modeling.bases import tokenizer_fingerprint
+from qadapter.modeling.fingerprints import tokenizer_fingerprint
 
 CHATS = [chat_pair(f"Question {number}?" * (1 + number % 3), f"Paris {number}.", "No!") for number in range(7)]
 PLAIN = [plain_pair(number) for number in range(7)]

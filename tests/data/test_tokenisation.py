@@ -1,7 +1,7 @@
 import copy
 
 import pytest
-from data_examples import CHATML, LLAMA, STRICT, THINKING, chat_pair, plain_pair
+from data_examples import LLAMA, STRICT, THINKING, chat_pair, plain_pair
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,22 +50,16 @@ def test_plain_text_is_a_user_message_where_there_is_a_template(chatml, make_tok
     assert bare[0]["prompt_ids"][0] == make_tokenizer().bos_token_id
 
 
-def test_plain_text_stays_plain_if_chat_is_false(make_tokenizer):
-    tokenizer = make_tokenizer(CHATML)
-    tokenised, _ = tokenise_preferences(Dataset.from_list(PLAIN), tokenizer, chat=False)
+def test_plain_text_stays_plain_without_a_template(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenised, _ = tokenise_preferences(Dataset.from_list(PLAIN), tokenizer)
     assert tokenizer.decode(tokenised[2]["prompt_ids"]) == "prompt 2"
     assert tokenizer.decode(tokenised[2]["chosen_ids"]) == "good 2</s>"
 
 
-@pytest.mark.parametrize(("rows", "chat"), [(CHATS, "auto"), (CHATS, True), (PLAIN, True)])
-def test_a_chat_needs_a_template(make_tokenizer, rows, chat):
+def test_a_chat_needs_a_template(make_tokenizer):
     with pytest.raises(DataError, match="no chat template; use an instruction-tuned model"):
-        tokenise_preferences(Dataset.from_list(rows), make_tokenizer(), chat=chat)
-
-
-def test_messages_cannot_be_plain_text(chatml):
-    with pytest.raises(ConfigError, match="chat is False, but the pairs are messages"):
-        tokenise_preferences(Dataset.from_list(CHATS), chatml, chat=False)
+        tokenise_preferences(Dataset.from_list(CHATS), make_tokenizer())
 
 
 def test_text_without_prompts_is_plain_text_after_bos(make_tokenizer, write_lines):
@@ -223,7 +217,7 @@ def test_anything_but_a_dataset_is_refused(chatml, dataset):
         tokenise_preferences(dataset, chatml)
 
 
-@pytest.mark.parametrize("options", [{"max_length": 1}, {"max_prompt_length": 0}, {"chat": "yes"}])
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"max_prompt_length": 0}])
 def test_impossible_options_are_refused(chatml, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         tokenise_preferences(Dataset.from_list(CHATS), chatml, **options)

@@ -141,7 +141,7 @@ def test_lost_benchmarks_pairs_and_duels_are_named(broken, workload, tmp_path):
     interval = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 40}
     fallen = {"value": -0.05, "low": -0.08, "high": -0.02, "mcnemar_p": 0.01}
     risen = {"value": 0.05, "low": 0.02, "high": 0.08, "mcnemar_p": 0.01}
-    task = {"metric": "acc", "n": 40, "columns": {}}
+    task = {"metric": "acc", "higher_is_better": True, "n": 40, "columns": {}}
     results["tasks"] = {
         "fallen": {**task, "differences": {"policy": fallen}},
         "risen": {**task, "differences": {"policy": risen}},

@@ -81,7 +81,7 @@ def test_a_figure_at_its_limit_passes():
     """An adapter without effect has a KL of 0, and keeps every limit."""
     none = {"columns": {"policy": {"kl": bounds(0.0, 0.0, 0.0)}}}
     same = {**TASKS["lambada"], "differences": {"policy": bounds(0.0, 0.0, 0.0)}}
-    results = {"pairs": {"chosen": none}, "neutral": none, "instructions": None, "tasks": {"lambada": same}}
+    results = {"pairs": {"chosen": none}, "neutral": none, "tasks": {"lambada": same}}
     entries = check(results, "policy", Limits(max_kl=0.0, max_drop={"lambada": 0.0}))
     assert [entry["quantity"] for entry in entries] == ["KL on chosen answers", "KL on neutral text", "drop on lambada"]
     assert verdict(entries) == "passes"

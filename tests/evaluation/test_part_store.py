@@ -114,7 +114,7 @@ def test_a_file_that_could_not_be_written_whole_stays_as_it_was(tmp_path, monkey
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(part_store.os, "replace", interrupted)
+    monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, b"new")
     assert path.read_text(encoding="utf-8") == "as it wäs"

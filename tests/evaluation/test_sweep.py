@@ -129,6 +129,7 @@ def test_drops_of_benchmarks_count():
         names = ("0.5", "1")
         return {
             "metric": "acc",
+            "higher_is_better": True,
             "n": 9,
             "columns": {name: {"value": 0.5} for name in names},
             "differences": {
@@ -234,7 +235,13 @@ def test_a_group_stands_for_its_tasks_where_room_is_small(swept):
 def test_a_limit_on_any_benchmark_holds_for_a_group_as_a_whole(subject, workload, tmp_path, monkeypatch):
     def figures(fall):
         changes = {"1": {"value": fall, "low": None, "high": None}}
-        return {"metric": "acc", "n": 4, "columns": {"1": {"value": 0.5}}, "differences": changes}
+        return {
+            "metric": "acc",
+            "higher_is_better": True,
+            "n": 4,
+            "columns": {"1": {"value": 0.5}},
+            "differences": changes,
+        }
 
     tasks = {"easy": figures(0.05), "hard": figures(-0.05), "all": figures(0.0) | {"subtasks": ["easy", "hard"]}}
     monkeypatch.setattr(evaluate, "Benchmarks", lambda *_: SimpleNamespace(results=lambda: tasks))

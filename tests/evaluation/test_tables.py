@@ -25,7 +25,6 @@ def figure(value, low, high):
         (figure(0.0, 0.0, 0.0), "number", "0.000 ± 0.000"),
         (figure(0.5, None, None), "rate", "50.0"),
         (figure(None, None, None), "rate", "–"),
-        (None, "rate", "–"),
     ],
 )
 def test_intervals_are_written_as_long_as_they_are_on_both_sides(interval, kind, text):

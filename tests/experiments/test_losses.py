@@ -200,7 +200,9 @@ def test_the_kl_penalty_and_its_gradient_are_those_of_full_logits(base, policy, 
     found = {name: parameter.grad.clone() for name, parameter in policy.adapter_parameters().items()}
     policy.zero_grad()
     mask = objectives.response_mask(half)
-    streams = policy.streams(half["input_ids"], half["attention_mask"])
+    rows = half["input_ids"], half["attention_mask"]
+    states = policy.base_pass(*rows)
+    streams = policy.adapter_pass(*rows, states.trunk), states.final
     policy_logps, base_logps = (policy.head.logits(hidden)[:, :-1].log_softmax(-1) for hidden in streams)
     targets = half["input_ids"][:, 1:, None]
     nll = -policy_logps.gather(-1, targets).squeeze(-1)

@@ -1,5 +1,6 @@
 """What the training loss and its gradients must not depend on."""
 
+import models
 import pytest
 import torch
 from models import APART, lora, tiny_base, tiny_policy, token_pairs
@@ -37,13 +38,9 @@ def policy_of(architecture, config=APART):
 
 
 def losses_and_gradients(policy, pairs=PAIRS, **collation):
-    """Loss of each pair (P,), and the gradients of their mean."""
+    """Of the pairs in padded rows."""
     batch = PreferenceCollator(**{"pad_token_id": 0, **collation})(pairs)
-    mask = batch["completion_mask"][:, 1:]
-    losses, _ = pair_losses(policy(**batch), mask, policy.configs["default"])
-    policy.zero_grad()
-    losses.mean().backward()
-    return losses.detach(), {name: parameter.grad for name, parameter in policy.adapter_parameters().items()}
+    return models.losses_and_gradients(policy, batch, batch["completion_mask"][:, 1:])
 
 
 def assert_same(actual, expected, architecture):

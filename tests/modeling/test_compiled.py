@@ -3,7 +3,7 @@
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from models import APART, FAST_PATHS, tiny_base, tiny_policy, tiny_trainer, token_pairs
+from models import FAST_PATHS, losses_and_gradients, tiny_base, tiny_policy, tiny_trainer, token_pairs
 from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops import wrap
 from torch.fx import Interpreter
@@ -17,7 +17,6 @@ from qadapter.fused import TokenStatistics, compiled_reduce_rows, reduce_chunk, 
 from qadapter.modeling import compiled, varlen
 from qadapter.modeling.packed import enable_packing
 from qadapter.modeling.trunk import decoder_layers
-from qadapter.objective import pair_losses
 
 # What the compiler itself warns of.
 pytestmark = [
@@ -32,13 +31,6 @@ def backend(request, monkeypatch):
     chosen, compile_module = getattr(request, "param", "aot_eager"), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=chosen, **kw))
     torch.compiler.reset()
-
-
-def losses_and_gradients(policy, batch, mask):
-    policy.zero_grad()
-    losses = pair_losses(policy(**batch), mask, APART)[0]
-    losses.mean().backward()
-    return losses.detach(), {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from models import APART, FAST_PATHS, lora, padded, tiny_base, tiny_policy, token_ids
+from models import APART, FAST_PATHS, lora, losses_and_gradients, padded, tiny_base, tiny_policy, token_ids
 from transformers import DynamicCache
 
 from qadapter import QAdapterForCausalLM
@@ -12,7 +12,6 @@ from qadapter.errors import ConfigError
 from qadapter.modeling import trunk
 from qadapter.modeling.streams import StreamLinear
 from qadapter.modeling.trunk import decoder_layers
-from qadapter.objective import pair_losses
 
 DEPTH, FIRST = 5, 3
 SHARING = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "gpt_neox", "gpt2", "granite", "cohere"]
@@ -43,21 +42,14 @@ def batch(*lengths, side="right"):
     return inputs | {"completion_mask": mask}
 
 
-def loss_and_gradients(policy, inputs):
-    policy.zero_grad()
-    losses, _ = pair_losses(policy(**inputs), inputs["completion_mask"][:, 1:], APART)
-    losses.mean().backward()
-    return losses.detach(), {name: p.grad.clone() for name, p in policy.adapter_parameters().items()}
-
-
 @pytest.mark.parametrize("architecture", SHARING)
 def test_loss_and_every_gradient_equal_those_of_whole_passes(architecture):
     policy, inputs = upper_policy(architecture), batch(*lengths_for(architecture))
     policy.train()
     assert policy.shared_layers == FIRST
-    losses, gradients = loss_and_gradients(policy, inputs)
+    losses, gradients = losses_and_gradients(policy, inputs, inputs["completion_mask"][:, 1:])
     policy.shared_layers = 0
-    expected_losses, expected = loss_and_gradients(policy, inputs)
+    expected_losses, expected = losses_and_gradients(policy, inputs, inputs["completion_mask"][:, 1:])
     assert torch.equal(losses, expected_losses)
     assert gradients.keys() == expected.keys()
     assert all(g.abs().max() > 0 for g in expected.values())
@@ -70,9 +62,9 @@ def test_loss_and_every_gradient_equal_those_of_whole_passes(architecture):
 def test_activation_checkpointing_changes_nothing(architecture, every):
     policy, inputs = upper_policy(architecture), batch(8, 11, 9, 7)
     policy.train()
-    losses, gradients = loss_and_gradients(policy, inputs)
+    losses, gradients = losses_and_gradients(policy, inputs, inputs["completion_mask"][:, 1:])
     policy.activation_checkpointing_enable(every_n_layers=every)
-    again, expected = loss_and_gradients(policy, inputs)
+    again, expected = losses_and_gradients(policy, inputs, inputs["completion_mask"][:, 1:])
     assert torch.equal(losses, again)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=0, msg=name)

@@ -22,7 +22,7 @@ def test_pairs_that_are_left_out_are_told(policy, tmp_path, caplog):
     assert "1" in record.getMessage()
 
 
-def test_text_is_tokenised_and_its_report_kept(policy, tmp_path):
+def test_text_is_tokenised(policy, tmp_path):
     tokenizer = tiny_tokenizer()
     trainer = QAdapterTrainer(
         model=policy,
@@ -32,8 +32,7 @@ def test_text_is_tokenised_and_its_report_kept(policy, tmp_path):
         processing_class=tokenizer,
     )
     assert trainer.train_dataset.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
-    assert trainer.tokenisation_reports["train_dataset"].kept == 3
-    assert set(trainer.tokenisation_reports) == {"train_dataset", "eval_dataset/first", "eval_dataset/second"}
+    assert {name: len(pairs) for name, pairs in trainer.eval_dataset.items()} == {"first": 2, "second": 2}
     assert trainer.data_collator.pad_token_id == tokenizer.pad_token_id
     assert policy.tokenizer_fingerprint is not None
 
@@ -74,7 +73,7 @@ def test_pairs_from_a_file_train(policy, tmp_path):
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
-def test_cached_tokens_give_the_same_batches(tmp_path, monkeypatch):
+def test_cached_tokens_give_the_same_batches_and_warnings(tmp_path, monkeypatch, caplog):
     """First made and kept, then read, against `cache_tokens = False`; in training order and in evaluation."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(token_cache, "LEAST_ROWS", 3)
@@ -82,7 +81,7 @@ def test_cached_tokens_give_the_same_batches(tmp_path, monkeypatch):
         {"prompt": f"{n * n}?" * (n % 3 + 1), "chosen": "yes " * (n % 3 + 1), "rejected": f"no {n}"}
         for n in range(1, 24)
     ]
-    batches, reports = [], []
+    batches, warned = [], []
     for cached in (False, True, True):
         trainer = QAdapterTrainer(
             model=tiny_policy(),
@@ -95,10 +94,11 @@ def test_cached_tokens_give_the_same_batches(tmp_path, monkeypatch):
         )
         loaders = (trainer.get_train_dataloader(), trainer.get_eval_dataloader())
         batches.append([batch for loader in loaders for batch in loader])
-        reports.append(trainer.tokenisation_reports)
+        warned.append(caplog.messages)
+        caplog.clear()
         assert len(list(tmp_path.glob("cache/qadapter/*"))) == (2 if cached else 0)
-    assert reports[1] == reports[2] == reports[0]
-    assert reports[0]["train_dataset"].truncated_prompts
+    assert warned[1] == warned[2] == warned[0]
+    assert "prompts truncated" in warned[0][0]
     for again in batches[1:]:
         for batch, expected in zip(again, batches[0], strict=True):
             torch.testing.assert_close(batch, expected, rtol=0, atol=0)

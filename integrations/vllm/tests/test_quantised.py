@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError, ConfigError
-from qadapter.modeling.bases import combined_fingerprint, weight_sample
+from qadapter.modeling.fingerprints import combined_fingerprint, weight_sample
 
 # No multiple of 32: vLLM's int8 kernel for AMX takes no float32, and leaves such layers to the one that does.
 HIDDEN = 72

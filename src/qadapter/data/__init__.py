@@ -14,7 +14,6 @@ _EXPORTS = {
     "TokenisationReport": "qadapter.data.tokenisation",
     "check_preferences": "qadapter.data.check",
     "load_preference_dataset": "qadapter.data.sources",
-    "normalise_row": "qadapter.data.formats",
     "recognise": "qadapter.data.formats",
     "render": "qadapter.data.check",
     "tokenise_preferences": "qadapter.data.tokenisation",
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from qadapter.data.check_report import CheckReport as CheckReport
     from qadapter.data.collator import PreferenceCollator as PreferenceCollator
     from qadapter.data.formats import Format as Format
-    from qadapter.data.formats import normalise_row as normalise_row
     from qadapter.data.formats import recognise as recognise
     from qadapter.data.packing import PackedCollator as PackedCollator
     from qadapter.data.rows import RowError as RowError

@@ -4,10 +4,10 @@ import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
+from qadapter.data.rows import TOKEN_COLUMNS
 from qadapter.errors import DataError
 
 RETAINED = "qadapter_retained"  # marks texts among pairs: a name that no data of a user's has
-TOKEN_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 # Kinds of models whose positions are rows of a table: beyond its end nothing can be computed.
 POSITION_TABLES = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
 
@@ -121,7 +121,7 @@ def extent(tokenised: Any) -> Extent:
     import pyarrow.compute as pc
 
     largest_id, lengths = 0, []
-    for table in tokenised.select_columns(TOKEN_COLUMNS).with_format("arrow").iter(batch_size=1000):
+    for table in tokenised.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
         largest_id = max(largest_id, *(pc.max(pc.list_flatten(column)).as_py() or 0 for column in table.columns))
         prompts, *sides = (pc.list_value_length(column) for column in table.columns)
         lengths += pc.add(prompts, pc.max_element_wise(*sides)).to_pylist()

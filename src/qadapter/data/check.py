@@ -5,7 +5,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from qadapter.data.base_limits import beyond_context
 from qadapter.data.check_rendering import render as render
@@ -24,6 +24,7 @@ from qadapter.data.tokenisation import TokenisationReport, tokenise_preferences
 from qadapter.errors import DataError
 
 SIDES = ("prompt", "chosen", "rejected")
+EXAMPLES = 3
 
 
 def check_preferences(
@@ -33,10 +34,7 @@ def check_preferences(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     max_length: int | None = None,
-    max_prompt_length: int | None = None,
-    chat: bool | Literal["auto"] = "auto",
     max_rows: int | None = None,
-    examples: int = 3,
     base_config: Any = None,
 ) -> CheckReport:
     """A CheckReport over all rows (or the first `max_rows`) with every bad row, not only the first.
@@ -51,10 +49,9 @@ def check_preferences(
     numbered = collect_pairs(report, opened, max_rows)
     note_repetitions(report, numbered)
     if tokenizer is None:
-        describe_text(report, numbered, examples)
+        describe_text(report, numbered)
     else:
-        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-        describe_tokens(report, numbered, tokenizer, limits, chat, examples, base_config)
+        describe_tokens(report, numbered, tokenizer, max_length, base_config)
     return report
 
 
@@ -98,10 +95,10 @@ def fingerprint(value: Any) -> bytes:
     return hashlib.sha256(json.dumps(value).encode()).digest()[:16]
 
 
-def describe_text(report: CheckReport, numbered: Sequence[tuple[int, Pair]], examples: int) -> None:
+def describe_text(report: CheckReport, numbered: Sequence[tuple[int, Pair]]) -> None:
     """Fill in lengths in words and examples as text."""
     note_lengths(report, ({side: words(pair[side]) for side in SIDES} for _, pair in numbered))
-    report.examples = [text_example(number, pair) for number, pair in numbered[:examples]]
+    report.examples = [text_example(number, pair) for number, pair in numbered[:EXAMPLES]]
 
 
 def words(value: Any) -> int:
@@ -121,9 +118,7 @@ def describe_tokens(
     report: CheckReport,
     numbered: Sequence[tuple[int, Pair]],
     tokenizer: Any,
-    limits: Mapping[str, int | None],
-    chat: bool | Literal["auto"],
-    examples: int,
+    max_length: int | None,
     base_config: Any,
 ) -> None:
     """Fill in token lengths, decoded examples and the tokenisation report, with the source's row numbers."""
@@ -133,7 +128,7 @@ def describe_tokens(
         return
     dataset = Dataset.from_list([pair for _, pair in numbered], features=pair_features(report.chat))
     try:
-        tokenised, tokenisation = tokenise_preferences(dataset, tokenizer, chat=chat, **limits)
+        tokenised, tokenisation = tokenise_preferences(dataset, tokenizer, max_length=max_length)
     except DataError as error:
         report.tokenisation_error = str(error)
         return
@@ -147,7 +142,7 @@ def describe_tokens(
     kept = (number for position, number in enumerate(numbers, start=1) if position not in dropped)
     report.examples = [
         Example(number, **{side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES})
-        for number, row in zip(kept, tokenised.take(min(examples, len(tokenised))), strict=False)
+        for number, row in zip(kept, tokenised.take(min(EXAMPLES, len(tokenised))), strict=False)
     ]
 
 

@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch
 
 from qadapter.data.retained import retained_of
+from qadapter.data.rows import TOKEN_COLUMNS
 from qadapter.errors import ConfigError, DataError
-
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class PreferenceCollator:
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         require_columns(pairs)
-        sides = [(pair["prompt_ids"], pair[side]) for side in COLUMNS[1:] for pair in pairs]
+        sides = [(pair["prompt_ids"], pair[side]) for side in TOKEN_COLUMNS[1:] for pair in pairs]
         width = self.width(max(len(prompt) + len(answer) for prompt, answer in sides))
         input_ids = torch.full((len(sides), width), self.pad_token_id)  # (B, T)
         attention_mask = torch.zeros_like(input_ids)
@@ -58,7 +57,7 @@ class PreferenceCollator:
 def require_columns(pairs: Sequence[Mapping[str, Any]]) -> None:
     if not pairs:
         raise DataError("a batch needs at least one pair, got none")
-    missing = [column for column in COLUMNS if column not in pairs[0]]
+    missing = [column for column in TOKEN_COLUMNS if column not in pairs[0]]
     if missing:
         found = ", ".join(pairs[0])
         raise DataError(f"the rows lack {', '.join(missing)} (found {found}); run tokenise_preferences on the dataset")

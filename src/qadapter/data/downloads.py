@@ -1,11 +1,10 @@
 """Files of known size and kind from an address, kept in a folder of the cache of `datasets`."""
 
-import os
-import tempfile
 from pathlib import Path
 
 from qadapter.data.files import parse_json
 from qadapter.errors import DataError, first_line
+from qadapter.new_folders import whole_file
 
 TIMEOUT_SECONDS = 30
 
@@ -28,7 +27,9 @@ def downloaded_list(address: str, most_bytes: int) -> Path:
         if not is_list:
             raise DataError(f"{address}: the file holds no list of rows")
         try:
-            write_whole(path, data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as scratch:
+                scratch.write_bytes(data)
         except OSError as error:
             raise DataError(f"{address}: the file cannot be kept in {path.parent} ({error})") from error
     return path
@@ -63,12 +64,3 @@ def fetched(address: str, most_bytes: int) -> bytes:
     if len(data) > most_bytes:
         raise DataError(f"{address}: the file has more than {most_bytes} bytes, the most that are fetched")
     return bytes(data)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-        part = Path(scratch) / path.name
-        part.write_bytes(data)
-        os.replace(part, path)

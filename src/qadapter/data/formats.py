@@ -17,6 +17,7 @@ from qadapter.data.layouts import LAYOUTS, PROMPT_COLUMNS, SYSTEM_COLUMNS, syste
 from qadapter.data.rows import Pair, Row, RowError
 from qadapter.errors import DataError
 
+FIRST_ROWS = 100  # rows that decide on the layout
 # The names that can be mapped, with all columns from which each is read where it is not.
 MAPPABLE = {
     "prompt": (*PROMPT_COLUMNS, "input", "history", "messages", "conversations"),
@@ -87,11 +88,6 @@ def recognise(
                 warn_of_unread_text(example_row(first_rows), columns, source)
             return Format(name, layout.chat or has_system, columns)
     raise unknown_layout(example_row(first_rows), names, columns, source)
-
-
-def normalise_row(row: Row, columns: Mapping[str, str] | None = None) -> Pair:
-    """{"prompt", "chosen", "rejected"} of a single row in any known layout; raises DataError."""
-    return recognise(row, [row], columns, source="row").normalise(row)
 
 
 def select(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qadapter.data.collator import require_columns
 from qadapter.data.retained import retained_of
+from qadapter.data.rows import TOKEN_COLUMNS
 
-SIDES = ("chosen_ids", "rejected_ids")
+SIDES = TOKEN_COLUMNS[1:]
 
 
 class PackedSequences(NamedTuple):

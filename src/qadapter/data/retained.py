@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset, List, Value, concatenate_datasets
 
 from qadapter.data.base_limits import RETAINED
+from qadapter.data.rows import TOKEN_COLUMNS
 
 # Pairs to a text: more texts make an epoch dearer, and the retention's weight does the rest.
 PAIRS_A_TEXT = 3
@@ -22,7 +23,7 @@ def with_retained_rows(pairs: Dataset, texts: Sequence[Sequence[int]]) -> Datase
     Args:
         texts: token ids of each, at least two.
     """
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):  # some hold no token of a large vocabulary
+    for name in TOKEN_COLUMNS:  # some hold no token of a large vocabulary
         if pairs.features[name] not in (List(Value("int32")), List(Value("int64"))):
             pairs = pairs.cast_column(name, List(Value("int64")))
     names = pairs.column_names

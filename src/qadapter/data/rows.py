@@ -8,6 +8,7 @@ from qadapter.errors import DataError
 Row = Mapping[str, Any]  # as it stands in the source
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Pair = dict[str, Any]  # {"prompt", "chosen", "rejected"}: message lists (chat) or strings (plain text)
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # of tokenised pairs
 
 
 class RowError(DataError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from qadapter.data.dsp import DOMAINS, PREFIX, domain_pairs, dsp_source, published_file
 from qadapter.data.files import has_known_suffix, read_rows
-from qadapter.data.formats import Format, recognise
+from qadapter.data.formats import FIRST_ROWS, Format, recognise
 from qadapter.data.hub import hub_rows, is_hub_id
 from qadapter.data.mixtures import interleave, join, mix, parse_mixture
 from qadapter.data.rows import Pair, RawRow, RowError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIRST_ROWS = 100  # rows that decide on the layout
 BUILTIN_FILES = {"train": "concise_train.jsonl", "test": "concise_eval.jsonl"}
 
 

@@ -12,18 +12,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def train_eval_split(
-    dataset: "Dataset", *, eval_fraction: float | None = None, eval_rows: int | None = None, seed: int = 0
-) -> "tuple[Dataset, Dataset]":
+def train_eval_split(dataset: "Dataset", *, eval_fraction: float, seed: int = 0) -> "tuple[Dataset, Dataset]":
     """(train, eval), split by prompt: no prompt stands on both sides, however many pairs it has.
 
-    Give either `eval_fraction` (of the rows) or `eval_rows`. Both are upper limits, because prompts are not
-    divided; where every prompt has more rows, one is held out all the same. The choice depends on the prompts and
-    `seed`, not on the order of the rows. Rows keep their order. Raises ConfigError for impossible sizes and
-    DataError for the data.
+    `eval_fraction`, of the rows, is an upper limit, because prompts are not divided; where every prompt has more rows,
+    one is held out all the same. The choice depends on the prompts and `seed`, not on the order of the rows. Rows keep
+    their order. Raises ConfigError for impossible fractions and DataError for the data.
     """
     require_prompts(dataset)
-    limit = eval_limit(len(dataset), eval_fraction, eval_rows)
+    limit = eval_limit(len(dataset), eval_fraction)
     keys = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
     held_out = prompts_up_to(limit, Counter(keys), seed)
     train = [index for index, key in enumerate(keys) if key not in held_out]
@@ -55,18 +52,11 @@ def require_prompts(dataset: Any) -> None:
         raise DataError(f"no prompt column among {found}; load the data with load_preference_dataset first")
 
 
-def eval_limit(rows: int, fraction: float | None, eval_rows: int | None) -> int:
+def eval_limit(rows: int, fraction: float) -> int:
     """How many rows may be held out."""
-    if (fraction is None) == (eval_rows is None):
-        raise ConfigError("give either eval_fraction or eval_rows, not both and not none")
-    if fraction is not None:
-        if not 0 < fraction < 1:
-            raise ConfigError(f"eval_fraction is {fraction}; it has to lie between 0 and 1")
-        return max(1, round(rows * fraction))
-    assert eval_rows is not None
-    if not 0 < eval_rows < rows:
-        raise ConfigError(f"eval_rows is {eval_rows}; it has to be at least 1 and below the {rows} rows of the dataset")
-    return eval_rows
+    if not 0 < fraction < 1:
+        raise ConfigError(f"eval_fraction is {fraction}; it has to lie between 0 and 1")
+    return max(1, round(rows * fraction))
 
 
 def prompts_up_to(limit: int, rows_of: Counter[str], seed: int) -> set[str]:

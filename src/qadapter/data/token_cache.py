@@ -27,6 +27,7 @@ from qadapter.data.tokenisation import (
     tokenise_preferences,
 )
 from qadapter.errors import first_line
+from qadapter.modeling.checkpoint import file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -234,8 +235,4 @@ def remove_entry(entry: Path) -> None:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """{name: SHA-256} of the files in a folder."""
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir())}

@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qadapter.data.encoding import ChatEncoder, EncodedPair, PlainEncoder
-from qadapter.data.formats import Format, recognise
+from qadapter.data.formats import FIRST_ROWS, Format, recognise
 from qadapter.data.messages import as_chat
-from qadapter.data.rows import Pair, RowError
+from qadapter.data.rows import TOKEN_COLUMNS, Pair, RowError
 from qadapter.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
     Pairs = TypeVar("Pairs", Dataset, IterableDataset)
 
-FIRST_ROWS = 100  # rows that decide on the layout
 CLOSING = tuple(".?!:;,)")  # after these comes a space
 # Kept tokens are those of one version: raise it with any change that gives some row other ids, or drops another row.
 TOKENISATION_VERSION = 3
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 DIGEST_ROWS = 1000
 
 
@@ -86,13 +84,11 @@ def tokenise_preferences(
     *,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
-    chat: bool | Literal["auto"] = "auto",
 ) -> "tuple[Pairs, TokenisationReport]":
     """(dataset with prompt_ids, chosen_ids and rejected_ids, report).
 
-    `dataset`: a Dataset or IterableDataset in any layout that `formats.recognise` knows.
-    `chat`: whether plain text is put into the tokenizer's chat template as a user message; "auto" does so if
-    there is a template. Chats always use it.
+    `dataset`: a Dataset or IterableDataset in any layout that `formats.recognise` knows. Plain text is put into the
+    tokenizer's chat template as a user message if there is one.
     `max_length`: prompt and longer answer together. Prompts are cut at the left, keeping the
     beginning-of-sequence token, and for both sides alike; answers are never cut. Rows whose answer leaves no
     room for a prompt token, and rows whose answers are the same tokens, are dropped and reported.
@@ -103,7 +99,7 @@ def tokenise_preferences(
     first = first_rows(dataset)
     names = list(dict.fromkeys(name for row in first for name in row))
     row_format = recognise(names, first)
-    use_template = uses_template(row_format.chat, tokenizer, chat)
+    use_template = uses_template(row_format.chat, tokenizer)
     report = TokenisationReport()
     tokenise = PairTokeniser(row_format, tokenizer, use_template, limits, report)
     tokenised = mapped(dataset, tokenise, names)
@@ -193,7 +189,7 @@ class PairTokeniser:
         self.last_error: RowError | None = None
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
-        columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+        columns: dict[str, list[list[int]]] = {name: [] for name in TOKEN_COLUMNS}
         for index, *values in zip(indices, *batch.values(), strict=True):
             encoded = self.encode(index + 1, dict(zip(batch, values, strict=True)))
             if encoded is not None:
@@ -254,19 +250,15 @@ def checked_limits(max_length: int | None, max_prompt_length: int | None) -> Lim
     return Limits(max_length, max_prompt_length)
 
 
-def uses_template(data_is_chat: bool, tokenizer: Any, chat: bool | Literal["auto"]) -> bool:
-    """Whether pairs go through the chat template; raises where data, tokenizer and `chat` do not fit."""
-    if chat not in (True, False, "auto"):
-        raise ConfigError(f"chat is {chat!r}; it has to be 'auto', True or False")
+def uses_template(data_is_chat: bool, tokenizer: Any) -> bool:
+    """Whether pairs go through the chat template; raises for a chat without one."""
     has_template = bool(tokenizer.chat_template)
-    if data_is_chat and chat is False:
-        raise ConfigError("chat is False, but the pairs are messages; plain text pairs are needed, or chat='auto'")
-    if (data_is_chat or chat is True) and not has_template:
+    if data_is_chat and not has_template:
         raise DataError(
             "the pairs are to be a chat, but the tokenizer has no chat template; use an instruction-tuned "
             "model, set tokenizer.chat_template, or give prompt, chosen and rejected as plain text"
         )
-    return data_is_chat or (has_template and chat is not False)
+    return has_template
 
 
 def require_different(encoded: EncodedPair) -> None:

@@ -213,6 +213,5 @@ def _answers(results: Mapping[str, Any], column: str) -> Iterator[str]:
 def _verdict(verdict: Mapping[str, Any]) -> str:
     winner = verdict["winner"] or "no verdict"
     note = f"{winner}: {verdict['reason']}" if verdict["reason"] else winner
-    # Audits from before it was stored do not say whether an answer was cut.
-    answers = {name: marked(verdict[name], verdict.get(f"{name}_finished", True)) for name in (BASE, "policy")}
+    answers = {name: marked(verdict[name], verdict[f"{name}_finished"]) for name in (BASE, "policy")}
     return side_by_side(verdict["prompt"], answers, note)

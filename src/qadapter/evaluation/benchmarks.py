@@ -1,7 +1,6 @@
 """Benchmarks through lm-eval, which is an extra and imported when it is asked for."""
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from qadapter.evaluation.columns import Column
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.progress import Track
 from qadapter.evaluation.subjects import Subject
+from qadapter.modeling.checkpoint import file_digest
 
 if TYPE_CHECKING:
     from qadapter.evaluation.harness import LoadedTasks
@@ -158,17 +158,12 @@ def state(task: str, folder: Path | None) -> list[Any]:
         files.add(path)
         if path.name.endswith(YAML_ENDINGS):
             given += [*_beside(path, ".py"), *_named_in(path)]
-    return [version("lm_eval"), task, [[str(path), _digest(path)] for path in sorted(files)]]
+    return [version("lm_eval"), task, [[str(path), file_digest(path)] for path in sorted(files)]]
 
 
 def _beside(path: Path, endings: str | tuple[str, ...]) -> list[Path]:
     """The file, and those of the given endings that lie beside it."""
     return [path, *(other for other in path.parent.iterdir() if other.name.endswith(endings) and other.is_file())]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:  # data may be large
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _named_in(definition: Path) -> Iterator[Path]:

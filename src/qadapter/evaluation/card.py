@@ -179,7 +179,7 @@ def certificate(audit: Mapping[str, Any], beside: bool = True) -> str:
     if audit["findings"]:
         lines += ["What got worse:", "", *(f"- {line}" for line in finding_lines(audit["findings"], beside)), ""]
     text = "\n".join(lines).rstrip()
-    for spec in {judged["judge"] for judged in audit["results"].get("judged", ())}:
+    for spec in {judged["judge"] for judged in audit["results"]["judged"]}:
         text = text.replace(spec, judge_title(spec))
     return text
 

@@ -142,10 +142,7 @@ def dial_title(settings: Mapping[str, Any]) -> str:
 
 
 def further_settings(settings: Mapping[str, Any]) -> str:
-    """The settings besides the strength that are not as usual, as words to follow others; "" where all are.
-
-    Files from before there was a setting lack it.
-    """
+    """The settings besides the strength that are not as usual, as words to follow others; those may be left out."""
     words = []
     if weights := settings.get("adapter_weights"):
         words.append("weights " + " ".join(f"{name}={weight:g}" for name, weight in weights.items()))

@@ -33,7 +33,7 @@ from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.heads import widened
 from qadapter.modeling.mixing import capped_logits
 from qadapter.modeling.packed import enable_packing, packed_batch
-from qadapter.modeling.passes import positions_of
+from qadapter.modeling.passes import in_eval_mode, positions_of
 from qadapter.modeling.streams import Stream
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 
@@ -127,31 +127,30 @@ def measure_passages(
     directions = {column.name: column.direction(model) for column in columns}
     streams = list(dict.fromkeys(name for direction in directions.values() for name, _ in direction.streams))
     measured: dict[int, TextDrift] = {}
-    training = model.training
-    model.eval()
-    packs = packing_pays(model) and enable_packing(model.base)
-    batches = batches_by_beginning if packs else batches_by_length
     batch_tokens //= max(1, len(streams) // FEW_STREAMS)
-    for batch in batches([passage.ids for passage in passages], batch_tokens):
-        rows = [passages[index] for index in batch]
-        hidden = _hidden_states(model, *(_packed if packs else _padded)(model, rows), [None, *streams])
-        targets, steps = (
-            torch.tensor([value for passage in rows for value in getattr(passage, name)], device=model.device)
-            for name in ("targets", "steps")
-        )
-        lengths = [len(passage.targets) for passage in rows]
-        base, drifts = token_drift(model, hidden, targets, steps, columns, directions)
-        _require_finite(base, drifts)
-        base_parts = zip(*(column.split(lengths) for column in base), strict=True)
-        parts = {
-            name: list(zip(*(field.split(lengths) for field in drift), strict=True)) for name, drift in drifts.items()
-        }
-        for row, (index, base_part) in enumerate(zip(batch, base_parts, strict=True)):
-            by_column = {name: TokenDrift(*rows[row]) for name, rows in parts.items()}
-            measured[index] = TextDrift(BaseTokens(*base_part), by_column)
-        if advance is not None:
-            advance(len(batch))
-    model.train(training)
+    with in_eval_mode(model):
+        packs = packing_pays(model) and enable_packing(model.base)
+        batches = batches_by_beginning if packs else batches_by_length
+        for batch in batches([passage.ids for passage in passages], batch_tokens):
+            rows = [passages[index] for index in batch]
+            hidden = _hidden_states(model, *(_packed if packs else _padded)(model, rows), [None, *streams])
+            targets, steps = (
+                torch.tensor([value for passage in rows for value in getattr(passage, name)], device=model.device)
+                for name in ("targets", "steps")
+            )
+            lengths = [len(passage.targets) for passage in rows]
+            base, drifts = token_drift(model, hidden, targets, steps, columns, directions)
+            _require_finite(base, drifts)
+            base_parts = zip(*(column.split(lengths) for column in base), strict=True)
+            parts = {
+                name: list(zip(*(field.split(lengths) for field in drift), strict=True))
+                for name, drift in drifts.items()
+            }
+            for row, (index, base_part) in enumerate(zip(batch, base_parts, strict=True)):
+                by_column = {name: TokenDrift(*rows[row]) for name, rows in parts.items()}
+                measured[index] = TextDrift(BaseTokens(*base_part), by_column)
+            if advance is not None:
+                advance(len(batch))
     return [measured[index] for index in range(len(passages))]
 
 

@@ -11,7 +11,7 @@ from qadapter.evaluation.differences import drift_items, pair_items
 from qadapter.evaluation.drift import TextDrift, measure_texts
 from qadapter.evaluation.drift_figures import breakdowns, drift_figures
 from qadapter.evaluation.judges import Judge, Verdict, make_judge
-from qadapter.evaluation.judges.models import PairJudge, RewardJudge
+from qadapter.evaluation.judges.models import ModelJudge
 from qadapter.evaluation.judging import ask, judged
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.preferences import (
@@ -233,7 +233,7 @@ class Evaluation:
     def _judged(
         self, name: str, judge: Judge, prompts: Sequence[Prompt], own: Sequence[Answer], base: Sequence[Answer]
     ) -> dict[str, Any]:
-        weights = judge.scorer.fingerprint() if isinstance(judge, RewardJudge | PairJudge) else None
+        weights = judge.scorer.fingerprint() if isinstance(judge, ModelJudge) else None
         inputs = [
             name,
             weights,

@@ -21,13 +21,10 @@ def findings(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
 
 
 def _losses(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    parts = {"neutral": results.get("neutral"), "instructions": results.get("instructions"),
-             "chosen": results["pairs"]["chosen"]}  # fmt: skip
+    parts = {**results, "chosen": results["pairs"]["chosen"]}
     entries = []
     for part, title in SETS.items():
         measured = parts[part]
-        if measured is None:
-            continue
         everything = measured["columns"][column]["loss_change"]
         if part != "chosen":
             entries.append(_entry("loss", title, "change of the loss, nats a token", everything))
@@ -46,9 +43,9 @@ def _tasks(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     entries = [
         _entry("task", f"benchmark {task}", f"change of {figures['metric']}",
                {**figures["differences"][column], "n": figures["n"]})
-        for task, figures in results.get("tasks", {}).items()
+        for task, figures in results["tasks"].items()
     ]  # fmt: skip
-    better = [figures.get("higher_is_better", True) for figures in results.get("tasks", {}).values()]
+    better = [figures["higher_is_better"] for figures in results["tasks"].values()]
     worse = [entry for entry, higher in zip(entries, better, strict=True) if _fell(entry, higher)]
     return sorted(worse, key=lambda entry: -abs(entry["value"]))
 
@@ -60,11 +57,9 @@ def _fell(entry: Mapping[str, Any], higher_is_better: bool) -> bool:
 
 
 def _answers(results: Mapping[str, Any], column: str) -> Iterator[dict[str, Any]]:
-    behaviour = results.get("behaviour")
-    if behaviour is None:
-        return
-    base, own = behaviour["columns"]["base"], behaviour["columns"][column]
-    for trait in (trait for trait in BAD_TRAITS if trait in own["traits"]):  # older files have fewer
+    columns = results["behaviour"]["columns"]
+    base, own = columns["base"], columns[column]
+    for trait in BAD_TRAITS:
         now, before = own["traits"][trait], base["traits"][trait]
         if _above(now["low"], before["value"]) and _above(now["value"], before["high"]):
             what = f"answers to general instructions: {trait}"
@@ -85,7 +80,7 @@ def _judges(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     entries = [
         _entry("judge", f"answers to held-out prompts, judge {judged['judge']}", "win rate against the base",
                judged["rate"])
-        for judged in results.get("judged", [])
+        for judged in results["judged"]
         if judged["column"] == column
     ]  # fmt: skip
     return [entry for entry in entries if entry["high"] is not None and entry["high"] < 0.5]
@@ -101,7 +96,7 @@ def _entry(kind: str, what: str, figure: str, interval: Mapping[str, Any]) -> di
         "what": what,
         "figure": figure,
         "value": interval["value"],
-        "low": interval.get("low"),
-        "high": interval.get("high"),
+        "low": interval["low"],
+        "high": interval["high"],
         "n": interval["n"],
     }

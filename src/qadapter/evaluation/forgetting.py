@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,11 @@ from qadapter.evaluation.intervals import Interval, mcnemar_exact, wilson
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.resampling import mean_intervals, paired_difference
 from qadapter.evaluation.shared_likelihoods import SharedLikelihoods
-from qadapter.evaluation.tasks import local_tasks
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.passes import in_eval_mode
 
 if TYPE_CHECKING:
     from qadapter.evaluation.harness import LoadedTasks, TaskScores
-
-__all__ = ["local_tasks", "run_tasks"]
 
 
 def run_tasks(
@@ -35,7 +32,6 @@ def run_tasks(
     batch_size: int = 8,
     progress: Track | None = None,
     include_path: str | Path | None = None,
-    chat_template: bool = False,
     shared: bool = False,
 ) -> dict[str, Any]:
     """Scores of base and columns on tasks of lm-eval, as values for JSON.
@@ -48,7 +44,6 @@ def run_tasks(
         seed: of the examples in the prompts, of sampling, and of bootstrap intervals.
         progress: opens a bar for each column and kind of request.
         include_path: a folder of further tasks, such as `local_tasks` writes; they go before lm-eval's own.
-        chat_template: put the questions as a user's messages.
         shared: likelihoods of all columns from one pass over the hidden states, which is what makes sweeps cheap. They
             equal those of separate passes up to rounding; answers are generated column by column in any case.
 
@@ -71,7 +66,7 @@ def run_tasks(
     except ImportError as error:
         raise ConfigError(f"benchmarks need lm-eval: pip install 'qadapter[eval]' ({error}).") from error
     loaded = harness.load_tasks(tasks, include_path, progress or silent)
-    return run_loaded(model, tokenizer, loaded, columns, limit, seed, batch_size, progress, chat_template, shared)
+    return run_loaded(model, tokenizer, loaded, columns, limit, seed, batch_size, progress, shared=shared)
 
 
 def run_loaded(
@@ -86,7 +81,7 @@ def run_loaded(
     chat_template: bool = False,
     shared: bool = False,
 ) -> dict[str, Any]:
-    """As `run_tasks`, of tasks that `harness.load_tasks` has loaded."""
+    """As `run_tasks`, of tasks that `harness.load_tasks` has loaded; with `chat_template`, put as a user's messages."""
     from qadapter.evaluation import harness
 
     settings = _columns(model, columns)
@@ -95,7 +90,7 @@ def run_loaded(
     results = {}
     title = next(iter(loaded.groups or loaded.tasks))
     for column in settings:
-        with column.applied(model), _as_it_was(model):
+        with column.applied(model), in_eval_mode(model):
             lm = harness.PolicyLM(model, tokenizer, batch_size, progress or silent, column.name, title, likelihoods)
             results[column.name] = harness.run(lm, loaded, limit, seed, chat_template)
     figures = {}
@@ -115,16 +110,6 @@ def run_loaded(
             "chat_template": chat_template,
         },
     }
-
-
-@contextmanager
-def _as_it_was(model: QAdapterForCausalLM) -> Iterator[None]:
-    """Back in train or eval mode afterwards: lm-eval leaves models in eval mode."""
-    training = model.training
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _columns(model: QAdapterForCausalLM, columns: Mapping[str, Mapping[str, Any]]) -> list[Column]:

@@ -64,9 +64,9 @@ def parse_drops(entries: Sequence[str]) -> dict[str, float]:
 
 
 def kl_figures(results: Mapping[str, Any], column: str) -> dict[str, dict[str, Any]]:
-    """{name for people: KL interval} of every set of texts that was measured."""
-    parts = {"chosen": results["pairs"]["chosen"], **{name: results.get(name) for name in ("neutral", "instructions")}}
-    return {title: parts[part]["columns"][column]["kl"] for part, title in KL_PARTS if parts[part] is not None}
+    """{name for people: KL interval} of every set of texts that was measured; sweeps leave out the base's answers."""
+    parts = {**results, "chosen": results["pairs"]["chosen"]}
+    return {title: parts[part]["columns"][column]["kl"] for part, title in KL_PARTS if part in parts}
 
 
 def check(results: Mapping[str, Any], column: str, limits: Limits) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def drop(results: Mapping[str, Any], task: str, column: str) -> dict[str, Any]:
     if not is_rate(figures):
         return {"value": None, "low": None, "high": None, "n": figures["n"]}
     difference = figures["differences"][column]
-    sign = -100 if figures.get("higher_is_better", True) else 100
+    sign = -100 if figures["higher_is_better"] else 100
     fall = {key: _points(difference[key], sign) for key in ("value", "low", "high")}
     low, high = (fall["high"], fall["low"]) if sign < 0 else (fall["low"], fall["high"])
     return {"value": fall["value"], "low": low, "high": high, "n": figures["n"]}

@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from qadapter.evaluation.report import STYLE
-
-MORE_STYLE = """
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #111; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .4rem .8rem .4rem 0; }
+th, td { border-bottom: 1px solid #ddd; vertical-align: top; } pre { white-space: pre-wrap; font: inherit; margin: 0; }
+.answers { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-bottom: 1.5rem; }
+.answers > div { border: 1px solid #ddd; border-radius: 6px; padding: .8rem; } h3 { margin-bottom: .4rem; }
+.label { font-weight: 600; color: #374151; } svg { max-width: 100%; height: auto; }
 .good { color: #15803d; font-weight: 600; } .bad { color: #b91c1c; font-weight: 600; } .close { color: #a16207; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; } code, .json { font-size: .85rem; }
 .json { white-space: pre-wrap; overflow-wrap: anywhere; } .wide { overflow-x: auto; } td { min-width: 4rem; }
@@ -18,7 +22,7 @@ def document(title: str, body: str) -> str:
     """The page."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}{MORE_STYLE}</style></head><body>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 {body}
 </body></html>

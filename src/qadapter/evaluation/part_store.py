@@ -7,13 +7,12 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qadapter.modeling.bases import cache_folder
+from qadapter.new_folders import cache_folder, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +115,5 @@ def write_ordered_json(path: Path, value: Any) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, whole or not at all, and the folder that it is in; text in UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise

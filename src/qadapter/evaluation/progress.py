@@ -43,12 +43,17 @@ def tracked() -> Iterator[Track]:
         return
     # The stream as it is now: the bars go on while a library's own output is kept from it.
     with progress_bar(Console(file=sys.stderr)) as progress:
+        yield bars(progress)
 
-        def track(name: str, total: int) -> Advance:
-            task = progress.add_task(name, total=total)
-            return lambda done: progress.advance(task, done)
 
-        yield track
+def bars(progress: Progress) -> Track:
+    """A `Track` that adds a bar to `progress` for each thing being done."""
+
+    def track(name: str, total: int) -> Advance:
+        task = progress.add_task(name, total=total)
+        return lambda done: progress.advance(task, done)
+
+    return track
 
 
 def lines(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Track:

@@ -9,26 +9,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from qadapter.evaluation.intervals import Interval
-from qadapter.evaluation.tables import marked
+from qadapter.evaluation.page import document, json_block, side_by_side, table
+from qadapter.evaluation.tables import markdown_table, marked, print_table
 from qadapter.generation import Answer
 from qadapter.program import called_as
 from qadapter.training_log import CURVE_NAME
 
 REPORT_FILES = ("report.md", "report.html", "results.json")
+HEADER = ("", "base", "policy")
 SHOWN_ANSWERS = 3
 SVG_NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'  # a file needs it, a page does not
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #111; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .4rem .8rem .4rem 0; }
-th, td { border-bottom: 1px solid #ddd; vertical-align: top; } pre { white-space: pre-wrap; font: inherit; margin: 0; }
-.answers { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-bottom: 1.5rem; }
-.answers > div { border: 1px solid #ddd; border-radius: 6px; padding: .8rem; } h3 { margin-bottom: .4rem; }
-.label { font-weight: 600; color: #374151; } svg { max-width: 100%; height: auto; }
-"""
 
 
 @dataclass(frozen=True)
@@ -84,12 +77,7 @@ def print_report(result: QuickstartResult, folder: Path, console: Console) -> No
             answer = result.answers[name][index]
             text = marked(answer.text, answer.finished)
             console.print(Panel(Text(text), title=name, title_align="left", border_style=colour))
-    table = Table(title="What it gained and what it cost (95% intervals)", title_justify="left")
-    for heading in ("", "base", "policy"):
-        table.add_column(heading, overflow="fold")
-    for row in rows(result):
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, "What it gained and what it cost (95% intervals)", HEADER, rows(result))
     seconds = result.seconds
     chat = f"{called_as()} chat {shlex.quote(str(folder / 'adapter'))}"
     console.print(
@@ -115,7 +103,7 @@ def write_report(result: QuickstartResult, folder: Path) -> None:
 
 def markdown(result: QuickstartResult) -> str:
     """The report as Markdown."""
-    lines = ["# Quickstart report", "", *_markdown_table(("", "base", "policy"), rows(result)), ""]
+    lines = ["# Quickstart report", "", *markdown_table(HEADER, rows(result)), ""]
     lines += [_summary(result), "", "## The same prompts, answered by both", ""]
     for index, prompt in enumerate(result.prompts[:SHOWN_ANSWERS]):
         lines += [f"### {prompt}", ""]
@@ -125,10 +113,6 @@ def markdown(result: QuickstartResult) -> str:
     lines += ["## Training curve", "", f"![training curve](adapter/{CURVE_NAME})", ""]
     lines += ["## Settings", "", "```json", json.dumps(result.settings, indent=2), "```", ""]
     return "\n".join(lines)
-
-
-def _markdown_table(header: tuple[str, ...], body: list[tuple[str, str, str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *body)]
 
 
 def _summary(result: QuickstartResult) -> str:
@@ -142,25 +126,16 @@ def _summary(result: QuickstartResult) -> str:
 
 def html(result: QuickstartResult, curve: str) -> str:
     """The report as one page without outside resources."""
-    head = "<tr><th></th><th>base</th><th>policy</th></tr>"
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(result))
-    answers = "".join(_answer_html(result, index) for index in range(len(result.prompts)))
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Quickstart report</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>Quickstart report</h1><p>{escape(_summary(result))}</p>
-<table>{head}{body}</table>
+    shown = {
+        name: [marked(answer.text, answer.finished) for answer in result.answers[name]] for name in ("base", "policy")
+    }
+    answers = "".join(
+        side_by_side(prompt, {name: texts[index] for name, texts in shown.items()})
+        for index, prompt in enumerate(result.prompts)
+    )
+    body = f"""<p>{escape(_summary(result))}</p>
+{table(HEADER, rows(result))}
 <h2>Training curve</h2>{curve.replace(SVG_NAMESPACE, "")}
 <h2>The same prompts, answered by both</h2>{answers}
-<h2>Settings</h2><pre>{escape(json.dumps(result.settings, indent=2))}</pre>
-</body></html>
-"""
-
-
-def _answer_html(result: QuickstartResult, index: int) -> str:
-    columns = "".join(
-        f'<div><div class="label">{name}</div><pre>{escape(marked(answer.text, answer.finished))}</pre></div>'
-        for name in ("base", "policy")
-        for answer in (result.answers[name][index],)
-    )
-    return f'<h3>{escape(result.prompts[index])}</h3><div class="answers">{columns}</div>'
+<h2>Settings</h2>{json_block(result.settings)}"""
+    return document("Quickstart report", body)

@@ -12,7 +12,7 @@ from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.preferences import Temperatures
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.bases import tokenizer_fingerprint, weight_fingerprint
+from qadapter.modeling.fingerprints import tokenizer_fingerprint, weight_fingerprint
 from qadapter.modeling.loading import tokenizer_of
 from qadapter.modeling.lora_files import CONFIG_NAME
 from qadapter.modeling.manifest import MANIFEST_NAME

@@ -85,7 +85,7 @@ def print_sweep(sweep: Mapping[str, Any], console: Console) -> None:
 def fixed(sweep: Mapping[str, Any]) -> str:
     """The settings that all points share, as words to follow others; "" where they are the usual ones."""
     dial = sweep["dial"]
-    return further_settings({**dial, "max_kl": dial["cap"], "min_kl": dial.get("threshold")})
+    return further_settings({**dial, "max_kl": dial["cap"], "min_kl": dial["threshold"]})
 
 
 def rows_of(sweep: Mapping[str, Any]) -> tuple[Row, list[Row]]:

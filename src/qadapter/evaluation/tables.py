@@ -57,10 +57,10 @@ HALVES_DIFFER = 0.1
 Row = tuple[str, ...]
 
 
-def interval(results: Mapping[str, Any], part: str, column: str, figure: str) -> dict[str, Any] | None:
-    """An interval of the results; None if that part was not measured."""
-    measured = results["pairs"]["chosen"] if part == "chosen" else results.get(part)
-    return None if measured is None else measured["columns"][column].get(figure)
+def interval(results: Mapping[str, Any], part: str, column: str, figure: str) -> dict[str, Any]:
+    """An interval of the results."""
+    measured = results["pairs"]["chosen"] if part == "chosen" else results[part]
+    return measured["columns"][column][figure]
 
 
 def cell(results: Mapping[str, Any], part: str, column: str, figure: str, kind: str) -> str:
@@ -70,9 +70,9 @@ def cell(results: Mapping[str, Any], part: str, column: str, figure: str, kind: 
     return written(interval(results, part, column, figure), kind)
 
 
-def written(interval: Mapping[str, Any] | None, kind: str) -> str:
+def written(interval: Mapping[str, Any], kind: str) -> str:
     """An interval as text: "77.0% [70.1, 82.9]", "+7.0 [-1.2, +15.3]" (points) or "0.0532 [0.0491, 0.0573]"."""
-    if interval is None or interval["value"] is None:
+    if interval["value"] is None:
         return "–"
     value, low, high = interval["value"], interval["low"], interval["high"]
     if kind == "rate":
@@ -86,15 +86,13 @@ def written(interval: Mapping[str, Any] | None, kind: str) -> str:
     return f"{value:{form}}{bounds}"
 
 
-def short(interval: Mapping[str, Any] | None, kind: str) -> str:
+def short(interval: Mapping[str, Any], kind: str) -> str:
     """An interval for narrow tables: "0.053 ± 0.004", or "97.0 [70.1, 98.9]" (percent) where its halves differ."""
-    if interval is None or interval["value"] is None:
+    if interval["value"] is None:
         return "–"
     scale, digits = (100, 1) if kind in ("rate", "points") else (1, 3)
     form = f"{'+' if kind in ('change', 'points') else ''}.{digits}f"
-    value, low, high = (
-        None if interval.get(key) is None else interval[key] * scale for key in ("value", "low", "high")
-    )
+    value, low, high = (None if interval[key] is None else interval[key] * scale for key in ("value", "low", "high"))
     if low is None or high is None:
         return f"{value:{form}}"
     halves = sorted((value - low, high - value))
@@ -105,25 +103,19 @@ def short(interval: Mapping[str, Any] | None, kind: str) -> str:
 
 def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
     """Rows of (what, the base, each column): preferences, drift, judges, benchmarks."""
-    rows: list[Row] = []
-    for title, part, figure, kind in HEADLINE:
-        if part in ("pairs", "chosen") or results.get(part) is not None:
-            rows.append((title, *(cell(results, part, name, figure, kind) for name in (BASE, *columns))))
+    rows: list[Row] = [
+        (title, *(cell(results, part, name, figure, kind) for name in (BASE, *columns)))
+        for title, part, figure, kind in HEADLINE
+    ]
     calibration = results["pairs"]["calibration"]
     errors = [written_number(calibration[name]["ece"] if name in calibration else None) for name in columns]
     rows.append(("Calibration error of σ(reward margin)", "–", *errors))
-    rows += _judge_rows(results.get("judged", []), columns)
-    for task, figures in results.get("tasks", {}).items():
+    rows += _judge_rows(results["judged"], columns)
+    for task, figures in results["tasks"].items():
         kind = "rate" if is_rate(figures) else "number"
-        cells = [figures["columns"].get(name) for name in (BASE, *columns)]
+        cells = [figures["columns"][name] for name in (BASE, *columns)]
         rows.append((f"{task} ({figures['metric']}, n = {figures['n']})", *(written(cell, kind) for cell in cells)))
-        rows.append(
-            (
-                "its change",
-                "–",
-                *(_difference(figures["differences"].get(name), kind) for name in columns),
-            )
-        )
+        rows.append(("its change", "–", *(_difference(figures["differences"][name], kind) for name in columns)))
     return rows
 
 
@@ -143,15 +135,15 @@ def marked_answer(answer: Mapping[str, Any]) -> str:
     return marked(answer["text"], answer["finished"])
 
 
-def _difference(difference: Mapping[str, Any] | None, kind: str) -> str:
-    if difference is None or difference["value"] is None:
+def _difference(difference: Mapping[str, Any], kind: str) -> str:
+    if difference["value"] is None:
         return "–"
     scale = 100 if kind == "rate" else 1
     value, low, high = (
-        None if difference.get(key) is None else scale * difference[key] for key in ("value", "low", "high")
+        None if difference[key] is None else scale * difference[key] for key in ("value", "low", "high")
     )
     bounds = "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
-    p = difference.get("mcnemar_p")
+    p = difference["mcnemar_p"]
     return f"{value:+.2f}{bounds}" + (" points" if kind == "rate" else "") + ("" if p is None else f", p = {p:.3g}")
 
 
@@ -168,7 +160,7 @@ def _judge_rows(judged: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
 
 def _win_rate(judged: Mapping[str, Any]) -> str:
     counts = f"{judged['wins']} won, {judged['ties']} tied, {judged['losses']} lost, {judged['missing']} missing"
-    bias = judged.get("order_bias")
+    bias = judged["order_bias"]
     if bias is not None:
         counts += f"; order changed {written(bias, 'rate')}"
     return f"{written(judged['rate'], 'rate')} ({counts})"
@@ -181,17 +173,16 @@ def written_number(value: float | None) -> str:
 
 def narrow(results: Mapping[str, Any], columns: Sequence[str]) -> tuple[Row, list[Row]]:
     """Header and rows of a table with a row a column, the base first."""
-    shown = [entry for entry in NARROW if entry[1] in ("pairs", "chosen") or results.get(entry[1]) is not None]
-    tasks = {name: results["tasks"][name] for name in whole_tasks(results.get("tasks", {}))}
-    header = ("column", *(title for title, *_ in shown), *tasks)
+    tasks = {name: results["tasks"][name] for name in whole_tasks(results["tasks"])}
+    header = ("column", *(title for title, *_ in NARROW), *tasks)
     rows = []
     for name in (BASE, *columns):
         cells = [
             OF_THE_BASE[figure] if name == BASE else short(interval(results, part, name, figure), kind)
-            for _, part, figure, kind in shown
+            for _, part, figure, kind in NARROW
         ]
         for figures in tasks.values():
-            cells.append(short(figures["columns"].get(name), "rate" if is_rate(figures) else "number"))
+            cells.append(short(figures["columns"][name], "rate" if is_rate(figures) else "number"))
         rows.append((name, *cells))
     return header, rows
 

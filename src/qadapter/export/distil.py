@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from qadapter.errors import ConfigError
 from qadapter.export.summed import summed_lora
 from qadapter.functional import kl_divergence
-from qadapter.generation import Sampling, encode, end_tokens
+from qadapter.generation import Sampling, encode, end_tokens, ending_arguments
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.passes import positions_of
 from qadapter.modeling.streams import parts_of
@@ -109,8 +109,7 @@ def _sampled(
     batch = {name: tensor.to(model.device) for name, tensor in encode(tokenizer, prompts).items()}
     ends = end_tokens(model, tokenizer)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=1.0)
-    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0])
-    arguments: dict[str, Any] = {**batch, **sampling.to_kwargs(), "eos_token_id": ends or None, "pad_token_id": pad}
+    arguments: dict[str, Any] = {**batch, **sampling.to_kwargs(), **ending_arguments(ends, tokenizer)}
     ids = model.generate(**arguments, **dial)
     prompt_length = batch["input_ids"].shape[1]
     answer = ids[:, prompt_length:]

@@ -1,6 +1,5 @@
 """The policy model: streams, head, cache, mixing and the adapter folder."""
 
-from qadapter.modeling.passes import Streams
 from qadapter.modeling.policy import DEFAULT_ADAPTER, QAdapterForCausalLM
 
-__all__ = ["DEFAULT_ADAPTER", "QAdapterForCausalLM", "Streams"]
+__all__ = ["DEFAULT_ADAPTER", "QAdapterForCausalLM"]

@@ -16,7 +16,7 @@ from qadapter.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR = "all-linear"  # every linear layer of the decoder that an adapter can be on
 # Classes whose linear layers choose among experts or tokens, see a part of the tokens only, or are read for their
 # weights without being called (Gemma 3n's AltUp).
 NOT_ADAPTED = re.compile(r"Router|TopK|MoE\w*Gate$|Experts|Indexer|AltUp")

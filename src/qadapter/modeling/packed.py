@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qadapter.data.packing import PackedSequences
 from qadapter.modeling import varlen
+from qadapter.modeling.trial_runs import UNFIT, can_run
 
 PACKED_ATTENTION = "qadapter_packed"
 # Kinds of layers whose tokens meet in attention only.
@@ -137,14 +138,13 @@ def enable_packing(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _packs(model: PreTrainedModel) -> bool:
     """Whether packed answers of two tokens get the hidden states of rows of their own; True if not loaded yet."""
-    parameter = next(model.parameters())
-    if parameter.device.type == "meta" or parameter.numel() == 0:
+    if not can_run(model):
         return True
     alone, decoder = torch.tensor([[1, 2, 0], [1, 0, 1]]), model.get_decoder()
     sequences = PackedSequences.of(alone.tolist())
     try:
         ours = decoder(**packed_batch(model, sequences), use_cache=False).last_hidden_state[0]
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+    except UNFIT:
         return False
     rows = decoder(input_ids=alone.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
     expected = rows[sequences.restore_indices.to(model.device)].float()

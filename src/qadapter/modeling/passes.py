@@ -1,5 +1,7 @@
 """What training runs of the policy: the base's pass, the adapter's pass, and the statistics of the loss from both."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +24,15 @@ class BaseStates(NamedTuple):
     trunk: Tensor | None  # (B, T, H), the states that enter the first adapted layer; None if no layer is shared
 
 
-class Streams(NamedTuple):
-    """Final hidden states (B, T, H) of both streams of a training batch."""
-
-    adapter: Tensor
-    base: Tensor
+@contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Within the context the model is in eval mode, afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class TrainingPasses:
@@ -48,26 +54,14 @@ class TrainingPasses:
         """The adapters' names, in order."""
         return list(self.configs)
 
-    def streams(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        adapter: str | None = None,
-        **kwargs: Any,
-    ) -> Streams:
-        """Final hidden states of the base (without gradient, in eval mode) and of one adapter, for training.
-
-        Two passes, the base first: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order. Layers
-        below the first adapted one run in the base's pass only.
-        """
-        base = self.base_pass(input_ids, attention_mask, **kwargs)
-        return Streams(self.adapter_pass(input_ids, attention_mask, base.trunk, adapter, **kwargs), base.final)
-
     @torch.no_grad()
     def base_pass(
         self, input_ids: Tensor, attention_mask: Tensor | dict[str, Tensor] | None = None, **kwargs: Any
     ) -> BaseStates:
-        """The base's hidden states, in eval mode: no checkpointing, no adapter dropout."""
+        """The base's hidden states, in eval mode: no checkpointing, no adapter dropout.
+
+        It comes before the adapter's pass: sharded training (FSDP, ZeRO-3) needs the passes of a step in this order.
+        """
         decoder, training, trunk = self.base.get_decoder(), self.training, KeepTrunk(self.shared_layers)
         batch = _decoder_batch(input_ids, attention_mask, kwargs)
         decoder.eval()
@@ -184,10 +178,8 @@ class TrainingPasses:
         if len(self.adapters) > 1:
             raise ConfigError(f"score reads one adapter, and this policy has {self.adapters}: load one folder alone.")
         check_responses(input_ids, attention_mask, completion_mask)
-        training = self.training
-        self.eval()
-        statistics = self.token_statistics(input_ids, attention_mask, completion_mask)
-        self.train(training)
+        with in_eval_mode(self):
+            statistics = self.token_statistics(input_ids, attention_mask, completion_mask)
         return implied(statistics, completion_mask[:, 1:].bool(), self.configs[self.adapters[0]])
 
 

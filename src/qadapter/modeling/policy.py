@@ -24,8 +24,9 @@ from qadapter.modeling.adapter_settings import (
     warn_of_missing_targets,
     with_named_targets,
 )
-from qadapter.modeling.bases import load_base, resolve_base, source_of, tokenizer_fingerprint
+from qadapter.modeling.bases import load_base, resolve_base, source_of
 from qadapter.modeling.decoding import PolicyGenerationMixin
+from qadapter.modeling.fingerprints import tokenizer_fingerprint
 from qadapter.modeling.heads import Head
 from qadapter.modeling.merging import folded
 from qadapter.modeling.mixing import (

@@ -8,29 +8,26 @@ import torch
 from torch import Tensor
 
 from qadapter.errors import AdapterFormatError, TrainingError
+from qadapter.modeling.passes import in_eval_mode
 from qadapter.modeling.policy import QAdapterForCausalLM
 
 PROBE_TOKENS = 12
 PROBE_VALUES = 4
-# Largest difference of a stored and a recomputed log-probability in the same dtype, by the coarser of the two. Between
-# dtypes rounding differs at every layer: SmolLM2-135M saved in bfloat16 and loaded in float32 was off by 0.31.
 PROBE_TOLERANCE = {"float64": 5e-3, "float32": 5e-3, "bfloat16": 0.25, "float16": 0.1}
+# Between dtypes rounding differs at every layer: SmolLM2-135M saved in bfloat16 and loaded in float32 was off by 0.31.
 OTHER_DTYPE_FACTOR = 4
 
 
 def probe_logps(model: QAdapterForCausalLM, ids: list[int]) -> dict[str, Tensor]:
     """Log-probabilities (V,) after `ids` of the base ("") and of each adapter's trained policy."""
-    training = model.training
-    model.eval()
     result = {}
-    with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         for name in ["", *model.adapters]:
             batch = torch.tensor([ids], device=model.device)
             weights = {adapter: float(adapter == name) for adapter in model.adapters}
             with model.defaults(1.0, weights, None, None):  # without the model's own cap and threshold
                 logits = model(batch, use_cache=False, logits_to_keep=1).logits[0, -1]
             result[name] = logits.float().log_softmax(-1).cpu()
-    model.train(training)
     return result
 
 
@@ -58,6 +55,13 @@ def make_probe(model: QAdapterForCausalLM) -> dict[str, Any]:
     return {"input_ids": ids, "dtype": str(model.dtype).removeprefix("torch."), "logps": logps}
 
 
+def probe_tolerance(stored: str, dtype: torch.dtype) -> float:
+    """Largest difference of a stored and a recomputed log-probability, by the coarser of the dtypes they are from."""
+    own = str(dtype).removeprefix("torch.")
+    tolerance = max(PROBE_TOLERANCE.get(name, 0.25) for name in (stored, own))
+    return tolerance if stored == own else OTHER_DTYPE_FACTOR * tolerance
+
+
 def check_probe(
     model: QAdapterForCausalLM, probe: dict[str, Any], folder: Path, names: Mapping[str, str] | None = None
 ) -> None:
@@ -73,10 +77,7 @@ def check_probe(
             f"{folder}: the probe names the token {max(tokens)}, but the base model knows {vocabulary}: the file is "
             "damaged, or of another base model."
         )
-    dtypes = (probe["dtype"], str(model.dtype).removeprefix("torch."))
-    tolerance = max(PROBE_TOLERANCE.get(dtype, 0.25) for dtype in dtypes)
-    if dtypes[0] != dtypes[1]:
-        tolerance *= OTHER_DTYPE_FACTOR
+    tolerance = probe_tolerance(probe["dtype"], model.dtype)
     actual = probe_logps(model, probe["input_ids"])
     for name, stored in probe["logps"].items():
         known_as = name if names is None or not name else names[name]

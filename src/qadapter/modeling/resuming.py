@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from qadapter.errors import AdapterFormatError
-from qadapter.modeling.bases import weight_fingerprint
+from qadapter.modeling.fingerprints import weight_fingerprint
 from qadapter.modeling.loading import load_tensors
 from qadapter.modeling.lora_files import read_adapter
 from qadapter.modeling.manifest import read_manifest

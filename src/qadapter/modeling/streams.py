@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qadapter.errors import ConfigError
+from qadapter.functional import beside
 from qadapter.modeling.adapter_settings import is_linear_map
 
 
@@ -162,7 +163,7 @@ class StreamLinear(LoraLinear):
         # A kernel for each product this small costs more than the product; sums melt into the kernels around.
         update = (x.unsqueeze(-2) * lora_a).sum(-1) if sums else F.linear(x, lora_a)  # (..., r)
         if isinstance(factor, Tensor):
-            update = (update * beside(factor, update)).to(x.dtype)
+            update = (update * factor_beside(factor, update)).to(x.dtype)
         if sums:
             result.add_((update.unsqueeze(-2) * lora_b).sum(-1), alpha=scale)
         else:
@@ -205,7 +206,7 @@ class StreamLinear(LoraLinear):
         x = self.lora_dropout[name](x)
         # Scaled where there are r numbers a token, not where there are as many as the layer gives.
         if isinstance(factor, Tensor):
-            factor = beside(factor, x).to(torch.promote_types(lora_a.weight.dtype, torch.float32))
+            factor = factor_beside(factor, x).to(torch.promote_types(lora_a.weight.dtype, torch.float32))
         scale = self.scaling[name] * factor
         if x.dtype in HALF_PRECISION:
             # Matmuls in the adapter's float32 would take the hidden states there and run ten times slower.
@@ -217,12 +218,12 @@ class StreamLinear(LoraLinear):
         return (result + update).to(result.dtype)
 
 
-def beside(factor: Tensor, x: Tensor) -> Tensor:
+def factor_beside(factor: Tensor, x: Tensor) -> Tensor:
     """A factor a row (B,) for the states (B, ..., H) of those rows, or of all their tokens (B·T, H)."""
     factor = factor.reshape(-1)
     if factor.numel() > 1 and x.shape[0] != factor.shape[0]:
         factor = factor.repeat_interleave(x.shape[0] // factor.shape[0])
-    return factor.view(-1, *[1] * (x.dim() - 1))
+    return beside(factor, x.dim())
 
 
 def _version(*weights: Tensor) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qadapter.errors import ConfigError
 from qadapter.modeling.adapter_settings import ALL_LINEAR, linear_targets
 from qadapter.modeling.streams import StreamLinear, StreamPlan, repeat_rows
+from qadapter.modeling.trial_runs import UNFIT, can_run
 
 Run = Callable[..., Any]
 
@@ -195,10 +196,9 @@ def can_fork(base: PreTrainedModel, plan: StreamPlan, first: int) -> bool:
 
 def _probe(base: PreTrainedModel, rows: int) -> dict[str, Any] | None:
     """A batch of three tokens a row, no two rows alike; None for weights not loaded yet."""
-    parameter = next(base.parameters())
-    if parameter.device.type == "meta" or parameter.numel() == 0:
+    if not can_run(base):
         return None
-    ids = torch.arange(3 * rows, device=parameter.device).view(rows, 3)
+    ids = torch.arange(3 * rows, device=base.device).view(rows, 3)
     return {"input_ids": ids, "use_cache": False}
 
 
@@ -209,7 +209,7 @@ def _same(
     try:
         with plan.running(None, layer_pass=layer_pass):
             states = decoder(**batch).last_hidden_state
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+    except UNFIT:
         return False
     if states.shape != expected.shape:
         return False

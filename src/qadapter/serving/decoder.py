@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qadapter.errors import ConfigError
+from qadapter.functional import beside
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.mixing import capped_logits, thresholded_logits
 from qadapter.modeling.streams import Blend, Stream
@@ -171,7 +172,7 @@ class Decoder:
             logits = head.logits(torch.empty_like(hidden).index_copy_(0, batch.lane_rows, hidden))
         elif head.shared:
             mixed = self.like.new_zeros(len(batch), *hidden.shape[1:])
-            parts = _beside(batch.coefficients(), hidden) * hidden.to(mixed)
+            parts = beside(batch.coefficients(), hidden.dim()) * hidden.to(mixed)
             logits = head.logits(mixed.index_add_(0, batch.lane_rows, parts))
         else:
             logits = self._separate_logits(batch, hidden)
@@ -184,7 +185,7 @@ class Decoder:
         coefficients = batch.coefficients()
         for name in dict.fromkeys(name for _, name in batch.lanes):
             lanes = batch.tensor(batch.lanes_of(name))
-            part = _beside(coefficients[lanes], hidden) * self._stream_logits(hidden[lanes], batch.stream(name))
+            part = beside(coefficients[lanes], hidden.dim()) * self._stream_logits(hidden[lanes], batch.stream(name))
             mixed = part.new_zeros(len(batch), *part.shape[1:]) if mixed is None else mixed
             mixed.index_add_(0, batch.lane_rows[lanes], part)
         assert mixed is not None
@@ -220,11 +221,6 @@ class Decoder:
             capped, _ = capped_logits(logits[rows], base_logits, caps)
             logits = logits.index_copy(0, batch.tensor(rows), capped.to(logits))
         return logits
-
-
-def _beside(column: Tensor, hidden: Tensor) -> Tensor:
-    """A column (L, 1) with as many dimensions as `hidden` (L, ..., H)."""
-    return column.view(-1, *[1] * (hidden.dim() - 1))
 
 
 def joined(parts: Sequence[tuple[RowBatch, Sequence[int]]]) -> RowBatch:

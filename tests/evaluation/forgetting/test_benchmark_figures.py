@@ -27,11 +27,12 @@ pytest.importorskip("lm_eval", reason="needs the extra eval")
 from qadapter.evaluation import harness
 from qadapter.evaluation.benchmarks import Benchmarks, state
 from qadapter.evaluation.columns import Column
-from qadapter.evaluation.forgetting import local_tasks, run_tasks
+from qadapter.evaluation.forgetting import run_tasks
 from qadapter.evaluation.harness import load_tasks
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.progress import silent
 from qadapter.evaluation.subjects import Subject
+from qadapter.evaluation.tasks import local_tasks
 
 
 def test_an_untouched_adapter_changes_no_benchmark(base, tmp_path):

@@ -10,8 +10,9 @@ from qadapter import QAdapterError
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
-from qadapter.evaluation.forgetting import local_tasks, run_tasks
+from qadapter.evaluation.forgetting import run_tasks
 from qadapter.evaluation.harness import load_tasks
+from qadapter.evaluation.tasks import local_tasks
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "bench"
 

@@ -1,6 +1,6 @@
 """The customised policy as a vLLM model: one decoder for all streams, their hidden states mixed, one head."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,16 +74,14 @@ class QAdapterModel(nn.Module, SupportsQuant):
         return self.mix(self.model(input_ids, positions, intermediate_tensors, inputs_embeds), strength)
 
     def mix(self, hidden: Tensor, strength: Tensor | float | None = None) -> Tensor:
-        """Σ_s c_s h_s (N, H) of the streams' states (S·N, H), in float32: bf16 sums cost 1e-3 in log-probability."""
+        """Σ_s c_s h_s (N, H) of the streams' states (S·N, H)."""
         strength = self.policy.settings.strength if strength is None else strength
         if isinstance(strength, Tensor):
             strength = strength.unsqueeze(-1)  # (N, 1)
         coefficients = self.policy.coefficients(strength)
         if coefficients == [1.0]:
             return hidden
-        blocks = hidden.view(len(coefficients), -1, hidden.shape[-1]).float()  # (S, N, H)
-        mixed = sum(c * block for c, block in zip(coefficients, blocks, strict=True))
-        return mixed.to(hidden.dtype)
+        return weighted_sum(coefficients, hidden.view(len(coefficients), -1, hidden.shape[-1]))  # of (S, N, H)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The policy's logits (N, V), on the ranks that vLLM wants them on."""
@@ -131,7 +129,12 @@ class QAdapterModel(nn.Module, SupportsQuant):
         finally:
             for wrapper in attention:
                 wrapper.without_cache = False
-        blocks = hidden.view(len(coefficients), len(ids), -1)[:, -1].float()  # (S, H)
-        mixed = sum(c * block for c, block in zip(coefficients, blocks, strict=True))
-        logits = self.compute_logits(mixed.to(hidden.dtype).unsqueeze(0))
+        states = hidden.view(len(coefficients), len(ids), -1)[:, -1]  # (S, H)
+        logits = self.compute_logits(weighted_sum(coefficients, states).unsqueeze(0))
         return None if logits is None else logits[0].float()
+
+
+def weighted_sum(coefficients: Sequence[float | Tensor], states: Tensor) -> Tensor:
+    """Σ_s c_s h_s of the streams' states (S, ..., H), in float32: bf16 sums cost 1e-3 in log-probability."""
+    mixed = sum(c * block for c, block in zip(coefficients, states.float(), strict=True))
+    return mixed.to(states.dtype)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from qadapter.errors import AdapterFormatError, ConfigError
-from qadapter.modeling.bases import BaseSource, load_tokenizer, tokenizer_fingerprint
+from qadapter.modeling.bases import BaseSource, load_tokenizer
+from qadapter.modeling.fingerprints import tokenizer_fingerprint
 from qadapter_vllm import FAMILIES, PREFIX
 from qadapter_vllm.settings import Policy, read_policy
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from qadapter.errors import AdapterFormatError
 from qadapter.functional import mix_coefficients
-from qadapter.modeling.bases import WeightSample, combined_fingerprint, weight_sample
+from qadapter.modeling.fingerprints import WeightSample, combined_fingerprint, weight_sample
 from qadapter.modeling.manifest import Manifest
-from qadapter.modeling.probe import OTHER_DTYPE_FACTOR, PROBE_TOLERANCE
+from qadapter.modeling.probe import probe_tolerance
 from qadapter.modeling.quantised import described
 from qadapter_vllm.settings import Policy
 from qadapter_vllm.startup import refuse
@@ -98,7 +98,8 @@ def check_probe(model: "QAdapterModel") -> None:
                 error = max(abs(actual[int(index)].item() - value) for index, value in expected.items())
             except IndexError:
                 raise AdapterFormatError(f"{root}: the probe names tokens that the base does not know.") from None
-            allowed = _tolerance(manifest.probe["dtype"], model)
+            stored = manifest.probe["dtype"]
+            allowed = QUANTISED_TOLERANCE if model.quantisation else probe_tolerance(stored, model.dtype)
             if not error <= allowed:
                 part = f"adapter {stored_name!r}" if stored_name else "base model"
                 refuse(
@@ -118,11 +119,3 @@ def _coefficients(policy: Policy, name: str | None, manifest: Manifest, stored_n
     if (stored_name and name is None) or not set(wanted) <= set(policy.streams):
         return None
     return [wanted.get(stream, 0.0) for stream in policy.streams]
-
-
-def _tolerance(stored_dtype: str, model: "QAdapterModel") -> float:
-    if model.quantisation:
-        return QUANTISED_TOLERANCE
-    dtypes = (stored_dtype, str(model.dtype).removeprefix("torch."))
-    tolerance = max(PROBE_TOLERANCE.get(name, 0.25) for name in dtypes)
-    return tolerance * (OTHER_DTYPE_FACTOR if dtypes[0] != dtypes[1] else 1)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qadapter.errors import ConfigError
 from qadapter.evaluation.judges.models import as_text
 from qadapter.evaluation.judges.verdicts import Comparison, Prompt, Verdict, of_both_orders
-from qadapter.evaluation.scoring import Progress
+from qadapter.evaluation.progress import Advance
 
 if TYPE_CHECKING:
     import httpx
@@ -117,11 +117,11 @@ class EndpointJudge:
         self.concurrency, self.sleep = concurrency, sleep
         self._headers = {"Content-Type": "application/json", **_authorisation()}
 
-    def judge(self, comparisons: Sequence[Comparison], progress: Progress) -> list[Verdict]:
+    def judge(self, comparisons: Sequence[Comparison], progress: Advance) -> list[Verdict]:
         """As of `Judge`."""
         return _run(self._judge(comparisons, progress))
 
-    async def _judge(self, comparisons: Sequence[Comparison], progress: Progress) -> list[Verdict]:
+    async def _judge(self, comparisons: Sequence[Comparison], progress: Advance) -> list[Verdict]:
         import httpx
 
         free = asyncio.Semaphore(self.concurrency)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -15,9 +15,9 @@ from qadapter.data import RowError
 from qadapter.data.encoding import render
 from qadapter.errors import ConfigError
 from qadapter.evaluation.judges.verdicts import Comparison, Prompt, Verdict, of_both_orders
-from qadapter.evaluation.scoring import Progress
+from qadapter.evaluation.progress import Advance
 from qadapter.generation import Answer
-from qadapter.modeling.bases import tokenizer_fingerprint, weight_fingerprint
+from qadapter.modeling.fingerprints import tokenizer_fingerprint, weight_fingerprint
 
 
 class Unscored(Exception):
@@ -79,25 +79,36 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class RewardJudge:
-    """A reward model: each answer is scored by itself, so that no order can matter."""
+class ModelJudge:
+    """A judge by a scorer; what it makes of a comparison, a subclass says."""
 
     scorer: Scorer
 
     @classmethod
-    def load(cls, name: str | os.PathLike[str]) -> RewardJudge:
-        """The judge of a reward model; see `Scorer.load`."""
+    def load(cls, name: str | os.PathLike[str]) -> Self:
+        """The judge by a model; see `Scorer.load`."""
         return cls(Scorer.load(name))
 
-    def judge(self, comparisons: Sequence[Comparison], progress: Progress) -> list[Verdict]:
+    def judge(self, comparisons: Sequence[Comparison], progress: Advance) -> list[Verdict]:
         """As of `Judge`."""
-        return [_told(self._verdict(comparison), progress) for comparison in comparisons]
+        verdicts = []
+        for comparison in comparisons:
+            try:
+                verdicts.append(self._verdict(comparison))
+            except Unscored as error:
+                verdicts.append(Verdict(None, str(error)))
+            progress(1)
+        return verdicts
 
     def _verdict(self, comparison: Comparison) -> Verdict:
-        try:
-            score_a, score_b = (self._score(comparison.prompt, answer) for answer in (comparison.a, comparison.b))
-        except Unscored as error:
-            return Verdict(None, str(error))
+        raise NotImplementedError
+
+
+class RewardJudge(ModelJudge):
+    """A reward model: each answer is scored by itself, so that no order can matter."""
+
+    def _verdict(self, comparison: Comparison) -> Verdict:
+        score_a, score_b = (self._score(comparison.prompt, answer) for answer in (comparison.a, comparison.b))
         high, low = max(score_a, score_b), min(score_a, score_b)
         return _by_sign(score_a - score_b, f"the better one scores {high:.4g}, the other {low:.4g}")
 
@@ -115,27 +126,12 @@ class RewardJudge:
         return self.scorer.score(ids)
 
 
-@dataclass(frozen=True)
-class PairJudge:
+class PairJudge(ModelJudge):
     """A ranker that reads prompt and both answers at once, in PairRM's format; both orders are asked."""
-
-    scorer: Scorer
-
-    @classmethod
-    def load(cls, name: str | os.PathLike[str]) -> PairJudge:
-        """The judge of a pair ranker; see `Scorer.load`."""
-        return cls(Scorer.load(name))
-
-    def judge(self, comparisons: Sequence[Comparison], progress: Progress) -> list[Verdict]:
-        """As of `Judge`."""
-        return [_told(self._verdict(comparison), progress) for comparison in comparisons]
 
     def _verdict(self, comparison: Comparison) -> Verdict:
         prompt, a, b = comparison
-        try:
-            a_first, b_first = self._score(prompt, a, b), self._score(prompt, b, a)
-        except Unscored as error:
-            return Verdict(None, str(error))
+        a_first, b_first = self._score(prompt, a, b), self._score(prompt, b, a)
         reason = f"ahead by {abs(a_first):.4g} in one order, by {abs(b_first):.4g} in the other"
         return of_both_orders(_by_sign(a_first, reason), _by_sign(-b_first, reason))
 
@@ -147,11 +143,6 @@ class PairJudge:
 
 def _by_sign(difference: float, reason: str) -> Verdict:
     return Verdict("tie" if difference == 0 else "a" if difference > 0 else "b", reason)
-
-
-def _told(verdict: Verdict, progress: Progress) -> Verdict:
-    progress(1)
-    return verdict
 
 
 def as_text(prompt: Prompt) -> str:

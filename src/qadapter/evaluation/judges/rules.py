@@ -9,8 +9,8 @@ import regex
 
 from qadapter.errors import ConfigError
 from qadapter.evaluation.judges.verdicts import Comparison, Verdict
+from qadapter.evaluation.progress import Advance
 from qadapter.evaluation.rules import follows_house_style, sentence_count
-from qadapter.evaluation.scoring import Progress
 from qadapter.generation import Answer
 
 Rule = Callable[[Answer], bool]
@@ -31,7 +31,7 @@ class RuleJudge:
     name: str
     satisfied: Rule
 
-    def judge(self, comparisons: Sequence[Comparison], progress: Progress) -> list[Verdict]:
+    def judge(self, comparisons: Sequence[Comparison], progress: Advance) -> list[Verdict]:
         """As of `Judge`."""
         verdicts = []
         for _, a, b in comparisons:

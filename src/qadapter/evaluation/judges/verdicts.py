@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from qadapter.errors import DataError
 from qadapter.evaluation.intervals import Interval, wilson
-from qadapter.evaluation.scoring import Progress
+from qadapter.evaluation.progress import Advance
 from qadapter.generation import Answer, Message
 
 Winner = Literal["a", "b", "tie"]
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 class Judge(Protocol):
     """Anything that compares answers; give `judge_all` your own, or one from `make_judge`."""
 
-    def judge(self, comparisons: Sequence[Comparison], progress: Progress) -> list[Verdict]:
+    def judge(self, comparisons: Sequence[Comparison], progress: Advance) -> list[Verdict]:
         """One verdict a comparison, in order; `progress` is told how many were judged since the last call."""
         ...
 
@@ -65,7 +65,7 @@ def judge_all(
     prompts: Sequence[Prompt],
     answers_a: Sequence[str | Answer],
     answers_b: Sequence[str | Answer],
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[Verdict]:
     """One verdict a prompt, in order.
 

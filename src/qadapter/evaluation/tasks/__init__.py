@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from qadapter.errors import DataError
-from qadapter.modeling.bases import cache_folder
+from qadapter.new_folders import cache_folder
 
 TEMPLATES = Path(__file__).parent
 
