@@ -1,6 +1,7 @@
 """The quickstart: customise the built-in model to the built-in house style on a CPU, and report gain and cost."""
 
 import gc
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from qadapter.evaluation.columns import Column
 from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.intervals import Interval, wilson
 from qadapter.evaluation.preferences import paired
-from qadapter.evaluation.progress import Advance, bars, progress_bar
+from qadapter.evaluation.progress import Advance, bars, lines, progress_bar
 from qadapter.evaluation.report import REPORT_FILES, QuickstartResult
 from qadapter.evaluation.rules import follows_house_style
 from qadapter.evaluation.scoring import drift_summary, pair_summary
@@ -33,6 +34,7 @@ from qadapter.run_folder import remove_run
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import tokenised_pairs
+from qadapter.training_log import LogLines
 
 # Found on SmolLM2-135M-Instruct and two CPU cores; benchmarks/LOG.md has the runs. A smaller beta than the package's
 # default lets the style show after one short pass; they were found without a discount.
@@ -103,7 +105,8 @@ def run_quickstart(
         policy = QAdapterForCausalLM.from_pretrained(adapter, dtype=dtype)
         policy.min_kl = THRESHOLD
         tokenised = tokenise_preferences(held_out, tokenizer)[0]
-        track, dials = bars(progress), (Column("threshold", min_kl=THRESHOLD), Column("plain"))
+        track = bars(progress) if console.is_terminal else lines(sys.stderr)
+        dials = Column("threshold", min_kl=THRESHOLD), Column("plain")
         sides = [Text(row["prompt_ids"], row[side]) for row in tokenised for side in ("chosen_ids", "rejected_ids")]
         pairs = paired(measure_texts(policy, sides, dials[:1], advance=track("Held-out pairs", len(sides))))
         neutral = [_with_context(tokenizer, paragraph) for paragraph in neutral_paragraphs()]
@@ -158,9 +161,9 @@ def train_adapter(
         args=arguments,
         train_dataset=tokenised_pairs(pairs, tokenizer, arguments)[0],
         processing_class=tokenizer,
-        callbacks=[ProgressCallback(progress)],
     )
-    trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
+    trainer.remove_callback(PrinterCallback)  # ours shows what it would print
+    trainer.add_callback(ProgressCallback(progress) if progress.console.is_terminal else LogLines())
     trainer.train()
     trainer.save_model()
     return folder / "adapter"

@@ -70,6 +70,7 @@ def test_the_terminal_names_the_files_and_the_next_step(folder):
     for name in ("report.md", "report.html", "results.json"):
         assert str(folder / name) in said
     assert f"qadapter chat {folder / 'adapter'} --threshold 0.1" in said
+    assert "trained to step 2 in 0:0" in said  # lines, where no bar can be watched
 
 
 def test_results_hold_every_judged_answer_of_both(results):
