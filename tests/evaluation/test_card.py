@@ -5,6 +5,7 @@ import yaml
 
 from qadapter.errors import DataError
 from qadapter.evaluation.card import BEGIN, END, certificate, check_card, judge_title, update_card, with_certificate
+from qadapter.evaluation.tables import HEADLINE
 
 
 def interval(value):
@@ -13,9 +14,7 @@ def interval(value):
 
 def audit(kl=0.02, passes=True, what="neutral text"):
     """As much of an audit as the card shows."""
-    figures = ("accuracy", "accuracy_at_equal_length", "prefers_chosen", "prefers_chosen_summed", "token_margin",
-               "token_margin_gain", "kl")  # fmt: skip
-    columns = dict.fromkeys(("base", "policy"), dict.fromkeys(figures, interval(kl)))
+    columns = {name: {figure: interval(kl) for _, _, figure, _ in HEADLINE} for name in ("base", "policy")}
     entry = {"quantity": "KL", "relation": "at most", "limit": 0.05, "unit": "nats a token",
              **interval(kl), "passes": passes, "close": False}  # fmt: skip
     return {
@@ -25,7 +24,10 @@ def audit(kl=0.02, passes=True, what="neutral text"):
         "gate": [entry],
         "findings": [{"kind": "loss", "what": what, "figure": "change of the loss", **interval(0.1)}],
         "settings": {"strength": 1.0},
-        "results": {"pairs": {"columns": columns, "calibration": {}, "chosen": {"columns": columns}}},
+        "results": {
+            "pairs": {"columns": columns, "calibration": {}, "chosen": {"columns": columns}},
+            "neutral": {"columns": columns}, "instructions": {"columns": columns}, "judged": [], "tasks": {},
+        },
         "environment": {"date": "2026-01-02T03:04:05+00:00", "versions": {"qadapter": "0.1.0"}},
     }  # fmt: skip
 
@@ -63,7 +65,7 @@ def test_a_new_card_has_metadata_and_a_certificate(tmp_path):
 def test_a_judges_folder_or_address_is_not_published(spec, title):
     assert judge_title(spec) == title
     judged = audit()
-    counts = {"wins": 1, "ties": 0, "losses": 0, "missing": 0}
+    counts = {"wins": 1, "ties": 0, "losses": 0, "missing": 0, "order_bias": None}
     judged["results"]["judged"] = [{"judge": spec, "column": "policy", "rate": interval(1.0), **counts}]
     judged["findings"][0]["what"] = f"answers, judge {spec}"
     text = certificate(judged)
