@@ -136,7 +136,8 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
         )
         for theirs in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(theirs)
-        trainer.add_callback(LogLines() if run.training.disable_tqdm else LogBar())
+        bar = None if run.training.disable_tqdm else LogBar()
+        trainer.add_callback(bar or LogLines())
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except NothingLeft as stop:  # it may have ended before the adapter was written
@@ -144,6 +145,9 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
             trainer.is_in_train = False
             if run.training.load_best_model_at_end and trainer.state.best_model_checkpoint:
                 trainer._load_best_model()
+        finally:
+            if bar is not None:
+                bar.close()
         if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt(
                 f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is "

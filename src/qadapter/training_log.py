@@ -57,6 +57,20 @@ class TrainingLogCallback(TrainerCallback):
 class LogBar(ProgressCallback):
     """The trainer's progress bar, with a line an entry in place of its dictionary."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run's bar begins where the run does, or its rate would count the steps before."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
+            self.training_bar.refresh()
+
+    def close(self) -> None:
+        """End the lines of bars that an error has left open."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the line above the bar."""
         if state.is_world_process_zero and self.training_bar is not None:
@@ -81,8 +95,10 @@ class LogLines(PrinterCallback):
             step, start = self.begin
             done, left = state.global_step - step, state.max_steps - state.global_step
             seconds = (self.clock() - start) / done * left if done else 0
+            ended = "train_runtime" in (logs or {})  # perhaps before its last step
             for line in log_lines(logs or {}, state):
-                print(f"{line}; {timedelta(seconds=round(seconds))} left" if seconds else line, flush=True)
+                told = f"{line}; {timedelta(seconds=round(seconds))} left" if seconds and not ended else line
+                print(told, flush=True)
 
 
 def log_lines(logs: dict[str, Any], state: Any) -> list[str]:

@@ -27,8 +27,8 @@ def test_training_leaves_log_curve_and_arguments(adapter):
 
 def test_training_says_how_far_it_is_a_line_an_entry(train):
     out = succeeded(train("--max-steps", 3))
-    assert re.search(r"^step 1 of 3: loss 0\.\d{4}, accuracy \d+%, .*; 0:00:0\d left$", out, re.MULTILINE)
-    assert re.search(r"^trained to step 3 in 0:00:\d\d, [\d.e+]+ pairs a second$", out, re.MULTILINE)
+    assert re.search(r"^step 1 of 3: loss 0\.\d{4}, accuracy \d+%, .*; \d:\d\d:\d\d left$", out, re.MULTILINE)
+    assert re.search(r"^trained to step 3 in \d:\d\d:\d\d, [\d.e+]+ pairs a second$", out, re.MULTILINE)
     assert "{" not in out
 
 
@@ -46,6 +46,14 @@ def test_in_a_terminal_training_draws_a_bar(base, pairs, tmp_path):
     os.close(ours)
     assert "step 4 of 4: loss" in out
     assert "4/4 [" in drawn.decode()
+
+
+def test_an_error_stands_on_a_line_of_its_own_behind_a_bar(train):
+    outcome = train("--disable-tqdm", "false", "--learning-rate", 1e30, "--max-steps", 6)
+    *drawn, said, rest = outcome.err.split("\n")
+    assert (outcome.code, rest) == (1, "")
+    assert re.match(r"error: the mean loss up to step \d is nan", said)
+    assert any("/6 [" in line for line in drawn)
 
 
 def test_the_same_command_trains_the_same_adapter_and_another_seed_another(train, adapter, tmp_path):

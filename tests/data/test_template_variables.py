@@ -68,6 +68,13 @@ def test_a_value_that_the_template_cannot_work_with_is_refused():
     assert rendered(tokenizer).endswith("Style: plain")
 
 
+def test_a_template_that_needs_a_system_message_has_its_variables():
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + THINKING
+    tokenizer = tiny_tokenizer(template)
+    fix_variables(tokenizer, '{"enable_thinking": false}')
+    assert tokenizer.chat_template.endswith(template)
+
+
 def test_without_a_template_there_are_no_variables():
     with pytest.raises(ConfigError, match="has no chat template"):
         fix_variables(tiny_tokenizer(None), '{"style": 1}')

@@ -164,13 +164,18 @@ def test_sweep_writes_into_the_adapter_folder(run, own):
         assert (own / name).exists()
 
 
-def test_a_sweep_ends_with_the_audit_of_the_strength_it_recommends(run, own, files):
-    code, printed, _ = run("sweep", own, "--strengths", "0.5,1", "--alpha-0", 0.3, "--max-kl", 100, "--decay", 0.9)
+@pytest.mark.parametrize("before", [(), ("--adapter-weights", "default=1", "--strengths", "0.5,1")])
+def test_a_sweep_ends_with_the_audit_of_the_strength_it_recommends(run, own, files, before):
+    options = ("--strengths", "0.5,1", "--alpha-0", 0.3, "--max-kl", 100, "--decay", 0.9, "--output-dir", own)
+    code, printed, _ = run("sweep", *before, own, *options)
     program, name, *arguments = shlex.split(printed.partition("next: ")[2].splitlines()[0])
     assert (code, program, name) == (0, "qadapter", "audit")
     code, _, _ = run("audit", *arguments, "--instructions", files["prompts"])
     audit = json.loads((own / "audit.json").read_text())
     assert (code, audit["settings"]["strength"], audit["settings"]["decay"]) == (0, 1.0, 0.9)
+
+
+def test_a_sweep_that_recommends_no_strength_ends_with_no_audit(run, own):
     assert "next: " not in run("sweep", own, "--strengths", "1", "--max-kl", 0)[1]
     assert "next: " not in run("sweep", own, "--strengths", "1")[1]
 

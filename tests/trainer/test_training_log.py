@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qadapter.training_log import LogLines, log_lines
+from qadapter.training_log import LogBar, LogLines, log_lines
 
 TRAINING = {
     "loss": 0.65321, "grad_norm": 1.5, "learning_rate": 1e-4, "rewards/accuracies": 0.7143, "rewards/margins": 0.31234,
@@ -13,7 +13,7 @@ TRAINING = {
 
 
 def at(step, steps=90):
-    return SimpleNamespace(global_step=step, max_steps=steps, is_local_process_zero=True)
+    return SimpleNamespace(global_step=step, max_steps=steps, is_local_process_zero=True, is_world_process_zero=True)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,20 @@ def test_where_nobody_watches_lines_say_how_long_it_still_takes(capsys):
     first, last = capsys.readouterr().out.splitlines()
     assert first.endswith("learning rate 1.0e-04; 0:01:30 left")
     assert last == "step 90 of 90, held out: loss 0.5000"
+
+
+def test_of_a_run_that_was_stopped_nothing_is_left(capsys):
+    lines = LogLines(clock=iter((0.0, 10.0)).__next__)
+    lines.on_train_begin(None, at(0), None)
+    lines.on_log(None, at(5), None, logs={"train_runtime": 10.0})
+    assert capsys.readouterr().out == "trained to step 5 in 0:00:10\n"
+
+
+def test_the_bar_of_a_resumed_run_counts_its_own_steps(capsys):
+    bar = LogBar()
+    bar.on_train_begin(None, at(80), None)
+    assert (bar.training_bar.n, bar.training_bar.initial, bar.training_bar.total) == (80, 80, 90)
+    bar.on_step_end(None, at(81), None)
+    assert bar.training_bar.n == 81
+    bar.close()
+    assert capsys.readouterr().err.endswith("\n")

@@ -1,6 +1,7 @@
 """`qadapter sweep`: the whole trade-off curve of an adapter, and the strength that fits a budget."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,23 +60,27 @@ def run(arguments: list[str]) -> int:
     print_sweep(sweep, Console())
     print(f"written: {', '.join(map(str, written))}")
     if sweep["recommended"] and sweep["recommended"]["fits"]:
-        print(f"next: {audit_command(arguments, sweep)}")
+        print(f"next: {audit_command(arguments, options.adapter, sweep)}")
     if folder / PNG_NAME not in written:
         print(f"no {PNG_NAME}: it needs Pillow, pip install 'qadapter[eval]'")
     return 0
 
 
-def audit_command(arguments: list[str], sweep: Mapping[str, Any]) -> str:
+def audit_command(arguments: list[str], adapter: str, sweep: Mapping[str, Any]) -> str:
     """The command that measures the recommended strength and holds it to the same limits."""
     of_sweeps = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_sweeps.add_argument("--strengths")
-    of_sweeps.add_argument("--output-dir")
     for name in ("--alpha-0", "--max-drop"):
         of_sweeps.add_argument(name, nargs="*" if name == "--alpha-0" else None, action="append")
     _, shared = of_sweeps.parse_known_args(arguments)
+    shared = [word for word in shared if word != "--"]
+    shared.remove(adapter)  # it goes first: behind an option with several values it would be one of them
+    if Path(adapter).is_dir() and not os.access(adapter, os.W_OK):
+        shared.append("--no-card")
     drops = [f"{task}={points:g}" for task, points in sweep["budget"]["max_drop"].items()]
     limits = ["--max-drop", *drops] if drops else []
-    return f"{called_as()} audit {shlex.join([*shared, *limits])} --strength {sweep['recommended']['strength']:g}"
+    words = [adapter, "--strength", f"{sweep['recommended']['strength']:g}", *shared, *limits]
+    return f"{called_as()} audit {shlex.join(words)}"
 
 
 def columns_of(options: argparse.Namespace) -> "list[Column]":

@@ -1,5 +1,6 @@
 """What a chat template reads besides the conversation, such as Qwen 3's `enable_thinking`."""
 
+import contextlib
 import inspect
 import json
 import math
@@ -46,18 +47,28 @@ def fix_variables(tokenizer: Any, text: str) -> None:
         raise ConfigError(f"--chat-template-kwargs: the base model's chat template reads no variable {unread!r}.")
     values = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
     beginning = "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items())
-    given = tokenizer.chat_template
+    given, trial = tokenizer.chat_template, _conversation(tokenizer)
     tokenizer.chat_template = beginning + tokenizer.get_chat_template()
+    if trial is None:
+        return
     try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello."}], add_generation_prompt=True, tokenize=False
-        )
+        tokenizer.apply_chat_template(trial, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever the template's code raises
         tokenizer.chat_template = given
         raise ConfigError(
             f"--chat-template-kwargs {text!r}: the base model's chat template fails with it ({error}). Give values of "
             "the types that it expects."
         ) from error
+
+
+def _conversation(tokenizer: Any) -> list[dict[str, str]] | None:
+    """A conversation that the template can be filled in with; None if none is known."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+    for trial in (messages[1:], messages):
+        with contextlib.suppress(Exception):  # whatever the template's code raises
+            tokenizer.apply_chat_template(trial, add_generation_prompt=True, tokenize=False)
+            return trial
+    return None
 
 
 def _plain(value: Any) -> bool:
