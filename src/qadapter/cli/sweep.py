@@ -70,8 +70,8 @@ def audit_command(arguments: list[str], adapter: str, sweep: Mapping[str, Any]) 
     """The command that measures the recommended strength and holds it to the same limits."""
     of_sweeps = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_sweeps.add_argument("--strengths")
-    for name in ("--alpha-0", "--max-drop"):
-        of_sweeps.add_argument(name, nargs="*" if name == "--alpha-0" else None, action="append")
+    of_sweeps.add_argument("--alpha-0", nargs="*")
+    of_sweeps.add_argument("--max-drop")  # audit takes all of them behind one
     _, shared = of_sweeps.parse_known_args(arguments)
     shared = [word for word in shared if word != "--"]
     shared.remove(adapter)  # it goes first: behind an option with several values it would be one of them

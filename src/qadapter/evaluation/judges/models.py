@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -79,7 +80,7 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class ModelJudge:
+class ModelJudge(ABC):
     """A judge by a scorer; what it makes of a comparison, a subclass says."""
 
     scorer: Scorer
@@ -100,8 +101,9 @@ class ModelJudge:
             progress(1)
         return verdicts
 
+    @abstractmethod
     def _verdict(self, comparison: Comparison) -> Verdict:
-        raise NotImplementedError
+        """The verdict on one comparison; raises Unscored where the model gives no number."""
 
 
 class RewardJudge(ModelJudge):
