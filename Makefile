@@ -31,8 +31,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 quickstart: $(VENV)/installed
 	@MALLOC_MMAP_THRESHOLD_=4194304 MALLOC_TOP_PAD_=67108864 $(BIN)/qadapter quickstart --output-dir quickstart
 
+# A process a core, each with its own files: a file's fixtures are made once. `python -m pytest` alone runs them in one.
 test: $(VENV)/installed-dev
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Every method of the experiments end to end on a tiny random model, and the page from its results; under five minutes.
 benchmark-smoke: $(VENV)/installed-dev

@@ -11,6 +11,12 @@ FOREIGN_WARNINGS = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_configure(config):
     for line in FOREIGN_WARNINGS:
         config.addinivalue_line("filterwarnings", line)

@@ -87,9 +87,17 @@ def faster_dtype() -> torch.dtype:
 
 
 def run_quickstart(
-    folder: Path, console: Console, steps: int = QUICKSTART_STEPS, judged_prompts: int = JUDGED_PROMPTS
+    folder: Path,
+    console: Console,
+    steps: int = QUICKSTART_STEPS,
+    judged_prompts: int = JUDGED_PROMPTS,
+    held_out_pairs: int | None = None,
 ) -> QuickstartResult:
-    """Train, save, load again, measure; everything lies in `folder` afterwards (report files: `write_report`)."""
+    """Train, save, load again, measure; everything lies in `folder` afterwards (report files: `write_report`).
+
+    Args:
+        held_out_pairs: the first so many alone; None for all.
+    """
     start = time.perf_counter()
     seconds: dict[str, float] = {}
     source = resolve_base(BUILTIN_MODEL)
@@ -97,6 +105,7 @@ def run_quickstart(
     dtype = faster_dtype()
     console.print(f"Base model: {source.name}" + (f" ({source.revision})" if source.revision else ""), markup=False)
     train_pairs, held_out = load_preference_dataset("builtin"), load_preference_dataset("builtin", split="test")
+    held_out = held_out.select(range(len(held_out) if held_out_pairs is None else held_out_pairs))
     seconds["prepare"] = time.perf_counter() - start
     with progress_bar(console) as progress:
         adapter = train_adapter(folder, source, tokenizer, train_pairs, dtype, steps, progress)

@@ -27,6 +27,7 @@ def said_of_policy(*arguments):
     return policy, running.returncode, err
 
 
+@pytest.mark.slow
 def test_one_adapter_at_the_strength_asked_for(adapter, base):
     policy, code, err = said_of_policy(adapter, "--strength", 0.4)
     assert policy["base"] == str(base)
@@ -34,6 +35,7 @@ def test_one_adapter_at_the_strength_asked_for(adapter, base):
     assert (code, err) == (130, "error: interrupted.\n")
 
 
+@pytest.mark.slow
 def test_several_folders_have_a_slider_each_and_no_verify_is_heard(adapter, other_base, tmp_path):
     """A folder's name may hold what an adapter's may not."""
     names = ("adapter", "terse-v1.2", "terse-v1-2", "my_lora_1")

@@ -44,6 +44,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(arguments):
         assert running.wait(100) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_a_checkpoint_from_which_the_run_completes(base, pairs, tmp_path):
     folder = tmp_path / "run"
     options = ("train", "--model", base, "--dataset", pairs, "--output-dir", folder, *QUICK)
@@ -70,6 +71,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(base, pairs, tmp_path):
     assert_refused(outcome, "no space left on the device while writing", folder=folder)
 
 
+@pytest.mark.slow
 def test_an_audit_that_is_killed_goes_on_where_it_stopped(adapter, pairs, tmp_path, monkeypatch):
     """Killed without a chance to clean up; the second audit takes the stored parts and ends as a whole one does."""
     monkeypatch.setitem(ENVIRONMENT, "QADAPTER_CACHE", str(tmp_path / "cache"))

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from qadapter import ConfigError
-from qadapter.evaluation.columns import DIAL, Column
+from qadapter.evaluation.columns import Column
 from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.texts import Text
+from qadapter.modeling.policy_part import DIAL
 
 IDS = torch.tensor(models.token_ids(6, 6, 6))
 STEPS = 6
@@ -73,11 +74,8 @@ def test_beams_and_several_answers_a_prompt_take_the_decay_along(policy):
 
 def test_the_models_own_decay_is_taken_where_a_call_gives_none(policy):
     expected = generated(policy, strength=2.5, decay=0.6)
-    policy.decay = 0.6
-    try:
+    with policy.dial(decay=0.6):
         assert torch.equal(generated(policy, strength=2.5), expected)
-    finally:
-        policy.decay = 1.0
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.01, float("nan"), True, "0.9"])

@@ -14,6 +14,7 @@ from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM, StepState
 from qadapter.functional import kl_divergence
 from qadapter.modeling.decoding import stacked_weights
 from qadapter.modeling.mixing import capped_logits, times
+from qadapter.modeling.policy_part import DIAL
 
 IDS = torch.tensor(models.token_ids(9, 9, 9))
 
@@ -104,15 +105,50 @@ def test_one_number_as_a_tensor_serves_all_rows_however_many_texts_they_get(comp
 
 def test_the_models_own_weights_may_name_some_adapters_only(composed):
     both, alone = composed
-    before, both.adapter_weights = both.adapter_weights, {"polite": 1.0}
-    try:
+    with both.dial(adapter_weights={"polite": 1.0}):
         torch.testing.assert_close(logits(both), logits(alone["polite"]), rtol=1e-4, atol=1e-4)
         assert both.generate(IDS, max_new_tokens=2).shape == (3, IDS.shape[1] + 2)
-        both.adapter_weights = {"polit": 1.0}
-        with pytest.raises(ConfigError, match=r"adapter_weights names \['polit'\]; the adapters are"):
-            both.generate(IDS, max_new_tokens=2)
-    finally:
-        both.adapter_weights = before
+    misspelt = pytest.raises(ConfigError, match=r"adapter_weights names \['polit'\]; the adapters are")
+    with both.dial(adapter_weights={"polit": 1.0}), misspelt:
+        both.generate(IDS, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strength": 0.4},
+        {"strength": 1.5, "max_kl": 0.05},
+        {"min_kl": 0.1, "decay": 0.7},
+        {"strength": torch.tensor([0.0, 0.5, 2.0])},
+        {"strength": 0.6, "adapter_weights": {"concise": 0.5}, "interpolation": "weights"},
+    ],
+)
+def test_within_a_dial_a_call_without_settings_equals_one_with_them(composed, settings):
+    both, _ = composed
+    expected = both.generate(IDS, max_new_tokens=4, do_sample=False, **settings)
+    with both.dial(**settings) as policy:
+        assert policy is both
+        assert torch.equal(policy.generate(IDS, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_dials_within_dials_leave_what_they_do_not_name_and_end_where_they_began(policy):
+    own = {name: getattr(policy, name) for name in DIAL}
+    with policy.dial(strength=0.5, max_kl=0.1):
+        with pytest.raises(ConfigError, match="max_kl = -1"), policy.dial(max_kl=-1):
+            logits(policy)
+        with policy.dial(max_kl=None):
+            assert (policy.strength, policy.max_kl) == (0.5, None)
+        assert (policy.strength, policy.max_kl) == (0.5, 0.1)
+    assert {name: getattr(policy, name) for name in DIAL} == own
+
+
+def test_a_setting_that_the_dial_does_not_have_is_refused(policy):
+    refused = pytest.raises(
+        ConfigError, match=r"dial sets \['cap'\]; the settings are strength, adapter_weights, max_kl"
+    )
+    with refused, policy.dial(strength=0.5, cap=0.1):
+        pass
+    assert policy.strength == 1.0
 
 
 def test_weights_of_another_number_of_rows_are_refused_by_name(composed):
@@ -416,12 +452,9 @@ def test_generate_is_compiled_once_for_all_strengths_and_weights(composed):
 
 def test_the_models_own_callable_strength_is_asked_where_a_call_gives_none(policy):
     expected = [logits(policy, strength=0.3), policy.generate(IDS, max_new_tokens=4, do_sample=False, strength=0.3)]
-    before, policy.strength = policy.strength, lambda state: 0.3
-    try:
+    with policy.dial(strength=lambda state: 0.3):
         assert torch.equal(logits(policy), expected[0])
         assert torch.equal(policy.generate(IDS, max_new_tokens=4, do_sample=False), expected[1])
-    finally:
-        policy.strength = before
 
 
 @pytest.mark.parametrize(

@@ -113,28 +113,22 @@ def test_a_cap_holds_on_what_is_left(policy):
 
 def test_the_models_own_threshold_counts_where_a_call_gives_none(policy):
     expected = logits(policy, strength=0.7, min_kl=THRESHOLD)
-    policy.min_kl = THRESHOLD
-    try:
+    with policy.dial(min_kl=THRESHOLD):
         assert torch.equal(logits(policy, strength=0.7), expected)
         assert torch.equal(logits(policy, strength=0.7, min_kl=0.0), logits(policy, strength=0.7, min_kl=0))
         assert not torch.equal(logits(policy, strength=0.7, min_kl=0.0), expected)
-    finally:
-        policy.min_kl = None
 
 
 def test_a_threshold_of_0_holds_against_the_models_own(policy):
     options = {"max_new_tokens": 5, "do_sample": False, "strength": 1.5}
     plain = policy.generate(IDS, **options)
-    policy.min_kl = 3 * THRESHOLD
-    try:
+    with policy.dial(min_kl=3 * THRESHOLD):
         assert not torch.equal(policy.generate(IDS, **options), plain)
         for none in (0, 0.0, torch.zeros(3)):
             assert torch.equal(policy.generate(IDS, min_kl=none, **options), plain)
             torch.testing.assert_close(
                 logits(policy, min_kl=none, strength=1.5), logits(policy, min_kl=0, strength=1.5), rtol=1e-4, atol=1e-4
             )
-    finally:
-        policy.min_kl = None
 
 
 def test_gradients_go_through_states_without_any_kl():
@@ -187,11 +181,8 @@ def test_other_ways_to_generate_know_the_threshold(policy, options):
     rows = IDS[:1] if "prompt_lookup_num_tokens" in options else IDS
     common = {"max_new_tokens": 6, "do_sample": False, "strength": 1.5, **options}
     given = policy.generate(rows, min_kl=THRESHOLD, **common)
-    policy.min_kl = THRESHOLD
-    try:
+    with policy.dial(min_kl=THRESHOLD):
         assert torch.equal(policy.generate(rows, **common), given)
-    finally:
-        policy.min_kl = None
     if "prompt_lookup_num_tokens" in options:
         steps = given.shape[1] - rows.shape[1]
         assert torch.equal(given, greedy_by_recomputing(policy, rows, steps, strength=1.5, min_kl=THRESHOLD))

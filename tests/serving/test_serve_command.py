@@ -118,6 +118,7 @@ def test_the_command_serves_interpolated_weights(folders):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_told_to_stop_and_lets_answers_end(folders):
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *folders, "--port", "0", "--dtype", "float32"],

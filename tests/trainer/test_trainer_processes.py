@@ -57,6 +57,7 @@ def assert_same_run(folder, expected):
     ],
     ids=["plain", "accumulated in parts"],
 )
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(tmp_path, options):
     """Five held-out pairs fill no batch of four: none of them counts twice."""
     in_two_processes(train, tmp_path, tmp_path / "two", 2, options)

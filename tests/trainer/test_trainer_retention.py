@@ -81,6 +81,7 @@ def trained_weights(base, folder, text_file, **options):
     return policy.adapter_parameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3"])
 def test_every_way_to_run_a_batch_learns_the_same(tmp_path, text_file, architecture):
     base = tiny_base(architecture, dtype=torch.float64)

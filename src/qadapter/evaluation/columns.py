@@ -16,8 +16,6 @@ from qadapter.modeling.streams import Stream
 
 BASE = "base"
 MAX_STRENGTHS = 1000
-# Settings of the dial, as attributes of a model and arguments of its `generate`.
-DIAL = ("strength", "adapter_weights", "max_kl", "min_kl", "decay", "interpolation")
 
 
 class Direction(NamedTuple):
@@ -122,18 +120,9 @@ class Column:
     @contextmanager
     def applied(self, model: QAdapterForCausalLM) -> Iterator[None]:
         """Within the context these are the settings that the model takes where a call gives none."""
-        before = {name: getattr(model, name) for name in DIAL}
-        settings = self.settings()
-        model.strength = settings["strength"]
-        model.max_kl, model.min_kl = settings.get("max_kl"), settings.get("min_kl")
-        model.decay, model.interpolation = self.decay, self.interpolation
-        if "adapter_weights" in settings:
-            model.adapter_weights = {**dict.fromkeys(model.adapters, 0.0), **settings["adapter_weights"]}
-        try:
+        plain = {"max_kl": None, "min_kl": None, "decay": 1.0, "interpolation": "logits"}
+        with model.dial(**plain | self.settings()):  # type: ignore[typeddict-item]
             yield
-        finally:
-            for name, value in before.items():
-                setattr(model, name, value)
 
 
 def dial_title(settings: Mapping[str, Any]) -> str:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qadapter.errors import ConfigError, DataError
-from qadapter.evaluation.columns import BASE, DIAL, Column
+from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.intervals import Interval, mcnemar_exact, wilson
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.resampling import mean_intervals, paired_difference
 from qadapter.evaluation.shared_likelihoods import SharedLikelihoods
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.passes import in_eval_mode
+from qadapter.modeling.policy_part import DIAL
 
 if TYPE_CHECKING:
     from qadapter.evaluation.harness import LoadedTasks, TaskScores

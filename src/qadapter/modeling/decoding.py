@@ -1,7 +1,7 @@
 """generate() for a policy with a dial: settings a request, conditions on the text so far, strengths on record."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,17 +23,17 @@ from qadapter.modeling.mixing import (
     evaluated,
     refuse_changing,
 )
-from qadapter.modeling.stacked import refuse_images, streams_in
+from qadapter.modeling.stacked import StackedPasses, refuse_images, streams_in
 from qadapter.modeling.streams import Blend, parts_of
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
-class PolicyGenerationMixin(GenerationMixin):
+class PolicyGenerationMixin(StackedPasses, GenerationMixin):
     """GenerationMixin whose `generate` takes the policy's settings; for `QAdapterForCausalLM`."""
 
     def generate(
-        self: Any,
+        self,
         inputs: Tensor | None = None,
         *args: Any,
         strength: Strength | None = None,
@@ -102,23 +102,24 @@ class PolicyGenerationMixin(GenerationMixin):
         settings = {name: value for name, value in settings.items() if value is not None}
         if output_strengths:
             kwargs["return_dict_in_generate"] = True
-        if kwargs.get("assistant_model") is not None:  # it would be handed every argument of the loop
-            with self.defaults(strength, adapter_weights, cap, threshold, interpolation):
-                return super().generate(inputs, *args, **kwargs)
-        # The pass without the prompt that guidance makes is not handed the loop's arguments, but its rows.
+        assisted = kwargs.get("assistant_model") is not None  # it would be handed every argument of the loop
+        healed = bool(setting("token_healing"))  # a call of generate for each prompt's last token
+        # They are not handed the loop's arguments and take the model's own; so does guidance's pass without prompt.
         texts = max(setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
-        own = [v.repeat_interleave(texts) if isinstance(v, Tensor) else v for v in (strength, cap, threshold)]
-        if healed := bool(setting("token_healing")):  # a call of generate for each prompt's last token
-            names = ("strength", "max_kl", "min_kl")
-            own = [of_one_prompt(value, name) for value, name in zip(own, names, strict=True)]
-            adapter_weights = of_one_prompt(adapter_weights, "adapter_weights")
-        with self.defaults(own[0], adapter_weights, *own[1:], interpolation) if guided or healed else nullcontext():
-            output = super().generate(inputs, *args, **kwargs, **settings)
+        own: dict[str, Any] = {"strength": strength, "max_kl": cap, "min_kl": threshold}
+        own = {k: v.repeat_interleave(texts) if isinstance(v, Tensor) else v for k, v in own.items()}
+        own |= {"adapter_weights": adapter_weights, "interpolation": interpolation}
+        if healed:
+            own = {name: of_one_prompt(value, name) for name, value in own.items()}
+        if isinstance(weights := own["adapter_weights"], Tensor):  # of one row, wherever they are read
+            own["adapter_weights"] = dict(zip(self.adapters, weights[0].tolist(), strict=True))
+        with self.dial(**own) if assisted or guided or healed else nullcontext():
+            output = super().generate(inputs, *args, **kwargs, **({} if assisted else settings))
         if record is not None:
             output["strengths"] = torch.stack(record, dim=1)
         return output
 
-    def _strength_of_answers(self: Any, strength: Strength | None, rows: int) -> Strength:
+    def _strength_of_answers(self, strength: Strength | None, rows: int) -> Strength:
         """The strength of a call, the model's own where it gives none; raises ConfigError if it is not finite."""
         strength = self.strength if strength is None else strength
         if callable(strength):
@@ -130,14 +131,14 @@ class PolicyGenerationMixin(GenerationMixin):
         # generate repeats tensors row by row
         return strength.reshape(()).expand(rows) if strength.numel() == 1 else strength
 
-    def _nats_of_answers(self: Any, name: str, value: float | Tensor | None, rows: int) -> Tensor | None:
+    def _nats_of_answers(self, name: str, value: float | Tensor | None, rows: int) -> Tensor | None:
         """`max_kl` or `min_kl` of a call (B,), the model's own where it gives none; generate repeats it row by row."""
         nats = checked_nats(getattr(self, name) if value is None else value, name, self.device, rows)
         # Copied: a compiled step would be compiled anew for another layout.
         return nats.reshape(()).repeat(rows) if nats is not None and nats.numel() == 1 else nats
 
     def _free_of_numbers(
-        self: Any, strength: Strength, weights: AdapterWeights, interpolation: str, rows: int
+        self, strength: Strength, weights: AdapterWeights, interpolation: str, rows: int
     ) -> dict[str, Any]:
         """Both as tensors (B,) and (B, K), unless more streams would run then.
 
@@ -169,22 +170,8 @@ class PolicyGenerationMixin(GenerationMixin):
             "use generate, `qadapter serve`, or vLLM (docs/serving.md)."
         )
 
-    @contextmanager
-    def defaults(
-        self: Any, strength: Any, adapter_weights: Any, max_kl: Any, min_kl: Any, interpolation: str = "logits"
-    ) -> Iterator[None]:
-        """Within the context, these settings are the model's own."""
-        before = self.strength, self.adapter_weights, self.max_kl, self.min_kl, self.interpolation
-        self.strength, self.max_kl, self.min_kl, self.interpolation = strength, max_kl, min_kl, interpolation
-        self.adapter_weights = dict(zip(self.adapters, adapter_weights[0].tolist(), strict=True)) if isinstance(
-            adapter_weights, Tensor) else dict(adapter_weights)  # fmt: skip
-        try:
-            yield
-        finally:
-            self.strength, self.adapter_weights, self.max_kl, self.min_kl, self.interpolation = before
-
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self: Any,
+        self,
         input_ids: Tensor,
         *args: Any,
         inputs_embeds: Tensor | None = None,
@@ -204,7 +191,7 @@ class PolicyGenerationMixin(GenerationMixin):
     def _get_static_cache_init_shape(self) -> None:
         """No shape: the first pass allocates a static cache, in which each layer has as many rows as run there."""
 
-    def _reorder_cache(self: Any, cache: Cache, beam_idx: Tensor) -> Cache:
+    def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
         """`cache` with the rows of every stream in the order of `beam_idx` (B,); beam search calls it."""
         streams = len(streams_in(cache) or ())
         offsets = torch.arange(streams, device=beam_idx.device).unsqueeze(1) * len(beam_idx)

@@ -12,6 +12,7 @@ from qadapter.data.packing import PackedSequences
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling.packed import packed_batch
+from qadapter.modeling.policy_part import PolicyPart
 from qadapter.modeling.streams import keep_base_in_eval
 from qadapter.modeling.trunk import FromTrunk, KeepTrunk
 from qadapter.objective import ImpliedRewards, implied
@@ -35,24 +36,8 @@ def in_eval_mode(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-class TrainingPasses:
+class TrainingPasses(PolicyPart):
     """The part of `QAdapterForCausalLM` that training uses."""
-
-    # What the policy has.
-    base: Any
-    head: Any
-    plan: Any
-    configs: Any
-    shared_layers: int
-    training: bool
-    trained_coefficients: Any
-    eval: Any
-    train: Any
-
-    @property
-    def adapters(self) -> list[str]:
-        """The adapters' names, in order."""
-        return list(self.configs)
 
     @torch.no_grad()
     def base_pass(

@@ -1,4 +1,15 @@
-"""The customised policy as a transformers causal language model: a frozen base, LoRA adapters, and a dial."""
+"""The customised policy as a transformers causal language model: a frozen base, LoRA adapters, and a dial.
+
+A call of `forward`, with the module that each step is in:
+
+    settings of the call, else the model's own       strength, weights, cap, threshold      policy_part, mixing
+      → which streams run, and their coefficients    {"concise": 0.8, None: 0.2}            stacked
+      → one pass of the decoder, a copy a stream     {stream: hidden states (B, T, H)}      stacked, streams, trunk
+      → one product with the head                    z = Σ_k c_k z_k, (B, T, V)             heads
+      → threshold and cap on the way from z_b to z   z_b + s (z − z_b)                      mixing
+
+Training asks for the statistics of the loss instead (`passes`), generation calls `forward` for each token (`decoding`).
+"""
 
 import logging
 import warnings
@@ -32,14 +43,12 @@ from qadapter.modeling.merging import folded
 from qadapter.modeling.mixing import (
     AdapterWeights,
     Strength,
-    capped_logits,
     kept_columns,
     last_strength,
-    thresholded_logits,
 )
 from qadapter.modeling.passes import TrainingPasses
 from qadapter.modeling.quantised import check_trainable_files, keep_layout
-from qadapter.modeling.stacked import StackedPasses, refuse_images, shape_of
+from qadapter.modeling.stacked import refuse_images, shape_of
 from qadapter.modeling.streams import (
     StreamPlan,
     adapter_parameters,
@@ -54,7 +63,7 @@ DEFAULT_ADAPTER = "default"
 logger = logging.getLogger(__name__)
 
 
-class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, PolicyGenerationMixin):
+class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin):
     """A causal language model whose logits are those of the customised policy (arXiv 2407.03856).
 
     Wraps, and never changes, a base model: its weights stay bit-identical, `strength=0` is exactly the base.
@@ -62,7 +71,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
     `score` (how good an adapter finds given answers) and `merged` (strength 1 without the LoRA's products).
 
     The attributes `strength`, `adapter_weights`, `max_kl`, `min_kl`, `decay` and `interpolation` are the dial of calls
-    that set none.
+    that set none, and `with policy.dial(strength=0.5): ...` sets them for a while.
 
     Raises:
         ConfigError: `base` is no plain causal language model, carries an adapter, or cannot be adapted as asked.
@@ -130,11 +139,6 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         super().train(mode)
         keep_base_in_eval(self.base)
         return self
-
-    @property
-    def peft_model(self) -> PeftModel:
-        """PEFT's view of the base with its adapters, for PEFT's own functions (saving, loading)."""
-        return self._peft[0]
 
     def _inject(self, base: PreTrainedModel, peft_configs: Mapping[str, LoraConfig]) -> PeftModel:
         (first, first_config), *others = (
@@ -291,17 +295,7 @@ class QAdapterForCausalLM(PreTrainedModel, StackedPasses, TrainingPasses, Policy
         hidden = {stream: states[:, kept] for stream, states in hidden.items()}
         coefficients = {stream: kept_columns(c, kept) for stream, c in coefficients.items()}
         used = kept_columns(used, kept)
-        share: float | Tensor = 1.0
-        if threshold is not None:
-            base_logits, delta = self.head.direction(hidden, coefficients, self.plan)
-            logits, share = thresholded_logits(base_logits, delta, used, threshold)
-        else:
-            logits = self.head.mixed_logits({k: hidden[k] for k in coefficients}, coefficients, self.plan)
-        if cap is not None:
-            if threshold is None:
-                base_logits = self.head.stream_logits({None: hidden[None]}, self.plan)[0]
-            logits, let_through = capped_logits(logits, base_logits, cap)
-            share = share * let_through
+        logits, share = self.dialled_logits(hidden, coefficients, used, cap, threshold)
         if strength_record is not None:
             strength_record.append(last_strength(used, share, logits))
         loss = None

@@ -25,7 +25,7 @@ def probe_logps(model: QAdapterForCausalLM, ids: list[int]) -> dict[str, Tensor]
         for name in ["", *model.adapters]:
             batch = torch.tensor([ids], device=model.device)
             weights = {adapter: float(adapter == name) for adapter in model.adapters}
-            with model.defaults(1.0, weights, None, None):  # without the model's own cap and threshold
+            with model.dial(strength=1.0, adapter_weights=weights, max_kl=None, min_kl=None, interpolation="logits"):
                 logits = model(batch, use_cache=False, logits_to_keep=1).logits[0, -1]
             result[name] = logits.float().log_softmax(-1).cpu()
     return result

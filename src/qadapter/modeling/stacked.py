@@ -8,19 +8,22 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from qadapter.errors import ConfigError
-from qadapter.functional import composed_coefficients, mix_coefficients
+from qadapter.functional import composed_coefficients
 from qadapter.modeling.mixing import (
     AdapterWeights,
     StepState,
     Strength,
+    capped_logits,
     check_shape,
     checked_nats,
     checked_number,
     checked_weights,
     evaluated,
     refuse_changing,
+    thresholded_logits,
     times,
 )
+from qadapter.modeling.policy_part import PolicyPart
 from qadapter.modeling.streams import Blend, Stream, parts_of, repeat_rows, title_of
 from qadapter.modeling.trunk import ForkRows
 
@@ -29,32 +32,8 @@ INTERPOLATIONS = ("logits", "weights")
 OTHER_THAN_TEXT = ("pixel", "image", "video", "audio", "input_features")
 
 
-class StackedPasses:
+class StackedPasses(PolicyPart):
     """The part of `QAdapterForCausalLM` that mixes streams."""
-
-    # What the policy has.
-    adapters: Any
-    adapter_weights: dict[str, float]
-    base: Any
-    config: Any
-    configs: Any
-    device: Any
-    interpolation: str
-    max_kl: Any
-    min_kl: Any
-    peft_model: Any
-    plan: Any
-    shared_layers: int
-    rows_can_fork: bool
-    strength: Any
-    training: bool
-
-    def trained_coefficients(self) -> dict[str, Any]:
-        """Weights (c_θ, c_b) of each adapter's trained policy."""
-        return {
-            name: mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)
-            for name, config in self.configs.items()
-        }
 
     def stream_coefficients(
         self,
@@ -159,6 +138,33 @@ class StackedPasses:
             output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
         blocks = output.last_hidden_state.split(rows)
         return dict(zip(streams, blocks, strict=True)), output.past_key_values
+
+    def dialled_logits(
+        self,
+        hidden: Mapping[Stream, Tensor],
+        coefficients: Mapping[Stream, float | Tensor],
+        strength: float | Tensor,
+        cap: Tensor | None,
+        threshold: Tensor | None,
+    ) -> tuple[Tensor, float | Tensor]:
+        """Logits (B, T, V) of the mixed streams, and the share of the strength that threshold and cap left.
+
+        Args:
+            hidden: of every stream (B, T, H); of the base, too, where there is a cap or a threshold.
+            coefficients: of the streams to be mixed; with a threshold, those of the policy at strength 1.
+        """
+        share: float | Tensor = 1.0
+        if threshold is not None:
+            base_logits, delta = self.head.direction(hidden, coefficients, self.plan)
+            logits, share = thresholded_logits(base_logits, delta, strength, threshold)
+        else:
+            logits = self.head.mixed_logits({k: hidden[k] for k in coefficients}, coefficients, self.plan)
+        if cap is not None:
+            if threshold is None:
+                base_logits = self.head.stream_logits({None: hidden[None]}, self.plan)[0]
+            logits, let_through = capped_logits(logits, base_logits, cap)
+            share = share * let_through
+        return logits, share
 
     def forks(self, streams: int) -> bool:
         """Whether a pass of so many streams parts above the first layer, with one cache for all below.

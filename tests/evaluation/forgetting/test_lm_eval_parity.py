@@ -38,7 +38,7 @@ def test_likelihoods_of_strength_zero_equal_the_bare_base_bit_by_bit(base, polic
     ]
     bare = HFLM(pretrained=base, tokenizer=tiny_tokenizer(), batch_size=4).loglikelihood(requests)
     lm = PolicyLM(policy, tiny_tokenizer(), 4, lambda name, total: lambda done: None)
-    with policy.defaults(0.0, policy.adapter_weights, None, None):
+    with policy.dial(strength=0.0):
         assert lm.loglikelihood(requests) == bare
     assert lm.loglikelihood(requests) != bare  # the policy's own
 
