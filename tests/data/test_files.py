@@ -160,7 +160,14 @@ def test_a_json_list_above_the_size_limit_is_refused(write_lines, monkeypatch):
         load_preference_dataset(write_lines([json.dumps(PAIRS)], "pairs.json"))
 
 
-@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(b'{"prompt": "a"}' * 500)[:-9], b"\x1f\x8b\x08\x00rest"])
+DAMAGED_GZIP = {
+    "no gzip": b"no gzip",
+    "cut": gzip.compress(b'{"prompt": "a"}' * 500)[:-9],
+    "head": b"\x1f\x8b\x08\x00rest",
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED_GZIP.values(), ids=DAMAGED_GZIP)
 def test_a_damaged_gzip_file_is_refused(tmp_path, data):
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(data)
