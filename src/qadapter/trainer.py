@@ -204,6 +204,11 @@ class QAdapterTrainer(Trainer):
         losses.append(super().training_step(model, last, num_items_in_batch))
         return torch.stack(losses).sum()
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """As the Trainer's, which looks for the tokens at the batch's top (`include_num_input_tokens_seen`)."""
+        for part in inputs.get("micro_batches") or [inputs]:
+            super()._track_num_input_tokens(part)
+
     def _tokenised(self, name: str, dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments, config: Any) -> Any:
         if isinstance(dataset, dict):
             return {

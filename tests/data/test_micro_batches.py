@@ -58,6 +58,18 @@ def test_steps_and_metrics_equal_those_of_whole_batches(tmp_path, packing, accum
         torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
 
 
+def test_the_tokens_of_every_part_are_counted_where_the_trainer_is_asked_to(tmp_path):
+    counts = []
+    for budget in (None, 40):
+        trainer = tiny_trainer(
+            tiny_policy(), tmp_path / str(budget), token_pairs(8), per_device_train_batch_size=4, max_steps=2,
+            packing=False, micro_batch_tokens=budget, include_num_input_tokens_seen="non_padding",
+        )  # fmt: skip
+        trainer.train()
+        counts.append(trainer.state.num_input_tokens_seen)
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("architecture", FAST_PATHS)
 @pytest.mark.parametrize("packing", [True, False])
 def test_loss_and_every_gradient_equal_those_of_the_whole_batch(tmp_path, architecture, packing):
