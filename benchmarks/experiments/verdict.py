@@ -34,6 +34,8 @@ CONTEST = (
     "lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
 )
 CONTEST_COLUMNS = CONTEST.count("|") + 1
+# Those of a table that shows the goals alone.
+GOALS = "area | DPO's | difference | larger | lower half ÷ DPO's | a third more"
 PICTURE = "verdict.svg"
 
 
@@ -47,11 +49,6 @@ class Comparison(NamedTuple):
     contest: Contest
     rooted: Contest
 
-    @property
-    def can_tell(self) -> bool:
-        """Whether it can be met or lost."""
-        return self.contest.seeds > 1 and self.contest.counts
-
 
 class DomainMean(NamedTuple):
     """The mean of a contest over so many domains, and the same read by √drift."""
@@ -59,6 +56,11 @@ class DomainMean(NamedTuple):
     domains: int
     contest: Contest
     rooted: Contest
+
+
+def can_tell(contest: Contest) -> bool:
+    """Whether it can be met or lost."""
+    return contest.seeds > 1 and contest.counts
 
 
 INTRODUCTION = """## Verdict
@@ -187,16 +189,27 @@ def domain_means(against: Sequence[Comparison]) -> dict[tuple[str, str, str], Do
 
 
 def domain_table(means: Mapping[tuple[str, str, str], DomainMean]) -> Iterator[str]:
-    """The means over domains as a table."""
+    """The means over domains as a table: those that can tell, and folded, all of them with more columns."""
     if not means:
         return
-    yield "**The mean over the domains of DSP** (seeds: the fewest of a domain):\n"
+    telling = {place: mean.contest for place, mean in means.items() if can_tell(mean.contest)}
+    if telling:
+        yield "**The mean over the domains of DSP**, where several seeds, like training and enough reach can tell:\n"
+        yield f"| suite | gain by | against | {GOALS} |"
+        yield "|---" * (4 + GOALS.count("|")) + "|"
+        for (suite, gain, drift), one in telling.items():
+            place = [f"[{suite}](results/{suite}.md)", GAIN_TITLES[gain], DRIFT_TITLES[drift]]
+            goals = [*areas_of(one), says(one, one.whole), ratio_of(one), says(one, one.beyond_goal)]
+            yield "| " + " | ".join([*place, *goals]) + " |"
+        yield ""
+    yield "<details><summary>The mean over the domains of DSP, all of it</summary>\n"
+    yield "Seeds: the fewest of a domain.\n"
     yield f"| suite | domains | gain by | against | {CONTEST} |"
     yield "|---" * (4 + CONTEST_COLUMNS) + "|"
     for (suite, gain, drift), mean in means.items():
         place = [f"[{suite}](results/{suite}.md)", str(mean.domains), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
         yield contest_row(place, mean.contest, mean.rooted)
-    yield ""
+    yield "\n</details>\n"
 
 
 def picture_lines(means: Mapping[tuple[str, str, str], DomainMean], plots: Path) -> Iterator[str]:
@@ -204,7 +217,7 @@ def picture_lines(means: Mapping[tuple[str, str, str], DomainMean], plots: Path)
     bars: dict[str, list[Bar]] = {}
     for (suite, gain, drift), mean in means.items():
         one, whole = mean.contest, mean.contest.other.whole.value
-        if one.counts and one.seeds > 1 and whole > 0:
+        if can_tell(one) and whole > 0:
             bar = Bar(suite, *(number / whole for number in one.whole))
             bars.setdefault(f"{GAIN_TITLES[gain]}, {DRIFT_TITLES[drift]}", []).append(bar)
     if not bars:
@@ -239,17 +252,18 @@ def goal_lines(title: str, against: Sequence[Comparison]) -> Iterator[str]:
         sum(entry == "met" for entry in column) for column in zip(*words, strict=True)
     )
     behind = sum(row[0] == "behind" for row in words)
+    telling = sum(can_tell(row.contest) for row in against)
     yield (
         f"**{title}: a larger area is met in {larger} of {len(against)} comparisons, a third more gain in the lower "
         f"half in {third} of {len(against)}; by √drift in {root_larger} and in {root_third}. DPO's area is the larger, "
-        f"outside the interval, in {behind}. Only the {sum(row.can_tell for row in against)} comparisons with several "
+        f"outside the interval, in {behind}. Only the {telling} comparisons with several "
         "seeds, like training and enough reach can be met or lost.**\n"
     )
 
 
 def count_table(title: str, against: Sequence[tuple[str, Comparison]]) -> Iterator[str]:
     """The same for each group of comparisons, named before them, of those that can tell."""
-    telling = [(name, row) for name, row in against if row.can_tell]
+    telling = [(name, row) for name, row in against if can_tell(row.contest)]
     if not telling:
         return
     yield f"| {title} | can tell | Q-Adapter's area larger | neither | DPO's larger | a third more at small drift |"
@@ -284,12 +298,20 @@ def against_dpo(found: Sequence[Contest], form: str = "dial") -> Contest | None:
 
 def contest_row(place: Sequence[str], one: Contest, rooted: Contest) -> str:
     """A row of a table of contests; `rooted` is the same one, read by √drift."""
-    ratio = f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
-    areas = [f"{one.own.whole.value:.3f}", f"{one.other.whole.value:.3f}", bracketed(one.whole)]
     larger = [says(one, one.whole), bracketed(rooted.whole), says(one, rooted.whole)]
-    goals = [ratio, bracketed(one.beyond_goal), says(one, one.beyond_goal)]
+    goals = [ratio_of(one), bracketed(one.beyond_goal), says(one, one.beyond_goal)]
     kind = [str(one.seeds), one.values, f"{one.share:.2f}"]
-    return "| " + " | ".join([*place, *kind, *areas, *larger, *goals]) + " |"
+    return "| " + " | ".join([*place, *kind, *areas_of(one), *larger, *goals]) + " |"
+
+
+def areas_of(one: Contest) -> list[str]:
+    """Q-Adapter's area, the rival's, and their difference."""
+    return [f"{one.own.whole.value:.3f}", f"{one.other.whole.value:.3f}", bracketed(one.whole)]
+
+
+def ratio_of(one: Contest) -> str:
+    """The lower half over the rival's."""
+    return f"{one.ratio:.2f}" if np.isfinite(one.ratio) else "–"
 
 
 def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:

@@ -592,3 +592,17 @@ def test_loops_that_the_base_has_as_well_are_not_a_methods_failure():
     assert told(looping(0.14, 0.14, 0.15, 0.2)) == []
     assert "from strength 1 on: 30%" in told(looping(0.14, 0.14, 0.15, 0.3))[0]
     assert "from strength 0.25 on: 12%" in told(looping(0.01, 0.02, 0.12, 0.3))[0]
+
+
+def test_the_mean_over_domains_is_first_told_where_it_can_be_told_and_then_whole():
+    won = variants([*(result(m, s, h) for m, h in (("qadapter", 1.4), ("dpo", 1.0)) for s in (0, 1))], TRAINING)
+    once = [on_seeds(variant, frozenset({0})) for variant in won]
+    pairs = {(name, f"dsp-{domain}"): found for name, found in (("s", won), ("t", once)) for domain in "ab"}
+    first, whole = "\n".join(verdict_lines(pairs)).split(
+        "<details><summary>The mean over the domains of DSP, all of it"
+    )
+    (row,) = [line for line in first.splitlines() if line.startswith("| [s](results/s.md) | margin | KL |")]
+    assert row.count("|") == 10
+    assert row.endswith("| met | 1.40 | met |")
+    assert "| [t](results/t.md) | margin | KL |" not in first
+    assert "| [t](results/t.md) | 2 | margin | KL | 1 |" in whole
