@@ -30,7 +30,7 @@ def quickstart(source, tmp_path_factory):
     """A short quickstart: its folder, result and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
     console = Console(record=True, width=100, file=io.StringIO())
-    result = run_quickstart(folder, console, steps=10, judged_prompts=4, held_out_pairs=32)
+    result = run_quickstart(folder, console, steps=10, judged_prompts=4, held_out_pairs=48)
     write_report(result, folder)
     print_report(result, folder, console)
     return folder, result, console.export_text()
@@ -44,8 +44,7 @@ def policy(quickstart):
 def test_held_out_margin_is_significantly_above_the_base(quickstart):
     """After ten steps the accuracy is not on every processor: bfloat16 rounds otherwise."""
     pairs = quickstart[1].pairs
-    assert pairs["accuracy"].n == 32
-    assert pairs["accuracy"].value > 0.5  # the base's own, by definition
+    assert pairs["margin_gain"].n == 48
     assert pairs["margin_gain"].low > 0
 
 

@@ -120,7 +120,7 @@ def test_the_models_own_weights_may_name_some_adapters_only(composed):
         {"strength": 1.5, "max_kl": 0.05},
         {"min_kl": 0.1, "decay": 0.7},
         {"strength": torch.tensor([0.0, 0.5, 2.0])},
-        {"strength": 0.6, "adapter_weights": {"concise": 0.5}, "interpolation": "weights"},
+        {"strength": 0.6, "adapter_weights": {"concise": 0.5}},
     ],
 )
 def test_within_a_dial_a_call_without_settings_equals_one_with_them(composed, settings):

@@ -11,6 +11,7 @@ import pytest
 from models import APART, lora, tiny_tokenizer, train_randomly
 from served import PATIENCE, RunningServer, chat, dial, endless_base, greedy_text, prompt_ids_of
 
+import qadapter
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.cli.serve import load_models, run, served_names
 from qadapter.errors import ConfigError
@@ -91,6 +92,7 @@ def test_the_name_is_the_last_part_of_folder_or_hub_id(folders, monkeypatch):
 def test_missing_packages_are_named_with_the_way_out(monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("qadapter.serving", "fastapi"))]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(qadapter, "serving", raising=False)  # which another import puts another module in the place of
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(ConfigError, match=r"pip install 'qadapter\[serve\]'"):
         run(["anything"])
