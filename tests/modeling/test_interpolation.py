@@ -240,9 +240,11 @@ def test_compiled_steps_do_not_compile_anew_for_another_strength(policy):
 
 
 def test_the_models_own_interpolation_serves_calls_that_set_none(policy):
-    with torch.no_grad(), policy.dial(interpolation="weights", strength=0.5):
-        assert torch.equal(policy(IDS).logits, logits(policy, strength=0.5))
-        assert torch.equal(policy(IDS, interpolation="logits").logits, policy(IDS, strength=0.5).logits)
+    with torch.no_grad():
+        mixed = policy(IDS, strength=0.5).logits
+        with policy.dial(interpolation="weights", strength=0.5):
+            assert torch.equal(policy(IDS).logits, logits(policy, strength=0.5))
+            assert torch.equal(policy(IDS, interpolation="logits").logits, mixed)
 
 
 def test_a_folder_is_loaded_with_it(policy, base, tmp_path):
