@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import peft
 import torch
 import torch.nn.functional as F
-import transformers
 import trl
 from allocations import PeakAllocations
 from contenders import our_step, trl_step
 from decode import LLAMA_8B
-from results_file import write
+from results_file import installed, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from train import random_pairs
@@ -171,7 +169,7 @@ def main() -> int:
         "checkpoint_memory_compiled" if options.compile else "checkpoint_memory",
         "cpu",
         "bfloat16",
-        {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)},
+        installed("torch", "transformers", "peft", "trl"),
         layers=options.layers,
         pairs=options.pairs,
         length=options.length,

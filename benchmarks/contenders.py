@@ -21,7 +21,7 @@ from qadapter.data import PackedCollator, PreferenceCollator
 from qadapter.fused import TokenStatistics
 from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.packed import enable_packing
-from qadapter.objective import pair_losses
+from qadapter.objective import pair_losses, response_mask
 
 Pairs = Sequence[dict[str, Any]]
 METHOD = QAdapterConfig()
@@ -96,8 +96,7 @@ def our_step(
     def loss_of(pairs: Pairs) -> torch.Tensor:
         rows = pairs if states is None else [states[places[id(pair)]] for pair in pairs]
         batch = on(options.device, with_states(rows))
-        mask = batch["completion_mask"] if packing else batch["completion_mask"][:, 1:]
-        return pair_losses(TokenStatistics(*model(**batch)), mask, METHOD)[0].mean()
+        return pair_losses(TokenStatistics(*model(**batch)), response_mask(batch), METHOD)[0].mean()
 
     return stepper(loss_of, model)
 

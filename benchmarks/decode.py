@@ -22,11 +22,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
-from results_file import write
+from results_file import installed, write
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
@@ -62,14 +60,20 @@ Rounds = dict[tuple[int, str], Callable[[], float]]
 def base_model(options: argparse.Namespace) -> PreTrainedModel:
     """The model to decode with, in eval mode."""
     if options.shape == "llama-8b":
-        with torch.device(options.device):
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(options.dtype)
-            model = LlamaForCausalLM(LlamaConfig(**LLAMA_8B))
-            torch.set_default_dtype(default)
+        model = random_llama(LLAMA_8B, options)
     else:
         model = load_base(resolve_base("builtin"), dtype=options.dtype)
     return model.to(options.device).eval()
+
+
+def random_llama(shape: dict[str, int], options: argparse.Namespace) -> PreTrainedModel:
+    """A Llama of that shape, its weights made in the options' dtype on their device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(options.dtype)
+    with torch.device(options.device):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    torch.set_default_dtype(default)
+    return model
 
 
 def lora() -> LoraConfig:
@@ -289,7 +293,7 @@ def main() -> None:
         f"decode_{options.shape}_{options.device}",
         options.device,
         name,
-        {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        installed("torch", "transformers", "peft"),
         shape=options.shape,
         results=results,
     )

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from allocations import PeakAllocations
-from head_contenders import Head, Logps, Problem, heads, installed, oracle, problem
-from results_file import write
+from head_contenders import Head, Logps, Problem, heads, oracle, problem
+from results_file import installed, write
 from torch import Tensor
 
 REFERENCE = "bare matmuls"
@@ -166,7 +166,7 @@ def main() -> None:
         f"head_{options.device}",
         options.device,
         dtype,
-        installed(PACKAGES),
+        installed(*PACKAGES),
         vocabulary=options.vocabulary,
         hidden=options.hidden,
         tokens=options.tokens,

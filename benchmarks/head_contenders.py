@@ -1,6 +1,5 @@
 """The ways to compute per-token log-probabilities that `head.py` compares."""
 
-import importlib.metadata
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,14 +187,3 @@ def heads(given: Problem) -> dict[str, Callable[[], Head]]:
         "Liger cross-entropy, chunks like ours": lambda: liger_cross_entropy(given, budget),
         "Liger DPO": lambda: liger_dpo(given),
     }
-
-
-def installed(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Versions by package; None where it is missing."""
-    versions: dict[str, str | None] = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions

@@ -7,19 +7,14 @@ backward pass. The fused head's must not grow with tokens x vocabulary.
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import torch
+from results_file import installed, write
 
 from qadapter.fused import single_head_statistics, token_statistics
-
-RESULT = Path(__file__).parent / "results" / "head_memory.json"
 
 
 def peak_bytes() -> int:
@@ -51,7 +46,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows = []
@@ -67,16 +62,8 @@ def main() -> None:
         rows.append(row)
         full, fused = row["full_bytes"] / 2**20, row["fused_bytes"] / 2**20
         print(f"{tokens:>7} {full:>8.0f} {row['full_seconds']:>5.1f} {fused:>8.0f} {row['fused_seconds']:>5.1f}")
-    result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "vocabulary": options.vocabulary,
-        "hidden": options.hidden,
-        "rows": rows,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    write(options.output, "head_memory", "cpu", "float32", installed("torch"), vocabulary=options.vocabulary,
+          hidden=options.hidden, rows=rows)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from results_file import write
+from results_file import installed, write
 from transformers import set_seed
 
 from qadapter import (
@@ -126,9 +125,8 @@ def main() -> None:
             found = measured(policy, tokenizer, rows[options.train_pairs :])
             results.append({"rejected": rejected, "gamma": gamma, "discount_floor": floor, "strengths": found})
             print(results[-1], file=sys.stderr)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    write(options.output, "late_preference", "cpu", "float32", versions, train_pairs=options.train_pairs,
-          held_out=options.held_out, results=results)  # fmt: skip
+    write(options.output, "late_preference", "cpu", "float32", installed("torch", "transformers"),
+          train_pairs=options.train_pairs, held_out=options.held_out, results=results)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
-from results_file import write
+from results_file import installed, write
 from rich.progress import Progress
 
 from qadapter import QAdapterTrainingArguments, load_preference_dataset, quickstart
@@ -54,7 +53,7 @@ def main() -> None:
         "quickstart_training",
         "cpu",
         str(dtype).removeprefix("torch."),
-        {"torch": torch.__version__, "transformers": transformers.__version__},
+        installed("torch", "transformers"),
         steps=options.steps,
         seconds=medians,
         ratio=round(ratio, 3),

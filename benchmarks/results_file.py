@@ -1,5 +1,6 @@
 """What every results file says of its run, and where it lies."""
 
+import importlib.metadata
 import json
 import platform
 import shlex
@@ -21,7 +22,20 @@ def command() -> str:
     return shlex.join(["python", *(["-m", spec.name] if spec else [shown]), *sys.argv[1:]])
 
 
-def write(output: Path | None, name: str, device: str, dtype: str, versions: Mapping[str, str], **found: Any) -> Path:
+def installed(*packages: str) -> dict[str, str | None]:
+    """Versions by package; None where it is missing."""
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def write(
+    output: Path | None, name: str, device: str, dtype: str, versions: Mapping[str, str | None], **found: Any
+) -> Path:
     """Write command, device, versions and what was found into `output`, or into results/NAME.json; the path of it."""
     processor = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     report = {

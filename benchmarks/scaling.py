@@ -9,26 +9,20 @@ taken in turn.
 
 import argparse
 import json
-import platform
-import shlex
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import trl
 from allocations import PeakAllocations
 from contenders import our_step, trl_step
+from results_file import RESULTS, installed, write
 from train import random_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qadapter.plots import line_chart
 
 ROUNDS = 5
-RESULTS = Path(__file__).parent / "results"
 MIDDLE = {"length": 128, "prompt": 32, "vocabulary": 16_384, "pairs": 2, "layers": 4}
 PROMPTED = MIDDLE | {"length": 512}  # where the prompt's share varies
 AXES = {
@@ -94,8 +88,8 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="only these; others keep theirs")
     options = parser.parse_args()
     torch.set_num_threads(1)  # processor time of threads that wait for each other would tell of the machine's load
-    output = RESULTS / "scaling.json"
-    figures = json.loads(output.read_text())["figures"] if options.axes != list(AXES) else {}
+    kept = RESULTS / "scaling.json"
+    figures = json.loads(kept.read_text())["figures"] if options.axes != list(AXES) else {}
     for axis in options.axes:
         figures[axis] = [point(axis, value) for value in AXES[axis]]
         for row in figures[axis]:
@@ -108,15 +102,8 @@ def main() -> None:
             lines = {name: [(row[axis], row[name][quantity]) for row in figures[axis]] for name in names}
             chart = line_chart(lines, f"{what} of a training step by {LABELS[axis]}", LABELS[axis], unit)
             (RESULTS / f"scaling_{axis}{suffix}.svg").write_text(chart)
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": f"{platform.machine()} CPU, one thread",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl)},
-        "middle": MIDDLE,
-        "prompted": PROMPTED,
-        "figures": figures,
-    }
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    write(None, "scaling", "cpu", "float32", installed("torch", "transformers", "trl"), middle=MIDDLE,
+          prompted=PROMPTED, figures=figures)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ second.
 """
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -25,6 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig
+from results_file import installed, write
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.evaluation.batches import batches_by_length
@@ -33,7 +31,6 @@ from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.texts import Text, load_pairs
 from qadapter.modeling.bases import load_base, load_tokenizer, resolve_base
 
-RESULT = Path(__file__).parent / "results" / "scoring.json"
 BATCH_TOKENS = 2048
 POINTS = 20
 BARE_CHUNK = 340  # rows of logits at a time, as scoring has them
@@ -78,7 +75,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -119,17 +116,9 @@ def main() -> None:
         }
         shown = "  ".join(f"{ratio:.2f}x {other.removeprefix('to ')}," for other, ratio in ratios.items())
         print(f"{name:<26} {figures[name]['processor_seconds']:>7.2f} s  {shown.rstrip(',')}")
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "texts": len(texts),
-        "tokens": tokens,
-        "answer_tokens": sum(len(text.answer) for text in texts),
-        "figures": figures,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    answer_tokens = sum(len(text.answer) for text in texts)
+    write(options.output, "scoring", "cpu", "float32", installed("torch", "transformers"), texts=len(texts),
+          tokens=tokens, answer_tokens=answer_tokens, figures=figures)  # fmt: skip
 
 
 if __name__ == "__main__":

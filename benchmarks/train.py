@@ -19,17 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
-import trl
 from allocations import PeakAllocations
 from arithmetic import matmul_rate, needed_operations
 from contenders import Contender, Pairs, contenders
-from decode import LLAMA_8B, synchronise
-from results_file import write
+from decode import LLAMA_8B, random_llama, synchronise
+from results_file import installed, write
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qadapter import load_preference_dataset
 from qadapter.data import tokenise_preferences
@@ -168,13 +165,7 @@ def held(device: str) -> int:
 def base_model(options: argparse.Namespace) -> PreTrainedModel:
     if options.shape == "builtin":
         return load_base(resolve_base("builtin"), dtype=options.dtype).to(options.device)
-    shape = LLAMA_8B if options.shape == "llama-8b" else SMALL
-    with torch.device(options.device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(options.dtype)
-        model = LlamaForCausalLM(LlamaConfig(**shape))
-        torch.set_default_dtype(default)
-    return model
+    return random_llama(LLAMA_8B if options.shape == "llama-8b" else SMALL, options)
 
 
 SMALL = {
@@ -257,7 +248,7 @@ def main() -> int:
                 f"train_{options.shape}_{options.device}",
                 options.device,
                 name,
-                {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)},
+                installed("torch", "transformers", "peft", "trl"),
                 shape=options.shape,
                 targets=options.targets or "all linear layers",
                 length=options.length,

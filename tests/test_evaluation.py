@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 from models import APART, plain_peft, tiny_base, tiny_policy, token_pairs, two_passes
 
 from qadapter import QAdapterConfig
-from qadapter.evaluation import intervals
 from qadapter.evaluation.batches import batches_by_beginning, batches_by_length
 from qadapter.evaluation.columns import Column
-from qadapter.evaluation.drift import BaseTokens, TextDrift, TokenDrift, measure_texts
-from qadapter.evaluation.intervals import Interval, bootstrap_mean, wilson
-from qadapter.evaluation.preferences import PairDrift
+from qadapter.evaluation.drift import measure_texts
+from qadapter.evaluation.drift_figures import drift_figures
+from qadapter.evaluation.intervals import wilson
 from qadapter.evaluation.rules import follows_house_style, sentence_count
-from qadapter.evaluation.scoring import drift_summary, pair_summary
 from qadapter.evaluation.texts import Text
 
 COLUMNS = [Column("policy")]
@@ -73,48 +71,6 @@ def test_wilson_covers_rates_about_95_times_in_100(n):
         interval = wilson(sum(generator.random() < rate for _ in range(n)), n)
         covered += interval.low <= rate <= interval.high
     assert covered / trials == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
-
-
-def test_bootstrap_mean_of_many_values_is_the_normal_interval():
-    generator = random.Random(3)
-    values = [generator.gauss(2, 3) for _ in range(900)]
-    mean = sum(values) / len(values)
-    half = 1.96 * math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)
-    interval = bootstrap_mean(values)
-    assert interval.value == pytest.approx(mean)
-    assert interval.n == 900
-    assert (interval.low, interval.high) == pytest.approx((mean - half, mean + half), abs=half / 8)
-
-
-def test_bootstrap_mean_covers_the_true_mean(monkeypatch):
-    """With 30 skewed values the percentile bootstrap covers somewhat less than 95%; fewer resamples save time."""
-    monkeypatch.setattr(intervals, "RESAMPLES", 200)
-    generator = random.Random(11)
-    trials = 300
-    covered = 0
-    for trial in range(trials):
-        interval = bootstrap_mean([generator.expovariate(1) for _ in range(30)], seed=trial)
-        covered += interval.low <= 1 <= interval.high
-    assert 0.87 < covered / trials < 0.97
-
-
-def test_bootstrap_mean_repeats_and_leaves_the_global_generator_alone():
-    values = [1.0, 2.1, 4.3, 8.7, 9.2, 9.9, 11.4]
-    state = random.getstate()
-    assert bootstrap_mean(values) == bootstrap_mean(values)
-    assert bootstrap_mean(values) != bootstrap_mean(values, seed=1)
-    assert random.getstate() == state
-
-
-def test_bootstrap_mean_of_a_constant_is_certain_and_of_nothing_unknown():
-    assert bootstrap_mean([3.0] * 7) == (3.0, 3.0, 3.0, 7)
-    *numbers, n = bootstrap_mean([])
-    assert all(map(math.isnan, numbers))
-    assert n == 0
-
-
-def test_an_interval_reads_as_estimate_ends_and_n():
-    assert str(Interval(0.5, 0.25, 0.75, 8)) == "0.500 [0.250, 0.750], n = 8"
 
 
 # -- the rule judge ------------------------------------------------------------------------------------------------
@@ -243,43 +199,9 @@ def test_batches_of_texts_that_begin_alike_hold_each_once_and_keep_to_their_size
         assert len(batch) == 1 or sum(len(texts[index]) for index in batch) <= batch_tokens
 
 
-def text(logps, base_logps=-6.0, tokens=2, kl=0.0):
-    """A measured text with these sums over its tokens."""
-    own, base, divergence = (torch.full((tokens,), total / tokens) for total in (logps, base_logps, kl))
-    zero = torch.zeros(tokens)
-    return TextDrift(BaseTokens(base, zero, zero), {"policy": TokenDrift(own, divergence, zero, zero, zero, zero)})
-
-
-def test_pair_summary_counts_wins_against_base_and_per_token():
-    """By hand; the third pair ties in both ways of counting, which is worth a half."""
-    pairs = [
-        PairDrift.of(text(-4.0, tokens=4, kl=2.0), text(-7.0)),  # margins: log-ratio 3, per token 2.5, base's 1.5
-        PairDrift.of(text(-9.0, kl=1.0), text(-5.0)),  # -4, -2, 0
-        PairDrift.of(text(-6.0, kl=0.0), text(-6.0)),  # 0, 0, 0
-    ]
-    summary = pair_summary(pairs, "policy")
-    values = {name: interval.value for name, interval in summary.items()}
-    assert values == pytest.approx(
-        {
-            "accuracy": 1.5 / 3,
-            "prefers_chosen": 1.5 / 3,
-            "base_prefers_chosen": (1 + 0.5 + 0.5) / 3,
-            "margin_gain": ((2.5 - 1.5) + (-2 - 0) + 0) / 3,
-            "kl": (0.5 + 0.5 + 0) / 3,
-        }
-    )
-    assert {interval.n for interval in summary.values()} == {3}
-
-
-def test_drift_summary_is_per_token():
-    summary = drift_summary([text(-8.0, -6.0, tokens=4, kl=2.0), text(-2.0, -6.0, tokens=2, kl=0.0)], "policy")
-    values = {name: interval.value for name, interval in summary.items()}
-    assert values == pytest.approx({"loss": 1.5, "base_loss": 2.25, "loss_change": -0.75, "kl": 0.25})
-
-
 def test_an_untrained_adapter_has_not_drifted(base):
     """The residual form with α₀ = α̃ starts at the base, exactly."""
     untrained = tiny_policy(base, QAdapterConfig(), trained=False)
     measured = measure_texts(untrained, [Text([1], [2, 3]), Text([4, 5], [6])], COLUMNS)
-    summary = drift_summary(measured, "policy")
-    assert (summary["kl"].value, summary["loss_change"].value) == (0.0, 0.0)
+    figures = drift_figures(measured)["policy"]
+    assert (figures["kl"].value, figures["loss_change"].value) == (0.0, 0.0)

@@ -81,8 +81,20 @@ def sample_answers(
     return [[answer for _, answer in sorted(zip(order, own, strict=True), key=lambda pair: pair[0])] for own in drawn]
 
 
-def cached_answers(path: Path, draw: Callable[[], list[Answer]]) -> list[Answer]:
-    """The answers in the file, or those that `draw` gives, which are then written to it."""
+def kept_answers(
+    path: Path,
+    make_policy: Callable[[], QAdapterForCausalLM],
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+) -> list[Answer]:
+    """The base's answers: those in the file, or drawn by a new policy at strength 0, and then written to it."""
     if not path.exists():
-        write_ordered_json(path, [[answer.text, answer.finished] for answer in draw()])
+        (drawn,) = sample_answers(
+            make_policy(), tokenizer, prompts, [0.0], seed, max_new_tokens, temperature, batch_size
+        )
+        write_ordered_json(path, [[answer.text, answer.finished] for answer in drawn])
     return [Answer(text, finished) for text, finished in json.loads(path.read_text(encoding="utf-8"))]

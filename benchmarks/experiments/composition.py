@@ -26,13 +26,13 @@ from rich.console import Console
 
 from benchmarks.results_file import RESULTS, write
 from qadapter import QAdapterForCausalLM, load_preference_dataset
-from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
+from qadapter.builtin import QUICKSTART_STEPS
 from qadapter.evaluation.columns import Column
 from qadapter.evaluation.drift import measure_texts
+from qadapter.evaluation.drift_figures import drift_figures
 from qadapter.evaluation.intervals import wilson
 from qadapter.evaluation.progress import progress_bar
-from qadapter.evaluation.scoring import drift_summary
-from qadapter.evaluation.texts import Text
+from qadapter.evaluation.texts import neutral_texts
 from qadapter.export import export_lora
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base
@@ -105,9 +105,8 @@ def figures(policy: QAdapterForCausalLM, tokenizer: Any, prompts: Sequence[str],
     answers = generate_texts(policy, tokenizer, prompts, Sampling(max_new_tokens=longest), batch_size=16)
     judged = [judge(answer) for answer in answers]
     shares = {name: wilson(sum(verdict[name] for verdict in judged), len(judged)) for name in judged[0]}
-    texts = [tokenizer(paragraph)["input_ids"] for paragraph in neutral_paragraphs()]
-    measured = measure_texts(policy, [Text(ids[:1], ids[1:]) for ids in texts], [Column("policy")])
-    drift = drift_summary(measured, "policy")
+    measured = drift_figures(measure_texts(policy, neutral_texts(tokenizer), [Column("policy")]))["policy"]
+    drift = {name: measured[name] for name in ("loss", "loss_change", "kl")}
     rounded = {name: [round(value, 4) for value in interval[:3]] for name, interval in {**shares, **drift}.items()}
     return {**rounded, "example": answers[0].text}
 

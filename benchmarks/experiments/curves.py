@@ -62,11 +62,9 @@ def _unless_loops(value: Any) -> Any:
     return _samples(gains)
 
 
-def _preferred(point: Mapping[str, Any]) -> list[float] | None:
+def _preferred(point: Mapping[str, Any]) -> list[float]:
     """Whether the policy finds a pair's chosen answer likelier, less whether the base does: 1, 0 or −1."""
     pairs = point["pairs"]
-    if "base_prefers" not in pairs:
-        return None
     return [own - before for own, before in zip(pairs["prefers"], pairs["base_prefers"], strict=True)]
 
 

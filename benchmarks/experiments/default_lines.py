@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.experiments.contests import OWN, pooled_difference, variant_difference
 from benchmarks.experiments.curves import DRIFTS, GAINS
 from benchmarks.experiments.summary import Variant
+from benchmarks.experiments.tables import table
 from benchmarks.experiments.yardsticks import (
     DRIFT_TITLES,
     GAIN_TITLES,
@@ -86,14 +87,9 @@ def pooled_default_lines(settings: Settings) -> Iterator[str]:
                 known = all(measured(pair, (gain, drift)) for pair in pairs)
                 value = pooled_difference(pairs, GAINS[gain], DRIFTS[drift]) if known else None
                 cells += ["–", "–"] if value is None else [bracketed(value), DEFAULT_WORDS[word(value, seeds)]]
-            rows.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
     if rows:
         yield "Area − the default's, in the mean over the domains of DSP (seeds: the fewest that both have):\n"
-        yield (
-            "| suite | domains | variant | seeds | "
-            + " | ".join(f"{GAIN_TITLES[gain]} against {DRIFT_TITLES[drift]} | " for gain, drift in DEFAULT_YARDSTICKS)
-            + " |"
-        )
-        yield "|---" * (4 + 2 * len(DEFAULT_YARDSTICKS)) + "|"
-        yield from rows
-        yield ""
+        titles = (f"{GAIN_TITLES[gain]} against {DRIFT_TITLES[drift]}" for gain, drift in DEFAULT_YARDSTICKS)
+        columns = [column for title in titles for column in (title, "")]
+        yield from table(["suite", "domains", "variant", "seeds", *columns], rows)

@@ -47,7 +47,7 @@ def failures(variants: Sequence[Variant]) -> Iterator[tuple[str, str]]:
         for variant in variants:
             whole, _ = variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], Draws())
             if whole.interval[1] < 0.001:
-                weak.append(f"{TITLES.get(variant.method, variant.method)} ({variant.label})")
+                weak.append(f"{TITLES[variant.method]} ({variant.label})")
         if weak:
             told = f"no gain by {GAIN_TITLES[gain]} (the interval of the area reaches 0): {'; '.join(weak)}."
             yield NO_GAIN, told
@@ -57,7 +57,7 @@ def failures(variants: Sequence[Variant]) -> Iterator[tuple[str, str]]:
         repetition = {s: (point_figures(variant, STRENGTH, s) or {}).get("sample repetition", 0) for s in strengths}
         for strength, repeated in repetition.items():
             if repeated > max(BABBLE, 2 * repetition[strengths[0]]):  # the smallest strength's: nearly the base's habit
-                name = TITLES.get(variant.method, variant.method)
+                name = TITLES[variant.method]
                 yield (
                     LOOPS,
                     (

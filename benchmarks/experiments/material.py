@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments.answers import cached_answers, sample_answers
+from benchmarks.experiments.answers import kept_answers
 from benchmarks.experiments.judges import Judge, RewardJudge, RightAnswerJudge, RuleJudge, StyleJudge
 from benchmarks.experiments.likelihood import load_items, own_tasks
 from benchmarks.experiments.measure import Material, pair_texts, prompt_groups
@@ -47,14 +47,10 @@ def load_material(context: Context, data: Path) -> Material:
 def base_answers(context: Context, prompts: Sequence[Any]) -> list[Answer]:
     """The base's sampled answers with the context's seed: drawn once and kept."""
     measuring = context.setting.measuring
-
-    def draw() -> list[Answer]:
-        return sample_answers(
-            context.new_policy(), context.tokenizer, prompts, [0.0], context.seed, measuring.max_new_tokens,
-            measuring.temperature, measuring.generation_batch,
-        )[0]  # fmt: skip
-
-    return cached_answers(context.cache / f"base_answers_{context.seed}.json", draw)
+    return kept_answers(
+        context.cache / f"base_answers_{context.seed}.json", context.new_policy, context.tokenizer, prompts,
+        context.seed, measuring.max_new_tokens, measuring.temperature, measuring.generation_batch,
+    )  # fmt: skip
 
 
 def load_texts(name: str, tokenizer: Any, data: Path, max_tokens: int) -> list[Text]:

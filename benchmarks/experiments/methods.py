@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from benchmarks.experiments import losses, objectives
 from benchmarks.experiments.ablations import DEFAULT
-from benchmarks.experiments.answers import cached_answers, sample_answers
+from benchmarks.experiments.answers import kept_answers
 from benchmarks.experiments.objectives import Objective
 from benchmarks.experiments.pools import Pools
 from benchmarks.experiments.ppo import PPO, PPOSettings, train_ppo
@@ -152,15 +152,10 @@ def with_own_answers(context: Context, name: str, temperature: float) -> Dataset
     """
     prompts = list({json.dumps(pair["prompt"]): pair["prompt"] for pair in context.pools.train}.values())
     measuring = context.setting.measuring
-
-    def draw() -> Any:
-        policy = context.new_policy()
-        return sample_answers(
-            policy, context.tokenizer, prompts, [0.0], 0, 2 * measuring.max_new_tokens, temperature,
-            measuring.generation_batch,
-        )[0]  # fmt: skip
-
-    answers = cached_answers(context.cache / f"{name}.json", draw)
+    answers = kept_answers(
+        context.cache / f"{name}.json", context.new_policy, context.tokenizer, prompts, 0,
+        2 * measuring.max_new_tokens, temperature, measuring.generation_batch,
+    )  # fmt: skip
     by_prompt = {json.dumps(prompt): answer for prompt, answer in zip(prompts, answers, strict=True)}
     encoder = ChatEncoder(context.tokenizer)
     rows = []

@@ -12,7 +12,7 @@ from qadapter.data.base_limits import RETAINED
 from qadapter.functional import log_ratios
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.objective import with_retention
+from qadapter.objective import response_mask, with_retention
 
 Batch = Mapping[str, Any]
 # (wrapped model, model, batch) -> loss of each pair (P,); the forward goes through the wrapped one.
@@ -21,13 +21,7 @@ Objective = Callable[[torch.nn.Module, QAdapterForCausalLM, Batch], Tensor]
 
 def of_statistics(loss: Callable[..., Tensor], **options: object) -> Objective:
     """The objective of a loss on the statistics of both answers."""
-
-    def objective(wrapped: torch.nn.Module, model: QAdapterForCausalLM, batch: Batch) -> Tensor:
-        statistics, mask, retained = run(wrapped, batch)
-        weight = model.configs[model.adapters[0]].retention
-        return with_retention(loss(statistics, mask, **options), statistics, mask, weight, retained)
-
-    return objective
+    return of_settings(lambda statistics, mask, _: loss(statistics, mask, **options))
 
 
 def of_settings(loss: Callable[..., Tensor], **options: object) -> Objective:
@@ -87,11 +81,6 @@ def kto(beta: float) -> Objective:
         return losses.kto(TokenStatistics(*wrapped(**batch)), response_mask(batch), beta, ratios)
 
     return objective
-
-
-def response_mask(batch: Batch) -> Tensor:
-    """Which columns of the statistics are response tokens: (B, T-1), or (2P, N) of packed rows."""
-    return batch["completion_mask"] if "gather_indices" in batch else batch["completion_mask"][:, 1:].bool()
 
 
 def chosen_rows(batch: Batch) -> Batch:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.answers import cached_answers, sample_answers
+from benchmarks.experiments.answers import kept_answers
 from benchmarks.experiments.pools import read_lines
 from qadapter import QAdapterForCausalLM
 from qadapter.data import load_preference_dataset
@@ -37,10 +37,7 @@ def write_pairs(
     rows = _questions(data) if terse else _builtin_prompts()
     prompts = [[{"role": "user", "content": question}] for question, _ in rows]
     longest = TERSE_TOKENS if terse else CAPITALS_TOKENS
-    own = cached_answers(
-        cache / f"{source}_own.json",
-        lambda: sample_answers(policy, tokenizer, prompts, [0.0], 0, longest, 0.0, batch_size)[0],
-    )
+    own = kept_answers(cache / f"{source}_own.json", lambda: policy, tokenizer, prompts, 0, longest, 0.0, batch_size)
     wanted = [answer if terse else said.text.upper() for (_, answer), said in zip(rows, own, strict=True)]
     pairs = [
         {"prompt": prompt, "chosen": [_said(chosen)], "rejected": [_said(said.text)]}

@@ -52,8 +52,6 @@ def load_pairs(source: str, data: Path, cache: Path) -> list[Pair]:
         if not path.exists():
             raise DataError(f"{path}: make it first (own_pairs.write_pairs)")
         return as_messages(load_preference_dataset(path))
-    if source == "builtin":
-        return as_messages(load_preference_dataset("builtin"))
     local = data / "pairs" / f"{source.replace('hh-rlhf/', 'hh_').replace('/', '_')}.jsonl.gz"
     return as_messages(load_preference_dataset(local if local.exists() else source))
 

@@ -17,7 +17,7 @@ from benchmarks.experiments.reward_model import RewardModel, adapter_hidden
 from benchmarks.experiments.settings import Training
 from qadapter import QAdapterForCausalLM
 from qadapter.functional import MixCoefficients
-from qadapter.generation import encode, end_tokens, ending_arguments
+from qadapter.generation import encode, end_tokens, ending_arguments, until_end
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return 0.5 * (errors * mask).sum() / mask.sum()
 
 
-def response_mask_of(ids: Tensor, ends: Sequence[int]) -> Tensor:
-    """True up to and including the first end token of each row (B, T)."""
-    ended = torch.isin(ids, torch.tensor(list(ends), device=ids.device)).cumsum(-1)
-    before = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1)
-    return before == 0
-
-
 class PPO:
     """One policy, its value head and its reward model."""
 
@@ -139,7 +132,7 @@ class PPO:
             **ending_arguments(self.ends, self.tokenizer), strength=1.0,
         )  # fmt: skip
         width = batch["input_ids"].shape[1]
-        response = response_mask_of(ids[:, width:], self.ends)
+        response = until_end(ids[:, width:], self.ends)
         completion = torch.cat([torch.zeros_like(batch["attention_mask"]).bool(), response], 1)
         attention = torch.cat([batch["attention_mask"], response.long()], 1)
         scores = self.reward(ids, attention)

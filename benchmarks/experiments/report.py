@@ -28,6 +28,7 @@ from benchmarks.experiments.tables import (
     equal_lines,
     form_tables,
     mean_curve,
+    table,
     task_table,
     threshold_table,
     variant_table,
@@ -135,14 +136,13 @@ def write_page(path: Path, lines: Sequence[str]) -> None:
 
 def suite_table(suites: Mapping[str, Sequence[dict[str, Any]]], folder: str) -> Iterator[str]:
     """Every suite with its page: what it asks, and how much of it there is."""
-    yield "| suite | what | settings | cells | seeds | hours |"
-    yield "|---" * 6 + "|"
+    rows = []
     for name, found in suites.items():
         purpose = make_suite(name).purpose if name in SUITES else ""
         hours = sum(sum(result["seconds"].values()) for result in found) / 3600
         numbers = [str(len(by_setting(found))), str(len(found)), str(number_of_seeds(found)), f"{hours:.1f}"]
-        yield f"| [{name}]({folder}/{name}.md) | {purpose} | " + " | ".join(numbers) + " |"
-    yield ""
+        rows.append([f"[{name}]({folder}/{name}.md)", purpose, *numbers])
+    yield from table(("suite", "what", "settings", "cells", "seeds", "hours"), rows)
 
 
 def usual_training(suite: str, setting: str) -> dict[str, Any] | None:
@@ -191,22 +191,29 @@ def setting_lines(
     suite: str, setting: str, found: Sequence[Variant], plots: Path, figures: dict[str, Any]
 ) -> Iterator[str]:
     """The section of a setting: methods by area, variants at full strength, plots."""
+    draws = Draws()
+
+    def compared(gain: str, drift: str) -> Iterator[str]:
+        """Areas and curves of a gain against a drift."""
+        rows = method_areas(found, GAINS[gain], DRIFTS[drift], draws)
+        yield from area_table(gain, drift, found, rows, figures.setdefault(f"{gain} against {drift}", {}))
+        yield from plot_lines(suite, setting, gain, drift, found, draws, plots)
+
     yield f"## {setting}\n"
     yield described(found)
-    draws = Draws()
     ablations = make_suite(suite).ablations if suite in SUITES else ()
     if ablations:
         yield from ablation_table(ablations, found, usual_training(suite, setting) or {}, draws)
-    main = [yardstick for yardstick in YARDSTICKS if measured(found, yardstick)]
-    for yardstick in main:
-        yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
+    for yardstick in YARDSTICKS:
+        if measured(found, yardstick):
+            yield from compared(*yardstick)
     for gain in measured_gains(found):
         yield from equal_lines(found, gain, draws)
     further = [yardstick for yardstick in FURTHER if measured(found, yardstick)]
     if further:
         yield "<details><summary>Other gains and drifts</summary>\n"
         for yardstick in further:
-            yield from comparison_lines(suite, setting, *yardstick, found, draws, plots, figures)
+            yield from compared(*yardstick)
         yield "</details>\n"
     yield from form_tables(found, draws)
     yield from threshold_table(found, draws)
@@ -225,7 +232,7 @@ def described(found: Sequence[Variant]) -> str:
     name = (BUILTIN_MODEL if base["name"] == "builtin" else base["name"]) + copied
     prepared = f", tuned to {setting['prepared']} first" if setting["prepared"] else ""
     seeds = number_of_seeds(results)
-    fewer = {TITLES.get(v.method, v.method): len(v.seeds) for v in found if len(v.seeds) < seeds}
+    fewer = {TITLES[v.method]: len(v.seeds) for v in found if len(v.seeds) < seeds}
     says = "One seed: nothing is known of the spread over seeds." if seeds == 1 else f"{seeds} seeds"
     if fewer:
         says += f", but fewer for {', '.join(f'{name} ({count})' for name, count in fewer.items())}"
@@ -239,16 +246,6 @@ def described(found: Sequence[Variant]) -> str:
     )
 
 
-def comparison_lines(
-    suite: str, setting: str, gain: str, drift: str, found: Sequence[Variant], draws: Draws, plots: Path,
-    figures: dict[str, Any],
-) -> Iterator[str]:  # fmt: skip
-    """Areas and curves of a gain against a drift."""
-    rows = method_areas(found, GAINS[gain], DRIFTS[drift], draws)
-    yield from area_table(gain, drift, found, rows, figures.setdefault(f"{gain} against {drift}", {}))
-    yield from plot_lines(suite, setting, gain, drift, found, draws, plots)
-
-
 def plot_lines(
     suite: str, setting: str, gain: str, drift: str, found: Sequence[Variant], draws: Draws, plots: Path
 ) -> Iterator[str]:
@@ -260,7 +257,7 @@ def plot_lines(
     for number, start in enumerate(range(0, max(1, len(others)), size), 1):
         series = {}
         for variant in [*always, *others[start : start + size]]:
-            title = TITLES.get(variant.method, variant.method)
+            title = TITLES[variant.method]
             label = f"{title}, {variant.label}"
             curve = mean_curve(variant, "dial", GAINS[gain], DRIFTS[drift], draws)
             series[label if len(label) <= LEGEND else title] = up_to(

@@ -9,6 +9,8 @@ from benchmarks.experiments.settings import Setting
 from benchmarks.experiments.small import CPU_KNOBS, CPU_MEASURING, CPU_TRAINING, cpu_settings
 from benchmarks.experiments.suite import Suite
 
+ONCE = {"training.epochs": 1.0}
+
 
 def dsp_small() -> Suite:
     """Every method with two or three values of its knob and three seeds on one domain, small."""
@@ -103,7 +105,7 @@ def epochs_small() -> Suite:
         "dpo": [
             {"beta": 0.1},
             {"beta": 3.0, "length_normalised": True},
-            {"beta": 0.1, "training.epochs": 1.0},  # nothing limits its drift: what more epochs cost it
+            {"beta": 0.1, **ONCE},  # nothing limits its drift: what more epochs cost it
             {"beta": 0.3},
             {"beta": 0.1, "sft_weight": 1.0},
         ],
@@ -133,7 +135,6 @@ def discount_small() -> Suite:
         measuring=replace(measuring, retained_pairs=60),
         training=replace(CPU_TRAINING, packed=True),
     )  # one epoch, also of the tuning to helpfulness before
-    once = {"training.epochs": 1.0}
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [
             {"beta": 10.0, "gamma": 0.9},
@@ -143,22 +144,22 @@ def discount_small() -> Suite:
             {"beta": 10.0, "gamma": 0.98},
             {"beta": 10.0, "gamma": 0.8},
             {"beta": 30.0, "gamma": 0.9},
-            {**DEFAULT, "retention": 1.0, **once},
-            {**DEFAULT, **once},
-            {**DEFAULT, "beta": 1.0, "retention": 1.0, **once},
+            {**DEFAULT, "retention": 1.0, **ONCE},
+            {**DEFAULT, **ONCE},
+            {**DEFAULT, "beta": 1.0, "retention": 1.0, **ONCE},
         ],
         "dpo": [
-            {"beta": 0.1, **once},
-            {"beta": 0.1, "discount": 0.9, **once},
-            {"beta": 0.3, **once},
+            {"beta": 0.1, **ONCE},
+            {"beta": 0.1, "discount": 0.9, **ONCE},
+            {"beta": 0.3, **ONCE},
             {"beta": 0.1, "discount": 0.9},
-            {"beta": 0.1, "retention": 1.0, **once},
+            {"beta": 0.1, "retention": 1.0, **ONCE},
             {"beta": 0.1},  # trained as long as Q-Adapter
             {"beta": 0.3},
         ],
         "sft-kl": [{"weight": 1.0}],
-        "sft": [once],
-        "ipo": [{"beta": 0.3, **once}],
+        "sft": [ONCE],
+        "ipo": [{"beta": 0.3, **ONCE}],
     }
     purpose = (
         "Discounted returns, with which the first tokens of an answer count most, and retention on texts that the base "
@@ -185,11 +186,10 @@ def scales_small() -> Suite:
         )
         for name in ("polite", "dsp-entertainment", "dsp-literature")
     )  # fmt: skip
-    once = {"training.epochs": 1.0}
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [{"beta": 10.0}, DEFAULT],
-        "dpo": [{"beta": 0.1, **once}, {"beta": 0.3, **once}],
-        "sft": [once],
+        "dpo": [{"beta": 0.1, **ONCE}, {"beta": 0.3, **ONCE}],
+        "sft": [ONCE],
     }
     purpose = (
         "Averaged weights (WiSE-FT) beside the strength dial, on Q-Adapter's adapters, DPO's and SFT's; for a CPU."
@@ -211,10 +211,9 @@ def threshold_small() -> Suite:
         )
         for name in names
     )  # fmt: skip
-    once = {"training.epochs": 1.0}
     knobs: dict[str, list[dict[str, Any]]] = {
-        "qadapter": [{**DEFAULT, **once}],
-        "dpo": [{"beta": 0.1, **once}],
+        "qadapter": [{**DEFAULT, **ONCE}],
+        "dpo": [{"beta": 0.1, **ONCE}],
     }
     purpose = (
         "The dial with a threshold (`min_kl`), which leaves tokens to the base of which the adapter has little to say, "
@@ -268,7 +267,7 @@ def longer_small() -> Suite:
     )  # fmt: skip
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [DEFAULT, {"beta": 10.0}],
-        "dpo": [{"beta": 0.1, "training.epochs": 1.0}, {"beta": 0.1}, {"beta": 0.3, "training.epochs": 1.0}],
+        "dpo": [{"beta": 0.1, **ONCE}, {"beta": 0.1}, {"beta": 0.3, **ONCE}],
     }
     purpose = "The discount with a floor on answers over twice as long as in discount-small, beside γ = 1 and DPO."
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))

@@ -76,10 +76,10 @@ def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
         found[result["cell"]["setting"]["name"]].append(result)
     for name, own in found.items():
         first = own[0]["cell"]["setting"]
+        kept = [key for key in first if key not in ("training", "prepared_by")]  # the latter goes with the former
         for result in own[1:]:
             other = result["cell"]["setting"]
-            kept = first.keys() - {"training", "prepared_by"}  # the latter goes with changed training
-            differing = [key for key in first if key in kept and first[key] != other.get(key)]
+            differing = [key for key in kept if first[key] != other.get(key)]
             if differing:
                 raise DataError(
                     f"{own[0]['file']} and {result['file']} are both of the setting {name} but differ in "

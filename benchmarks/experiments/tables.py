@@ -1,6 +1,6 @@
 """The tables of the results page."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,25 +27,34 @@ from benchmarks.experiments.yardsticks import GAIN_TITLES, bracketed, measured_g
 LEVELS = (0.04, 0.12, 0.25, 1.0)  # shares of the drift limit
 
 
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a Markdown table, and the empty one that ends it."""
+    yield f"| {' | '.join(header)} |"
+    yield "|---" * len(header) + "|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield ""
+
+
 def area_table(
     gain: str, drift: str, found: Sequence[Variant], rows: Sequence[MethodArea], figures: dict[str, Any]
 ) -> Iterator[str]:
     """The methods by area, the largest first; differences from DPO on the seeds that both have."""
     compared = against_rival(found, GAINS[gain], DRIFTS[drift])
     seeds = {method: seed_range([v for v in found if v.method == method]) for method in {v.method for v in found}}
-    yield f"Gain: {GAINS[gain].name}. Drift: {DRIFTS[drift].name}.\n"
-    yield "| method | form | seeds | area | lower half | area − DPO's | lower half − DPO's | chosen knob |"
-    yield "|---|---|---|---|---|---|---|---|"
+    lines = []
     for row in sorted(rows, key=lambda row: -row.whole.value):
         whole, lower = row.whole.interval, row.lower.interval
         one = compared.get((row.method, row.form))
-        cells = [TITLES.get(row.method, row.method), FORMS[row.form], seeds[row.method]]
+        cells = [TITLES[row.method], FORMS[row.form], seeds[row.method]]
         cells += [bracketed(whole), bracketed(lower)]
         against = None if one is None else {"whole": negated(one.whole), "lower": negated(one.lower)}
         cells += ["–", "–"] if against is None else [bracketed(against["whole"]), bracketed(against["lower"])]
-        yield "| " + " | ".join([*cells, "; ".join(row.chosen) or "–"]) + " |"
+        lines.append([*cells, "; ".join(row.chosen) or "–"])
         figures[f"{row.method} {row.form}"] = {"whole": whole, "lower": lower, "against_dpo": against}
-    yield ""
+    yield f"Gain: {GAINS[gain].name}. Drift: {DRIFTS[drift].name}.\n"
+    yield from table(
+        ("method", "form", "seeds", "area", "lower half", "area − DPO's", "lower half − DPO's", "chosen knob"), lines
+    )
 
 
 def seed_range(found: Sequence[Variant]) -> str:
@@ -92,16 +101,15 @@ def equal_lines(found: Sequence[Variant], gain: str, draws: Draws) -> Iterator[s
         + (f", and the drift at DPO's gain at a quarter of the limit ({half:.3f}).\n" if half > 0 else ".\n")
     )
     columns = [f"at {level:.3g} nats" for level in levels] + ["drift for DPO's gain"] * (half > 0)
-    yield "| method | seeds | " + " | ".join(columns) + " |"
-    yield "|---" * (len(columns) + 2) + "|"
+    rows = []
     for variant, values in curves.items():
-        cells = [f"{TITLES.get(variant.method, variant.method)}, {variant.label}", str(len(variant.seeds))]
+        cells = [f"{TITLES[variant.method]}, {variant.label}", str(len(variant.seeds))]
         cells += [bracketed(gains_at(variant, *measures, level, draws).interval) for level in levels]
         if half > 0:
             reached = drift_for(*values, half)
             cells.append("not reached" if reached is None else f"{reached:.4f}")
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+        rows.append(cells)
+    yield from table(["method", "seeds", *columns], rows)
 
 
 def ablation_table(
@@ -109,7 +117,7 @@ def ablation_table(
 ) -> Iterator[str]:
     """The variants of each ablation, and how their areas differ from those of what they change, on common seeds."""
     unchanged, gains = next((v for v in found if v.method == OWN and v.options == "{}"), None), measured_gains(found)
-    lines = []
+    rows = []
     for name in names:
         for method, options in ABLATIONS[name]:
             changed = {key: value for key, value in options.items() if not is_usual(key, value, usual)}
@@ -117,21 +125,18 @@ def ablation_table(
             if variant is None:
                 continue
             label = ", ".join(f"{key} = {value}" for key, value in options.items()) or "defaults"
-            cells = [name, TITLES.get(method, method), label, str(len(variant.seeds))]
+            cells = [name, TITLES[method], label, str(len(variant.seeds))]
             for gain in gains:
                 measures = GAINS[gain], DRIFTS["kl"]
                 cells.append(bracketed(variant_areas(variant, "dial", *measures, draws)[0].interval))
                 same = unchanged is None or variant is unchanged
                 value = None if same else variant_difference(variant, unchanged, *measures)
                 cells.append("–" if value is None else bracketed(value))
-            lines.append("| " + " | ".join(cells) + " |")
-    if lines:
+            rows.append(cells)
+    if rows:
         yield "Ablations of the preset `undiscounted`: areas against KL along the dial, and the distance to its.\n"
-        columns = "".join(f" area: {gain} | − its |" for gain in gains)
-        yield f"| ablation | method | variant | seeds |{columns}"
-        yield "|---" * (4 + 2 * len(gains)) + "|"
-        yield from lines
-        yield ""
+        columns = [column for gain in gains for column in (f"area: {gain}", "− its")]
+        yield from table(["ablation", "method", "variant", "seeds", *columns], rows)
 
 
 def is_usual(name: str, value: Any, usual: Mapping[str, Any]) -> bool:
@@ -141,8 +146,8 @@ def is_usual(name: str, value: Any, usual: Mapping[str, Any]) -> bool:
 
 def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
     """Every variant at full strength, and its areas on all prompts (no choice made)."""
-    rows = [(variant, point_figures(variant, STRENGTH, 1.0)) for variant in found]
-    names = list(dict.fromkeys(name for _, figures in rows for name in figures or ()))
+    points = [(variant, point_figures(variant, STRENGTH, 1.0)) for variant in found]
+    names = list(dict.fromkeys(name for _, figures in points for name in figures or ()))
     wanted = ["accuracy", "margin_gain", "nll_change", "kl", "score gain", "sample win", "sample kl", "sample words",
               "sample finished", "sample repetition"]  # fmt: skip
     columns = [name for name in wanted if name in names]
@@ -150,15 +155,14 @@ def variant_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
     gains = measured_gains(found)
     areas = f", with its areas of {' and '.join(gains)} against KL" if gains else ""
     yield f"At full strength (means; every variant){areas}:\n"
-    yield "| method | options | seeds | " + " | ".join([*columns, *(f"area: {gain}" for gain in gains)]) + " |"
-    yield "|---" * (len(columns) + 3 + len(gains)) + "|"
-    for variant, figures in rows:
-        cells = [TITLES.get(variant.method, variant.method), variant.label, str(len(variant.results))]
+    rows = []
+    for variant, figures in points:
+        cells = [TITLES[variant.method], variant.label, str(len(variant.results))]
         cells += ["–" if figures is None or name not in figures else f"{figures[name]:.4g}" for name in columns]
         for gain in gains:
             cells.append(bracketed(variant_areas(variant, "dial", GAINS[gain], DRIFTS["kl"], draws)[0].interval))
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+        rows.append(cells)
+    yield from table(["method", "options", "seeds", *columns, *(f"area: {gain}" for gain in gains)], rows)
 
 
 # Name and head of the column, and the drifts of the table, of each further form.
@@ -171,24 +175,24 @@ FORM_TABLES = {
 def form_tables(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
     """The further forms beside the dial: areas of the same adapters, and their difference."""
     for form, (title, head, drifts) in FORM_TABLES.items():
-        rows = [(gain, v) for gain in measured_gains(found) for v in found if form_gain(v, form, GAINS[gain])]
-        for drift in drifts if rows else ():
-            yield f"{title} beside the dial, on the same adapters: areas against {DRIFTS[drift].name}.\n"
-            yield f"| gain by | method | options | seeds | dial | {head} | {head} − dial | lower half: {head} − dial |"
-            yield "|---" * 8 + "|"
-            for gain, variant in rows:
+        pairs = [(gain, v) for gain in measured_gains(found) for v in found if form_gain(v, form, GAINS[gain])]
+        differences = f"{head} − dial", f"lower half: {head} − dial"
+        for drift in drifts if pairs else ():
+            rows = []
+            for gain, variant in pairs:
                 measures = GAINS[gain], DRIFTS[drift], draws
                 dial, other = (variant_areas(variant, name, *measures) for name in ("dial", form))
                 values = dial[0], other[0], other[0] - dial[0], other[1] - dial[1]
-                cells = [gain, TITLES.get(variant.method, variant.method), variant.label, str(len(variant.seeds))]
-                yield "| " + " | ".join([*cells, *(bracketed(value.interval) for value in values)]) + " |"
-            yield ""
+                cells = [gain, TITLES[variant.method], variant.label, str(len(variant.seeds))]
+                rows.append([*cells, *(bracketed(value.interval) for value in values)])
+            yield f"{title} beside the dial, on the same adapters: areas against {DRIFTS[drift].name}.\n"
+            yield from table(("gain by", "method", "options", "seeds", "dial", head, *differences), rows)
 
 
 def threshold_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
     """What else a threshold changes at an equal KL on answers: the gains, and the KL on prose; where both get there."""
-    rows = [variant for variant in found if form_gain(variant, "thresholded", DRIFTS["kl-prose"])]
-    if not rows:
+    variants = [variant for variant in found if form_gain(variant, "thresholded", DRIFTS["kl-prose"])]
+    if not variants:
         return
     columns = {GAIN_TITLES[gain]: GAINS[gain] for gain in measured_gains(found)}
     columns |= {"KL on prose": DRIFTS["kl-prose"]}
@@ -196,9 +200,8 @@ def threshold_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
         "At an equal KL on held-out answers, without → with the threshold; a dash where not every seed's largest "
         "strength gets so far:\n"
     )
-    yield "| method | options | KL on answers | " + " | ".join(columns) + " |"
-    yield "|---" * (3 + len(columns)) + "|"
-    for variant in rows:
+    rows = []
+    for variant in variants:
         for share in LEVELS:
             level, cells = share * limit_of(variant.results[0], DRIFTS["kl"]), []
             for name, measure in columns.items():
@@ -211,9 +214,8 @@ def threshold_table(found: Sequence[Variant], draws: Draws) -> Iterator[str]:
                         for form in ("dial", "thresholded")
                     )
                 )
-            row = [TITLES.get(variant.method, variant.method), variant.label, f"{level:.3g}", *cells]
-            yield "| " + " | ".join(row) + " |"
-    yield ""
+            rows.append([TITLES[variant.method], variant.label, f"{level:.3g}", *cells])
+    yield from table(["method", "options", "KL on answers", *columns], rows)
 
 
 def task_table(found: Sequence[Variant]) -> Iterator[str]:
@@ -229,11 +231,9 @@ def task_table(found: Sequence[Variant]) -> Iterator[str]:
         for point in figures["differences"]
     )
     columns = [(task, point) for task in tasks for point in points]
-    yield "Benchmarks, difference from the base (mean over seeds):\n"
-    yield "| method | options | " + " | ".join(f"{task}, {point}" for task, point in columns) + " |"
-    yield "|---" * (len(columns) + 2) + "|"
+    rows = []
     for variant in found:
-        cells = [TITLES.get(variant.method, variant.method), variant.label]
+        cells = [TITLES[variant.method], variant.label]
         for task, point in columns:
             values = [
                 result["tasks"][task]["differences"][point]["value"]
@@ -241,5 +241,6 @@ def task_table(found: Sequence[Variant]) -> Iterator[str]:
                 if task in result["tasks"]
             ]
             cells.append(f"{np.mean(values):+.3f}" if values else "–")
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+        rows.append(cells)
+    yield "Benchmarks, difference from the base (mean over seeds):\n"
+    yield from table(["method", "options", *(f"{task}, {point}" for task, point in columns)], rows)

@@ -14,7 +14,8 @@ from benchmarks.experiments.failure_lines import failure_lines
 from benchmarks.experiments.forest import Bar, forest_chart
 from benchmarks.experiments.methods import TITLES
 from benchmarks.experiments.suites import SUITES, make_suite
-from benchmarks.experiments.summary import FORMS, RIVAL, Variant, dial_points
+from benchmarks.experiments.summary import FORMS, RIVAL, Variant
+from benchmarks.experiments.tables import table
 from benchmarks.experiments.yardsticks import (
     DRIFT_TITLES,
     GAIN_TITLES,
@@ -30,12 +31,11 @@ from qadapter.plots import svg
 
 # The heads of a contest's columns.
 CONTEST = (
-    "seeds | variants | up to | area | DPO's | difference | larger | difference by √drift | larger by √drift | "
-    "lower half ÷ DPO's | lower half − 4/3 DPO's | a third more"
-)
-CONTEST_COLUMNS = CONTEST.count("|") + 1
+    "seeds", "variants", "up to", "area", "DPO's", "difference", "larger", "difference by √drift", "larger by √drift",
+    "lower half ÷ DPO's", "lower half − 4/3 DPO's", "a third more",
+)  # fmt: skip
 # Those of a table that shows the goals alone.
-GOALS = "area | DPO's | difference | larger | lower half ÷ DPO's | a third more"
+GOALS = ("area", "DPO's", "difference", "larger", "lower half ÷ DPO's", "a third more")
 PICTURE = "verdict.svg"
 
 
@@ -111,10 +111,10 @@ def verdict_lines(settings: Settings, plots: Path | None = None) -> Iterator[str
     means = domain_means(against)
     if plots is not None:
         yield from picture_lines(means, plots)
-    yield from domain_table(means)
+    yield from domain_table(means, folder)
     yield from comparison_table(against)
     yield TERMS
-    yield from threshold_lines(settings, list(found))
+    yield from threshold_lines(settings, list(found), folder)
     yield from rival_table(found)
     yield from default_lines(settings)
     yield from failure_lines(settings)
@@ -126,15 +126,14 @@ def in_root(variants: Sequence[Variant], gain: str, drift: str, form: str = "dia
     return contests(pair, GAINS[gain], DRIFTS[drift], read_by=replace(DRIFTS[drift], root=True), form=form)
 
 
-def threshold_lines(settings: Settings, places: Sequence[Any]) -> Iterator[str]:
+def threshold_lines(settings: Settings, places: Sequence[Any], folder: str) -> Iterator[str]:
     """Q-Adapter's dial with a threshold against DPO's without and with one, where both were measured."""
     form = "thresholded"
     with_threshold = [
         (key, yard)
         for key, yard in places
         if all(
-            any(v.method == method for v in settings[key])
-            and all(points_of(v, form, yard) for v in settings[key] if v.method == method)
+            (own := [v for v in settings[key] if v.method == method]) and measured(own, yard, form)
             for method in (OWN, RIVAL)
         )
     ]
@@ -152,16 +151,8 @@ def threshold_lines(settings: Settings, places: Sequence[Any]) -> Iterator[str]:
     for title, other in (("Against DPO with the dial", "dial"), ("Against DPO with the threshold, too", form)):
         against = comparisons(found, by_root, other)
         yield from goal_lines(title, against)
-        yield from domain_table(domain_means(against))
+        yield from domain_table(domain_means(against), folder)
         yield from comparison_table(against)
-
-
-def points_of(variant: Variant, form: str, yardstick: tuple[str, str]) -> bool:
-    """Whether each seed of the variant has a point of that form with both gain and drift."""
-    return all(
-        any(all(measure.read(point) for measure in measures(yardstick)) for point in dial_points(result, form))
-        for result in variant.results
-    )
 
 
 def only_ablations(suite: str) -> bool:
@@ -188,28 +179,31 @@ def domain_means(against: Sequence[Comparison]) -> dict[tuple[str, str, str], Do
     }
 
 
-def domain_table(means: Mapping[tuple[str, str, str], DomainMean]) -> Iterator[str]:
-    """The means over domains as a table: those that can tell, and folded, all of them with more columns."""
+def domain_table(means: Mapping[tuple[str, str, str], DomainMean], folder: str) -> Iterator[str]:
+    """The means over domains as a table: those that can tell, and folded, all of them with more columns.
+
+    Args:
+        folder: of the suites' pages.
+    """
     if not means:
         return
     telling = {place: mean.contest for place, mean in means.items() if can_tell(mean.contest)}
     if telling:
         yield "**The mean over the domains of DSP**, where several seeds, like training and enough reach can tell:\n"
-        yield f"| suite | gain by | against | {GOALS} |"
-        yield "|---" * (4 + GOALS.count("|")) + "|"
+        rows = []
         for (suite, gain, drift), one in telling.items():
-            place = [f"[{suite}](results/{suite}.md)", GAIN_TITLES[gain], DRIFT_TITLES[drift]]
+            place = [f"[{suite}]({folder}/{suite}.md)", GAIN_TITLES[gain], DRIFT_TITLES[drift]]
             goals = [*areas_of(one), says(one, one.whole), ratio_of(one), says(one, one.beyond_goal)]
-            yield "| " + " | ".join([*place, *goals]) + " |"
-        yield ""
+            rows.append([*place, *goals])
+        yield from table(("suite", "gain by", "against", *GOALS), rows)
     yield "<details><summary>The mean over the domains of DSP, all of it</summary>\n"
     yield "Seeds: the fewest of a domain.\n"
-    yield f"| suite | domains | gain by | against | {CONTEST} |"
-    yield "|---" * (4 + CONTEST_COLUMNS) + "|"
+    rows = []
     for (suite, gain, drift), mean in means.items():
-        place = [f"[{suite}](results/{suite}.md)", str(mean.domains), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
-        yield contest_row(place, mean.contest, mean.rooted)
-    yield "\n</details>\n"
+        place = [f"[{suite}]({folder}/{suite}.md)", str(mean.domains), GAIN_TITLES[gain], DRIFT_TITLES[drift]]
+        rows.append([*place, *contest_cells(mean.contest, mean.rooted)])
+    yield from table(("suite", "domains", "gain by", "against", *CONTEST), rows)
+    yield "</details>\n"
 
 
 def picture_lines(means: Mapping[tuple[str, str, str], DomainMean], plots: Path) -> Iterator[str]:
@@ -266,16 +260,17 @@ def count_table(title: str, against: Sequence[tuple[str, Comparison]]) -> Iterat
     telling = [(name, row) for name, row in against if can_tell(row.contest)]
     if not telling:
         return
-    yield f"| {title} | can tell | Q-Adapter's area larger | neither | DPO's larger | a third more at small drift |"
-    yield "|---" * 6 + "|"
+    rows = []
     for group in dict.fromkeys(name for name, _ in telling):
         own = [row.contest for name, row in telling if name == group]
         words = [says(one, one.whole) for one in own]
         larger, behind = words.count("met"), words.count("behind")
         third = sum(says(one, one.beyond_goal) == "met" for one in own)
         counts = (len(own), larger, len(own) - larger - behind, behind, third)
-        yield f"| {group} | " + " | ".join(map(str, counts)) + " |"
-    yield ""
+        rows.append([group, *map(str, counts)])
+    yield from table(
+        (title, "can tell", "Q-Adapter's area larger", "neither", "DPO's larger", "a third more at small drift"), rows
+    )
 
 
 def comparison_table(against: Sequence[Comparison]) -> Iterator[str]:
@@ -283,12 +278,12 @@ def comparison_table(against: Sequence[Comparison]) -> Iterator[str]:
     if not against:
         return
     yield "<details><summary>Each comparison</summary>\n"
-    yield f"| suite | setting | gain by | against | {CONTEST} |"
-    yield "|---" * (4 + CONTEST_COLUMNS) + "|"
+    rows = []
     for row in against:
         place = [row.suite, row.setting, GAIN_TITLES[row.gain], DRIFT_TITLES[row.drift]]
-        yield contest_row(place, row.contest, row.rooted)
-    yield "\n</details>\n"
+        rows.append([*place, *contest_cells(row.contest, row.rooted)])
+    yield from table(("suite", "setting", "gain by", "against", *CONTEST), rows)
+    yield "</details>\n"
 
 
 def against_dpo(found: Sequence[Contest], form: str = "dial") -> Contest | None:
@@ -296,12 +291,12 @@ def against_dpo(found: Sequence[Contest], form: str = "dial") -> Contest | None:
     return next((one for one in found if (one.other.method, one.other.form) == (RIVAL, form)), None)
 
 
-def contest_row(place: Sequence[str], one: Contest, rooted: Contest) -> str:
-    """A row of a table of contests; `rooted` is the same one, read by √drift."""
+def contest_cells(one: Contest, rooted: Contest) -> list[str]:
+    """A contest in the columns of CONTEST; `rooted` is the same one, read by √drift."""
     larger = [says(one, one.whole), bracketed(rooted.whole), says(one, rooted.whole)]
     goals = [ratio_of(one), bracketed(one.beyond_goal), says(one, one.beyond_goal)]
     kind = [str(one.seeds), one.values, f"{one.share:.2f}"]
-    return "| " + " | ".join([*place, *kind, *areas_of(one), *larger, *goals]) + " |"
+    return [*kind, *areas_of(one), *larger, *goals]
 
 
 def areas_of(one: Contest) -> list[str]:
@@ -316,27 +311,24 @@ def ratio_of(one: Contest) -> str:
 
 def rival_table(found: Mapping[Any, Sequence[Contest]]) -> Iterator[str]:
     """Q-Adapter's area less each rival's, against KL."""
-    rows: dict[tuple[str, ...], dict[str, Contest]] = {}
+    by_rival: dict[tuple[str, ...], dict[str, Contest]] = {}
     for ((suite, setting), (gain, drift)), own in found.items():
         for one in rivals(own) if gain in GOAL_GAINS and drift == "kl" else ():
-            rows.setdefault((suite, setting, one.other.method, one.other.form), {})[gain] = one
+            by_rival.setdefault((suite, setting, one.other.method, one.other.form), {})[gain] = one
     gains = GOAL_GAINS
     beaten = sum(
-        all(gain in row and says(row[gain], row[gain].whole) == "met" for gain in gains) for row in rows.values()
+        all(gain in row and says(row[gain], row[gain].whole) == "met" for gain in gains) for row in by_rival.values()
     )
-    yield f"**A larger area than the rival by both gains: met against {beaten} of {len(rows)}.**\n"
+    yield f"**A larger area than the rival by both gains: met against {beaten} of {len(by_rival)}.**\n"
     yield "<details><summary>Area − the rival's</summary>\n"
-    yield (
-        "| suite | setting | rival | form | seeds | variants | up to | "
-        + " | ".join(f"{GAIN_TITLES[gain]} | larger" for gain in gains)
-        + " |"
-    )
-    yield "|---" * (7 + 2 * len(gains)) + "|"
-    for (suite, setting, method, form), row in rows.items():
+    rows = []
+    for (suite, setting, method, form), row in by_rival.items():
         kinds = ((str(one.seeds), one.values, f"{one.share:.2f}") for one in row.values())
         seeds, values, shares = (", ".join(dict.fromkeys(column)) for column in zip(*kinds, strict=True))
-        cells = [suite, setting, TITLES.get(method, method), FORMS[form], seeds, values, shares]
+        cells = [suite, setting, TITLES[method], FORMS[form], seeds, values, shares]
         for gain in gains:
             cells += [bracketed(row[gain].whole), says(row[gain], row[gain].whole)] if gain in row else ["–", "–"]
-        yield "| " + " | ".join(cells) + " |"
-    yield "\n</details>\n"
+        rows.append(cells)
+    columns = [column for gain in gains for column in (GAIN_TITLES[gain], "larger")]
+    yield from table(["suite", "setting", "rival", "form", "seeds", "variants", "up to", *columns], rows)
+    yield "</details>\n"

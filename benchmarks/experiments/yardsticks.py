@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.experiments.contests import SHORT, Contest
 from benchmarks.experiments.curves import DRIFTS, GAINS, Measure
 from benchmarks.experiments.estimates import Interval
-from benchmarks.experiments.summary import Variant
+from benchmarks.experiments.summary import Variant, dial_points
 
 # Judged samples, also at equal length, and margin, against drift on the answers and on other texts, and, where that was
 # measured, against what is lost of the preference that the base was tuned to before, and on benchmarks.
@@ -49,10 +49,17 @@ def measures(yardstick: tuple[str, str]) -> tuple[Measure, Measure]:
     return GAINS[yardstick[0]], DRIFTS[yardstick[1]]
 
 
-def measured(variants: Sequence[Variant], yardstick: tuple[str, str]) -> bool:
-    """Whether each seed of each variant has a point with both: some yardsticks are younger than some results."""
+def measured(variants: Sequence[Variant], yardstick: tuple[str, str], form: str | None = None) -> bool:
+    """Whether each seed of each variant has a point with both: some yardsticks are younger than some results.
+
+    Args:
+        form: of the points; None for all points.
+    """
     return all(
-        any(all(measure.read(point) for measure in measures(yardstick)) for point in result["points"])
+        any(
+            all(measure.read(point) for measure in measures(yardstick))
+            for point in (result["points"] if form is None else dial_points(result, form))
+        )
         for variant in variants
         for result in variant.results
     )

@@ -28,10 +28,9 @@ from qadapter.data.tokenisation import as_python, pairs_digest
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.base_digest import base_digest
-from qadapter.modeling.checkpoint import write_json
 from qadapter.modeling.packed import packed_batch
 from qadapter.modeling.passes import BaseStates
-from qadapter.new_folders import whole_file
+from qadapter.new_folders import whole_file, write_json
 
 logger = logging.getLogger(__name__)
 

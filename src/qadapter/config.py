@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, require_rules
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The package's defaults: the residual form, started exactly at the base. An answer's first tokens, which settle
@@ -77,25 +77,19 @@ class QAdapterConfig:
         for field in dataclasses.fields(self):
             if field.type in (float, "float"):
                 self._require_number(field.name)
-        rules = [
-            (
-                self.parametrisation in ("residual", "logits"),
-                "parametrisation",
-                'must be "residual" or "logits"',
-            ),
-            (self.alpha_tilde > 0, "alpha_tilde", "must be above 0"),
-            (self.alpha_0 >= 0, "alpha_0", "must be 0 or above"),
-            (0 < self.gamma <= 1, "gamma", "must lie in (0, 1]"),
-            (self.beta >= 0, "beta", "must be 0 or above"),
-            (self.penalty in ("reward", "kl"), "penalty", 'must be "reward" or "kl"'),
-            (0 <= self.label_smoothing < 0.5, "label_smoothing", "must lie in [0, 0.5)"),
-            (0 <= self.discount_floor <= 1, "discount_floor", "must lie in [0, 1]"),
-            (self.retention >= 0, "retention", "must be 0 or above"),
-            (isinstance(self.length_normalised, bool), "length_normalised", "must be true or false"),
-        ]
-        for holds, name, rule in rules:
-            if not holds:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: {rule}.")
+        require_rules(
+            self,
+            ("parametrisation", self.parametrisation in ("residual", "logits"), 'must be "residual" or "logits"'),
+            ("alpha_tilde", self.alpha_tilde > 0, "must be above 0"),
+            ("alpha_0", self.alpha_0 >= 0, "must be 0 or above"),
+            ("gamma", 0 < self.gamma <= 1, "must lie in (0, 1]"),
+            ("beta", self.beta >= 0, "must be 0 or above"),
+            ("penalty", self.penalty in ("reward", "kl"), 'must be "reward" or "kl"'),
+            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "must lie in [0, 0.5)"),
+            ("discount_floor", 0 <= self.discount_floor <= 1, "must lie in [0, 1]"),
+            ("retention", self.retention >= 0, "must be 0 or above"),
+            ("length_normalised", isinstance(self.length_normalised, bool), "must be true or false"),
+        )
 
     def _require_number(self, name: str) -> None:
         value = getattr(self, name)

@@ -1,5 +1,7 @@
 """Errors that users can act on: each message names the thing, the value, the rule and the way out."""
 
+from typing import Any
+
 
 class QAdapterError(Exception):
     """Base class; the command line prints it as one line and exits with `exit_code`."""
@@ -21,6 +23,13 @@ class AdapterFormatError(QAdapterError):
 
 class TrainingError(QAdapterError):
     """A run that cannot lead to an adapter any more."""
+
+
+def require_rules(settings: Any, *rules: tuple[str, bool, str], prefix: str = "") -> None:
+    """Raise ConfigError for the first (name, whether it holds, rule) that does not hold; `prefix` precedes its name."""
+    for name, holds, rule in rules:
+        if not holds:
+            raise ConfigError(f"{prefix}{name} = {getattr(settings, name)!r}: {rule}.")
 
 
 def first_line(error: BaseException) -> str:

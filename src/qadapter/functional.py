@@ -25,13 +25,11 @@ V vocabulary, P pairs; a batch has B = 2P rows, the chosen ones first.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Parametrisation = Literal["residual", "logits"]
 
 
 class MixCoefficients(NamedTuple):
@@ -41,7 +39,7 @@ class MixCoefficients(NamedTuple):
     base: float
 
 
-def mix_coefficients(parametrisation: Parametrisation, alpha_tilde: float, alpha_0: float) -> MixCoefficients:
+def mix_coefficients(parametrisation: str, alpha_tilde: float, alpha_0: float) -> MixCoefficients:
     """The trained policy's weights (c_θ, c_b) of the two streams' logits (method.md, table of parametrisations)."""
     if parametrisation == "residual":
         return MixCoefficients(1.0, alpha_0 / alpha_tilde - 1.0)

@@ -120,6 +120,12 @@ def end_tokens(model: QAdapterForCausalLM, tokenizer: Any) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def until_end(ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """True up to and including the first end token of each row (B, T)."""
+    ended = torch.isin(ids, torch.tensor(list(ends), device=ids.device)).long()
+    return (ended.cumsum(-1) - ended) == 0
+
+
 def generate_texts(
     model: QAdapterForCausalLM,
     tokenizer: Any,

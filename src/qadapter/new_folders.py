@@ -1,5 +1,7 @@
-"""Folders and files to write: the cache, what can be written to, and new ones, whole or not there."""
+"""Folders and files to write: the cache, what can be written to, and new ones, whole or not there; their digests."""
 
+import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -7,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qadapter.errors import ConfigError
 
@@ -57,6 +59,29 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all, and the folder that it is in; text in UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as JSON, whole or not at all, in ASCII with sorted keys."""
+    write_whole(path, json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def write_ordered_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all, keys in their own order: columns have one."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def into_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:

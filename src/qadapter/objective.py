@@ -1,7 +1,7 @@
 """From the fused statistics of a batch to rewards and losses, under an adapter's settings."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ class ImpliedRewards(NamedTuple):
     values: Tensor  # V(s_t), of the state before the token
     rewards: Tensor  # Q(s_t, a_t) − γ_t V(s_{t+1}), zero outside the mask
     returns: Tensor  # Σ_t w_t rewards − V(s_0), divided by the response's own length if the settings say so
+
+
+def response_mask(batch: Mapping[str, Any]) -> Tensor:
+    """Which columns of a batch's statistics are response tokens: (B, T-1), or (2P, N) of packed rows."""
+    return batch["completion_mask"] if "gather_indices" in batch else batch["completion_mask"][:, 1:].bool()
 
 
 def implied(statistics: TokenStatistics, mask: Tensor, config: QAdapterConfig) -> ImpliedRewards:

@@ -3,6 +3,7 @@
 import gc
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from qadapter.builtin import QUICKSTART_STEPS, neutral_paragraphs
+from qadapter.builtin import QUICKSTART_STEPS
 from qadapter.config import QAdapterConfig
-from qadapter.data import load_preference_dataset, tokenise_preferences
-from qadapter.evaluation.columns import Column
+from qadapter.data import load_preference_dataset
+from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.drift import measure_texts
+from qadapter.evaluation.drift_figures import drift_figures
 from qadapter.evaluation.intervals import Interval, wilson
-from qadapter.evaluation.preferences import paired
+from qadapter.evaluation.preferences import paired, preference_figures
 from qadapter.evaluation.progress import Advance, bars, lines, progress_bar
 from qadapter.evaluation.report import REPORT_FILES, QuickstartResult
 from qadapter.evaluation.rules import follows_house_style
-from qadapter.evaluation.scoring import drift_summary, pair_summary
-from qadapter.evaluation.texts import Text
+from qadapter.evaluation.texts import load_pairs, neutral_texts
+from qadapter.evaluation.workload import BUILTIN
 from qadapter.generation import Answer, Sampling, generate_texts
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import BaseSource, load_tokenizer, resolve_base
@@ -33,7 +35,6 @@ from qadapter.modeling.builtin_model import BUILTIN_MODEL
 from qadapter.run_folder import remove_run
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
-from qadapter.training_batches import tokenised_pairs
 from qadapter.training_log import LogLines
 
 # Found on SmolLM2-135M-Instruct and two CPU cores; benchmarks/LOG.md has the runs. A smaller beta than the package's
@@ -104,8 +105,8 @@ def run_quickstart(
     tokenizer = load_tokenizer(source)
     dtype = faster_dtype()
     console.print(f"Base model: {source.name}" + (f" ({source.revision})" if source.revision else ""), markup=False)
-    train_pairs, held_out = load_preference_dataset("builtin"), load_preference_dataset("builtin", split="test")
-    held_out = held_out.select(range(len(held_out) if held_out_pairs is None else held_out_pairs))
+    train_pairs, held_out = load_preference_dataset(BUILTIN), load_pairs(BUILTIN, tokenizer)
+    held_out = replace(held_out, pairs=held_out.pairs[:held_out_pairs])
     seconds["prepare"] = time.perf_counter() - start
     with progress_bar(console) as progress:
         adapter = train_adapter(folder, source, tokenizer, train_pairs, dtype, steps, progress)
@@ -113,14 +114,12 @@ def run_quickstart(
         gc.collect()  # the trainer and its model hang in reference cycles
         policy = QAdapterForCausalLM.from_pretrained(adapter, dtype=dtype)
         policy.min_kl = THRESHOLD
-        tokenised = tokenise_preferences(held_out, tokenizer)[0]
         track = bars(progress) if console.is_terminal else lines(sys.stderr)
-        dials = Column("threshold", min_kl=THRESHOLD), Column("plain")
-        sides = [Text(row["prompt_ids"], row[side]) for row in tokenised for side in ("chosen_ids", "rejected_ids")]
+        dials = Column("policy", min_kl=THRESHOLD), Column("plain")
+        sides, neutral = held_out.texts, neutral_texts(tokenizer)
         pairs = paired(measure_texts(policy, sides, dials[:1], advance=track("Held-out pairs", len(sides))))
-        neutral = [_with_context(tokenizer, paragraph) for paragraph in neutral_paragraphs()]
         drifts = measure_texts(policy, neutral, dials, advance=track("Neutral text", len(neutral)))
-        prompts = [_prompt_text(row) for row in held_out][:judged_prompts]
+        prompts = [prompt.text for prompt in held_out.prompts][:judged_prompts]
         answers = {
             name: _answers(track(f"Answers of the {name}", len(prompts)), policy, tokenizer, prompts, strength)
             for name, strength in (("base", 0.0), ("policy", 1.0))
@@ -128,10 +127,10 @@ def run_quickstart(
     seconds["total"] = time.perf_counter() - start
     seconds["measure"] = seconds["total"] - seconds["train"] - seconds["prepare"]
     judged = {name: _judge(column) for name, column in answers.items()}
-    settings = _settings(source, dtype, steps, tokenised)
-    summary = pair_summary(pairs, "threshold")
-    drift, plain = (drift_summary(drifts, dial.name) for dial in dials)
-    return QuickstartResult(settings, summary, drift, plain, judged, prompts, answers, seconds)
+    settings = _settings(source, dtype, steps, len(held_out.pairs))
+    preferences = preference_figures(pairs, {BASE: None, "policy": None})
+    on_chosen, on_neutral = drift_figures([pair.chosen for pair in pairs]), drift_figures(drifts)
+    return QuickstartResult(settings, preferences, on_chosen, on_neutral, judged, prompts, answers, seconds)
 
 
 def train_adapter(
@@ -168,7 +167,7 @@ def train_adapter(
     trainer = QAdapterTrainer(
         model=policy,
         args=arguments,
-        train_dataset=tokenised_pairs(pairs, tokenizer, arguments)[0],
+        train_dataset=pairs,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)  # ours shows what it would print
@@ -190,21 +189,11 @@ def _answers(advance: Advance, policy: Any, tokenizer: Any, prompts: list[str], 
     return generate_texts(policy, tokenizer, prompts, sampling, strength, JUDGED_PROMPTS, progress=advance)
 
 
-def _prompt_text(row: dict[str, Any]) -> str:
-    return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-
-
-def _with_context(tokenizer: Any, paragraph: str) -> Text:
-    """A text after its first token, which has no context to be predicted from."""
-    ids = tokenizer(paragraph)["input_ids"]
-    return Text(ids[:1], ids[1:])
-
-
 def _judge(answers: list[Answer]) -> Interval:
     return wilson(sum(follows_house_style(answer.text, answer.finished) for answer in answers), len(answers))
 
 
-def _settings(source: BaseSource, dtype: torch.dtype, steps: int, held_out: Any) -> dict[str, Any]:
+def _settings(source: BaseSource, dtype: torch.dtype, steps: int, held_out_pairs: int) -> dict[str, Any]:
     return {
         "base": source.name,
         "revision": source.revision,
@@ -216,6 +205,6 @@ def _settings(source: BaseSource, dtype: torch.dtype, steps: int, held_out: Any)
         "learning_rate": LEARNING_RATE,
         "pairs_a_step": PAIRS_A_STEP,
         "steps": steps,
-        "held_out_pairs": len(held_out),
+        "held_out_pairs": held_out_pairs,
         "versions": {name: version(name) for name in ("qadapter", "torch", "transformers", "peft")},
     }

@@ -32,7 +32,7 @@ def given_texts(weight: float, source: str, tokenizer: Any, config: Any) -> list
         config: the base's.
 
     Raises:
-        ConfigError: a file that would not be used, no file, or no tokenizer.
+        ConfigError: a file that would not be used, or no tokenizer.
         DataError: an unreadable file, or no text of two tokens in it.
     """
     if not weight and source != OWN_TEXTS:
@@ -44,8 +44,6 @@ def given_texts(weight: float, source: str, tokenizer: Any, config: Any) -> list
         raise ConfigError("retention needs processing_class, the base model's tokenizer, for its texts.")
     if source == OWN_TEXTS:
         return None
-    if not Path(source).is_file():
-        raise ConfigError(f'retention_texts = {source!r}: must be "{OWN_TEXTS}" or a file of texts.')
     texts = [tokenizer(text)["input_ids"][: _text_tokens(config)] for text, _ in read_texts(Path(source))]
     if not any(len(ids) > 1 for ids in texts):
         raise DataError(f"{source}: there is no text of at least two tokens in it.")

@@ -25,11 +25,10 @@ ARGUMENTS_NAME = "training_arguments.json"
 PAIRS = "pairs_sha256"  # an entry of it
 # What decides which pairs a step trains on.
 BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+AUDIT_FILES = ("audit.json", "audit.html")
+SWEEP_FILES = ("sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png")
 # What a run writes, and `overwrite` removes; anything else in the folder is the user's and stays.
-RUN_FILES = (
-    MANIFEST_NAME, LOG_NAME, CURVE_NAME, ARGUMENTS_NAME, "audit.json", "audit.html",
-    "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "sweep_benchmarks.svg", "sweep_benchmarks.png",
-)  # fmt: skip
+RUN_FILES = (MANIFEST_NAME, LOG_NAME, CURVE_NAME, ARGUMENTS_NAME, *AUDIT_FILES, *SWEEP_FILES)
 STATE_NAME = "trainer_state.json"  # of a checkpoint, as transformers calls it
 CARD_NAME = "README.md"
 OLD_CARD_NAME = "README.old.md"
@@ -47,8 +46,6 @@ def checkpoint_to_resume(training: QAdapterTrainingArguments, overwrite: bool) -
         AdapterFormatError: what is named is no checkpoint.
     """
     folder = Path(str(training.output_dir))
-    if folder.is_file():
-        raise ConfigError(f"output folder {folder} is a file: choose another.")
     require_writable(folder)
     found = run_parts(folder)  # refuses a link, of a run to resume, too
     resume = training.resume_from_checkpoint

@@ -10,10 +10,10 @@ from peft import LoraConfig
 
 from qadapter.config import PRESETS, QAdapterConfig
 from qadapter.devices import pick_dtype
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, require_rules
 from qadapter.modeling.adapter_settings import ALL_LINEAR
 from qadapter.modeling.quantised import require_bitsandbytes
-from qadapter.training_arguments import OWN_TEXTS, QAdapterTrainingArguments
+from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_metrics import METRICS
 
 
@@ -79,7 +79,7 @@ class AdapterArguments:
         Raises:
             ConfigError: a value outside its range.
         """
-        _require_rules(
+        require_rules(
             self,
             ("lora_r", self.lora_r >= 1, "must be at least 1"),
             ("lora_alpha", 0 < self.lora_alpha < math.inf, "must be a number above 0"),
@@ -119,13 +119,6 @@ class Run:
     overwrite: bool = False
 
 
-def _require_rules(settings: Any, *rules: tuple[str, bool, str]) -> None:
-    """Raise ConfigError for the first (name, whether it holds, rule) that does not hold."""
-    for name, holds, rule in rules:
-        if not holds:
-            raise ConfigError(f"{name} = {getattr(settings, name)!r}: {rule}.")
-
-
 def check_settings(data: DataArguments, training: QAdapterTrainingArguments, method: QAdapterConfig) -> None:
     """Refuse settings with which nothing can be trained.
 
@@ -145,17 +138,12 @@ def check_settings(data: DataArguments, training: QAdapterTrainingArguments, met
     if data.streaming and training.max_steps <= 0:
         raise ConfigError("the length of a streamed dataset is not known: give --max-steps.")
     best = training.metric_for_best_model
-    _require_rules(
+    require_rules(
         training,
         (
             "metric_for_best_model",
             best is None or best.removeprefix("eval_") in METRICS,
             f"choose one of {', '.join(METRICS)}",
-        ),
-        (
-            "retention_texts",
-            training.retention_texts == OWN_TEXTS or os.path.isfile(training.retention_texts),
-            f'must be "{OWN_TEXTS}" or a file of texts',
         ),
         ("per_device_train_batch_size", training.per_device_train_batch_size >= 1, "must be at least 1"),
         ("per_device_eval_batch_size", training.per_device_eval_batch_size >= 1, "must be at least 1"),

@@ -21,13 +21,14 @@ from qadapter.data.tokenisation import pairs_digest
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.checkpoint import copy_adapter, write_json
+from qadapter.modeling.checkpoint import copy_adapter
 from qadapter.modeling.compiled import compile_layers
 from qadapter.modeling.policy import DEFAULT_ADAPTER
 from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import check_trainable
 from qadapter.modeling.resuming import load_adapter_weights
-from qadapter.objective import pair_losses
+from qadapter.new_folders import write_json
+from qadapter.objective import pair_losses, response_mask
 from qadapter.retention import given_texts, with_retained_texts
 from qadapter.run_folder import ARGUMENTS_NAME, PAIRS, nothing_left_of_refusals, warn_of_other_pairs
 from qadapter.training_arguments import QAdapterTrainingArguments
@@ -36,7 +37,6 @@ from qadapter.training_batches import (
     padding_token,
     require_packing,
     tokenised_pairs,
-    warn_of_tokens,
     with_options,
 )
 from qadapter.training_log import TrainingLogCallback
@@ -223,9 +223,7 @@ class QAdapterTrainer(Trainer):
             return require_fit(dataset, config)
         if tokenizer is None:
             raise ConfigError(f"{name} holds text but processing_class is missing: pass the base model's tokenizer.")
-        dataset, report = tokenised_pairs(dataset, tokenizer, args)
-        warn_of_tokens(name, report)
-        return require_fit(dataset, config)
+        return require_fit(tokenised_pairs(name, dataset, tokenizer, args), config)
 
     def compute_loss(
         self,
@@ -242,7 +240,7 @@ class QAdapterTrainer(Trainer):
         share, places = inputs.pop("share", 1.0), inputs.pop("places", None)
         retained = inputs.pop(RETAINED, None)
         statistics = TokenStatistics(*model(**inputs))
-        mask = inputs["completion_mask"] if "gather_indices" in inputs else inputs["completion_mask"][:, 1:].bool()
+        mask = response_mask(inputs)
         config = self._settings
         losses, quantities = pair_losses(statistics, mask, config, retained)
         if model.training:

@@ -29,7 +29,7 @@ from qadapter.run_folder import (
 from qadapter.run_settings import DataArguments, Run, base_name, check_settings, model_options
 from qadapter.trainer import QAdapterTrainer
 from qadapter.training_arguments import QAdapterTrainingArguments
-from qadapter.training_batches import tokenised_pairs, warn_of_tokens
+from qadapter.training_batches import tokenised_pairs
 from qadapter.training_log import LogBar, LogLines
 
 logger = logging.getLogger(__name__)
@@ -161,8 +161,7 @@ def tokenised(name: str, dataset: Any, tokenizer: Any, training: QAdapterTrainin
     """The tokenised dataset (None if there is none); warns of what was dropped or cut, refuses what cannot be run."""
     if dataset is None:
         return None
-    dataset, report = tokenised_pairs(dataset, tokenizer, training)
-    warn_of_tokens(name, report)
+    dataset = tokenised_pairs(name, dataset, tokenizer, training)
     if config is not None:
         require_fit(dataset, config)
     return dataset

@@ -1,5 +1,6 @@
 """The trainer's arguments: transformers', with our defaults, and what our batches and passes need."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +79,9 @@ class QAdapterTrainingArguments(TrainingArguments):
         for name, (fitting, instead) in UNFIT.items():
             if (value := getattr(self, name)) not in fitting:
                 raise ConfigError(f"{name} = {value!r}: {instead}")
-        if not isinstance(self.retention_texts, str) or not self.retention_texts:
-            raise ConfigError(f'retention_texts = {self.retention_texts!r}: must be "{OWN_TEXTS}" or a file of texts.')
+        texts = self.retention_texts
+        if not isinstance(texts, str) or not (texts == OWN_TEXTS or os.path.isfile(texts)):
+            raise ConfigError(f'retention_texts = {texts!r}: must be "{OWN_TEXTS}" or a file of texts.')
         best = str(self.metric_for_best_model).removeprefix("eval_")
         # transformers' own default takes more of anything but a loss for better.
         # Of several evaluation sets a metric has its set's name before its own.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qadapter.base_states import BaseStatesCollator
-from qadapter.data import PackedCollator, PreferenceCollator, TokenisationReport, tokenise_preferences
+from qadapter.data import PackedCollator, PreferenceCollator, tokenise_preferences
 from qadapter.data.micro_batches import MicroBatchCollator
 from qadapter.data.token_cache import cacheable, tokenise_cached
 from qadapter.errors import ConfigError
@@ -20,20 +20,20 @@ logger = logging.getLogger(__name__)
 UNPACKED = "with this attention cannot run packed rows"
 
 
-def tokenised_pairs(dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> tuple[Any, TokenisationReport]:
-    """(tokenised pairs, report), as the arguments say; large datasets through the cache of tokens."""
+def tokenised_pairs(name: str, dataset: Any, tokenizer: Any, args: QAdapterTrainingArguments) -> Any:
+    """The tokenised pairs, as the arguments say; large datasets through the cache of tokens.
+
+    Warns of pairs that were left out or cut, and of what is odd about them, under the dataset's `name`.
+    """
     tokenise: Callable[..., Any] = tokenise_preferences
     if args.cache_tokens and cacheable(dataset, tokenizer):
         tokenise = functools.partial(tokenise_cached, fingerprint=tokenizer_fingerprint(tokenizer))
-    return tokenise(dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
-
-
-def warn_of_tokens(name: str, report: TokenisationReport) -> None:
-    """Say which pairs of a dataset were left out or cut, and what is odd about them."""
+    pairs, report = tokenise(dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     if report.dropped or report.truncated_prompts:
         logger.warning("%s: %s", name, report.summary())
     if report.unspaced_warning is not None:
         logger.warning("%s: %s.", name, report.unspaced_warning)
+    return pairs
 
 
 def collator_for(model: QAdapterForCausalLM, pad_token_id: int, packing: bool) -> PackedCollator | PreferenceCollator:

@@ -178,7 +178,7 @@ def test_an_adapter_is_no_checkpoint_to_resume(train, adapter, folder):
 
 def test_a_file_as_output_folder_is_refused(train, folder):
     folder.write_text("mine")
-    assert_refused(train(), "run is a file: choose another")
+    assert_refused(train(), "run is a file. Choose another one")
     assert folder.read_text() == "mine"
 
 

@@ -343,7 +343,7 @@ def test_an_audited_folder_still_loads(run, own):
         ("sweep", ["--cap", "-1"], "--cap -1: must be a finite number of nats, 0 or above"),
         ("sweep", ["--judge", "rule:json"], "a sweep generates no answers to judge"),
         ("compare", ["--strengths", "0"], "--strengths '0' names the base only"),
-        ("compare", ["--output-dir", __file__], "test_commands.py is a file: choose another"),
+        ("compare", ["--output-dir", __file__], "test_commands.py is a file. Choose another one"),
         ("eval", ["--output", "."], "--output . is a folder: name a file in it"),
         ("compare", ["--strengths", "1:2"], "--strengths '1:2': give numbers"),
         ("eval", ["--tasks-from", "nowhere", "--tasks", "arc"], "nowhere: there is no such folder"),

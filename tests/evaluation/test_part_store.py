@@ -9,7 +9,8 @@ import pytest
 
 from qadapter.evaluation import part_store
 from qadapter.evaluation.intervals import Interval
-from qadapter.evaluation.part_store import PartStore, fingerprint, jsonable, write_ordered_json, write_whole
+from qadapter.evaluation.part_store import PartStore, fingerprint, jsonable
+from qadapter.new_folders import write_ordered_json, write_whole
 
 
 def test_a_stored_part_is_taken_and_equals_a_fresh_one(tmp_path):

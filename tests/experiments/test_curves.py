@@ -90,7 +90,7 @@ def test_the_share_of_pairs_and_what_is_lost_of_an_earlier_preference_are_read_f
     pairs = {"kl": [0.1] * 4, "prefers": [1.0, 1.0, 0.0, 1.0], "base_prefers": [1.0, 0.0, 1.0, 0.0]}
     point = {"pairs": pairs, "retained": {"hh-rlhf/helpful": {"margin_gain": [-0.2, 0.1]}}}
     draws = Draws()
-    drifts, gains = curve([point, {"pairs": {"kl": [0.1]}}], [0, 1, 2, 3], GAINS["accuracy"], DRIFTS["kl"], draws)
+    drifts, gains = curve([point], [0, 1, 2, 3], GAINS["accuracy"], DRIFTS["kl"], draws)
     assert (drifts[0].tolist(), gains[0].tolist()) == ([pytest.approx(0.1)], [pytest.approx(0.25)])
     drifts, gains = curve([point, {"pairs": pairs}], [0, 1, 2, 3], GAINS["accuracy"], DRIFTS["retained"], draws)
     assert (drifts[0].tolist(), gains[0].tolist()) == ([pytest.approx(0.05)], [pytest.approx(0.25)])

@@ -16,7 +16,7 @@ from qadapter import QAdapterConfig
 from qadapter.data import PreferenceCollator
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics, token_statistics
-from qadapter.objective import implied, pair_losses
+from qadapter.objective import implied, pair_losses, response_mask
 
 PAIRS = [
     {"prompt": "What is the capital of France?", "chosen": " Paris.", "rejected": " I do not know it."},
@@ -134,7 +134,7 @@ def test_the_package_objective_is_the_default_of_ours(policy, batch, penalty):
     config = QAdapterConfig(alpha_tilde=0.5, alpha_0=0.2, beta=3.0, gamma=0.9, penalty=penalty)
     policy.configs["default"] = config
     statistics = policy.token_statistics(**batch)
-    mask = objectives.response_mask(batch)
+    mask = response_mask(batch)
     expected, _ = pair_losses(statistics, mask, config)
     torch.testing.assert_close(losses.qadapter(statistics, mask, config), expected)
 
@@ -142,7 +142,7 @@ def test_the_package_objective_is_the_default_of_ours(policy, batch, penalty):
 def test_variants_of_the_objective_change_what_they_say(policy, batch):
     config = QAdapterConfig.preset("undiscounted", alpha_tilde=0.5, alpha_0=0.2, beta=3.0)
     policy.configs["default"] = config
-    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    statistics, mask = policy.token_statistics(**batch), response_mask(batch)
     q = 0.5 * statistics.logits - 0.2 * statistics.base_logits
     values = 0.5 * statistics.lse - 0.2 * statistics.base_lse
     rewards = (q - values) * mask
@@ -160,7 +160,7 @@ def test_variants_of_the_objective_change_what_they_say(policy, batch):
 
 def test_the_value_at_which_rewards_are_taken_matters_to_the_pair_only_with_a_discount(policy, batch):
     """Σ (Q − V(s_t)) is the sum of log-ratios, as is Σ r − V(s_0) with γ = 1; a policy knows of no shift of a state."""
-    mask = objectives.response_mask(batch)
+    mask = response_mask(batch)
     for normalised in (False, True):
         for gamma, alike in ((1.0, True), (0.9, False)):
             config = QAdapterConfig.preset("undiscounted", beta=0.0, gamma=gamma, length_normalised=normalised)
@@ -186,7 +186,7 @@ def test_the_authors_loss_from_statistics_is_that_from_logits(base, batch):
 
 
 def test_replay_weighs_the_bases_own_answers(policy, batch):
-    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    statistics, mask = policy.token_statistics(**batch), response_mask(batch)
     nll = -(statistics.logps * mask)
     chosen, own = (part.sum() / rows.sum() for part, rows in zip(nll.chunk(2), mask.chunk(2), strict=True))
     torch.testing.assert_close(losses.replay(statistics, mask, 3.0).mean(), (chosen + 3 * own) / 4)
@@ -199,7 +199,7 @@ def test_the_kl_penalty_and_its_gradient_are_those_of_full_logits(base, policy, 
     loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in policy.adapter_parameters().items()}
     policy.zero_grad()
-    mask = objectives.response_mask(half)
+    mask = response_mask(half)
     rows = half["input_ids"], half["attention_mask"]
     states = policy.base_pass(*rows)
     streams = policy.adapter_pass(*rows, states.trunk), states.final
@@ -218,7 +218,7 @@ def test_the_kl_penalty_and_its_gradient_are_those_of_full_logits(base, policy, 
 def test_length_normalised_dpo_is_the_package_objective_without_a_penalty(policy, batch, alpha):
     config = QAdapterConfig.preset("undiscounted", alpha_tilde=alpha, alpha_0=alpha, beta=0.0, length_normalised=True)
     policy.configs["default"] = config
-    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    statistics, mask = policy.token_statistics(**batch), response_mask(batch)
     found = losses.dpo(statistics, mask, alpha, length_normalised=True)
     torch.testing.assert_close(found, losses.qadapter(statistics, mask, config), rtol=1e-5, atol=1e-5)
 
@@ -236,7 +236,7 @@ def test_label_smoothing_of_dpo_mixes_both_labels():
 def test_returns_over_the_pair_s_mean_length_weigh_the_tokens_of_both_answers_alike(policy, batch):
     config = QAdapterConfig.preset("undiscounted", alpha_tilde=1.0, alpha_0=1.0, beta=0.0)
     policy.configs["default"] = config
-    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    statistics, mask = policy.token_statistics(**batch), response_mask(batch)
     chosen, rejected = ((statistics.logps - statistics.base_logps) * mask).sum(-1).chunk(2)
     lengths = mask.sum(-1).chunk(2)
     assert not torch.equal(*lengths)
@@ -245,13 +245,13 @@ def test_returns_over_the_pair_s_mean_length_weigh_the_tokens_of_both_answers_al
 
 
 def test_an_unknown_way_to_normalise_is_refused(policy, batch):
-    statistics, mask = policy.token_statistics(**batch), objectives.response_mask(batch)
+    statistics, mask = policy.token_statistics(**batch), response_mask(batch)
     with pytest.raises(ConfigError, match="normalised = 'pairs': choose pair"):
         losses.qadapter(statistics, mask, QAdapterConfig(), normalised="pairs")
 
 
 def test_the_chosen_answers_nll_is_added_a_token(base, policy, batch):
-    statistics, mask = TokenStatistics(*policy(**batch)), objectives.response_mask(batch)
+    statistics, mask = TokenStatistics(*policy(**batch)), response_mask(batch)
     with torch.no_grad():
         rows = len(batch["input_ids"]) // 2
         logits = policy(input_ids=batch["input_ids"][:rows], attention_mask=batch["attention_mask"][:rows]).logits
@@ -268,7 +268,7 @@ def test_the_chosen_answers_nll_is_added_a_token(base, policy, batch):
 @pytest.mark.parametrize("alpha", [0.1, 2.0])
 def test_discounted_returns_are_those_of_the_token_mdp(policy, batch, alpha):
     config = QAdapterConfig(alpha_tilde=alpha, alpha_0=alpha, gamma=0.9, beta=0.0, discount_floor=0.0)
-    statistics, mask = TokenStatistics(*policy(**batch)), objectives.response_mask(batch)
+    statistics, mask = TokenStatistics(*policy(**batch)), response_mask(batch)
     _, values, rewards, _ = implied(statistics, mask, config)
     returns = []
     for row, value, kept in zip(rewards, values, mask, strict=True):

@@ -34,7 +34,7 @@ def test_the_base_s_own_answers_take_the_rejected_ones_place(context, monkeypatc
         drawn.update(strengths=strengths, temperature=temperature)
         return [[Answer(f"own {number}", finished=number % 2 == 0) for number in range(len(prompts))]]
 
-    monkeypatch.setattr(methods, "sample_answers", answers)
+    monkeypatch.setattr("benchmarks.experiments.answers.sample_answers", answers)
     pairs = methods.with_own_answers(context, "own", 0.7)
     assert drawn == {"strengths": [0.0], "temperature": 0.7}
     given, decode = context.pools.train_ids, context.tokenizer.decode

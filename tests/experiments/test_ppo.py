@@ -11,6 +11,7 @@ from benchmarks.experiments import ppo
 from benchmarks.experiments.reward_model import RewardModel, pair_accuracy
 from benchmarks.experiments.settings import Training
 from qadapter import QAdapterConfig
+from qadapter.generation import until_end
 
 MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0]]).bool()
 
@@ -69,7 +70,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one():
 
 def test_an_answer_ends_with_its_first_end_token():
     ids = torch.tensor([[4, 1, 5, 1], [4, 5, 6, 7], [1, 1, 4, 4]])
-    assert ppo.response_mask_of(ids, [1]).tolist() == [[True, True, False, False], [True] * 4, [True] + [False] * 3]
+    assert until_end(ids, [1]).tolist() == [[True, True, False, False], [True] * 4, [True] + [False] * 3]
 
 
 def test_the_reward_does_not_depend_on_padding():

@@ -536,6 +536,16 @@ def test_the_picture_shows_each_mean_over_domains_as_a_share_of_dpos_area(tmp_pa
     assert "verdict.svg" not in "\n".join(verdict_lines(one_seed, tmp_path))  # nothing of the spread over seeds
 
 
+def test_suites_are_linked_in_the_folder_beside_the_page(tmp_path):
+    rows = [with_threshold(result(m, s, h), h) for m, h in (("qadapter", 1.4), ("dpo", 1.0)) for s in (0, 1)]
+    page = "\n".join(verdict_lines({("s", f"dsp-{domain}"): variants(rows, TRAINING) for domain in "ab"}, tmp_path))
+    before, after = page.split("### With a threshold")
+    for part in (before, after):
+        assert f"| [s]({tmp_path.name}/s.md) | margin | KL |" in part
+        assert f"| [s]({tmp_path.name}/s.md) | 2 | margin | KL |" in part
+    assert "(results/" not in page
+
+
 def test_a_picture_cuts_what_goes_beyond_its_sides():
     bars = {"row": [Bar("a", 0.1, -9.0, 9.0), Bar("a", 7.0, 6.0, 8.0)]}
     picture = svg(forest_chart(bars, "title", "share"))

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save
 
 from qadapter import QAdapterForCausalLM
 from qadapter.errors import AdapterFormatError, ConfigError
-from qadapter.modeling.checkpoint import file_digest
 from qadapter.modeling.lora_files import read_lora
 from qadapter.modeling.manifest import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from qadapter.new_folders import file_digest
 
 BATCH = padded(token_ids(7, 4))
 CONFIG = "adapters/default/adapter_config.json"

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from qadapter.cli import command_parser
 from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, dial_of
-from qadapter.cli.sweep import check_folder
 from qadapter.errors import ConfigError
+from qadapter.new_folders import require_writable
 
 
 def run(arguments: list[str]) -> int:
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     if strengths == [0.0]:
         raise ConfigError(f"--strengths {options.strengths!r} names the base only: add one that is not 0.")
     if options.output_dir is not None:
-        check_folder(options.output_dir)
+        require_writable(options.output_dir)
     settings = dial_of(options)
     columns = [strength_columns(name, strengths, **settings) for name in unique_names(options.adapters)]
     with measuring() as track:

@@ -28,8 +28,8 @@ def run(arguments: list[str]) -> int:
     from qadapter.evaluation.card import missing_lines
     from qadapter.evaluation.columns import BASE
     from qadapter.evaluation.comparison import run_comparison
-    from qadapter.evaluation.part_store import write_ordered_json
     from qadapter.evaluation.tables import headline, print_lines, print_table
+    from qadapter.new_folders import write_ordered_json
 
     column = column_of(options)
     workload, store = workload_of(options), store_of(options)

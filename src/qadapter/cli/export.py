@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.generate import read_prompts
 from qadapter.cli.options import add_dial_options, add_policy_options, dial_of, require
+from qadapter.data.texts import read_prompts
 from qadapter.errors import ConfigError
 from qadapter.evaluation.progress import progress_bar
 from qadapter.new_folders import into_new_folder, require_new_folder, set_mode_of_weights
@@ -71,7 +71,8 @@ def run(arguments: list[str]) -> int:
     require_new_folder(options.output_dir)
     prompts = []
     if options.format == "distilled":
-        prompts = read_prompts(require(options.prompts_file, "--prompts-file", "FILE (distilling needs your prompts)"))
+        file = require(options.prompts_file, "--prompts-file", "FILE (distilling needs your prompts)")
+        prompts = [prompt for prompt, _ in read_prompts(file)]
 
     from qadapter.cli.policies import load_policy, quiet_libraries
     from qadapter.export import export_gguf_ready, export_lora, export_merged, export_vllm

@@ -1,16 +1,14 @@
 """`qadapter generate`: answers to prompts, streamed or in batches, beside the base's if wanted."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from qadapter.cli import command_parser, json_text
 from qadapter.cli.options import add_policy_options, add_sampling_options
-from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.messages import as_text
 from qadapter.data.rows import RowError
-from qadapter.data.texts import read_utf8
+from qadapter.data.texts import read_prompts
 from qadapter.errors import ConfigError, DataError
 
 
@@ -66,8 +64,9 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
         ConfigError: there is none.
         DataError: one is no text.
     """
-    given = [_checked_text(text, "--prompt") for text in options.prompt]
-    prompts = given + (read_prompts(options.prompts_file) if options.prompts_file else [])
+    prompts = [_checked_text(text) for text in options.prompt]
+    if options.prompts_file:
+        prompts += [prompt for prompt, _ in read_prompts(options.prompts_file)]
     if not options.prompt and not options.prompts_file and not sys.stdin.isatty():
         prompts = [text for text in [_standard_input()] if text]
     if not prompts:
@@ -82,29 +81,9 @@ def _standard_input() -> str:
         raise DataError(f"standard input is not UTF-8 text: {error}.") from error
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text or JSONL file."""
-    require_text_or_jsonl(path)
-    lines = read_utf8(path).split("\n")  # splitlines would cut at U+2028 inside JSON, too
-    if path.suffix != ".jsonl":
-        return [line.strip() for line in lines if line.strip()]
-    return [_prompt_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _prompt_of(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {number}: not JSON: {error.msg} at character {error.pos + 1}.") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str):
-        raise DataError(f'{path} line {number}: must be an object with a text as its prompt, {{"prompt": "..."}}.')
-    return _checked_text(prompt, f"{path} line {number}")
-
-
-def _checked_text(text: str, place: str) -> str:
+def _checked_text(text: str) -> str:
     """`text`, refused where it holds bytes or halves of surrogate pairs, which no tokenizer takes."""
     try:
         return as_text(text, "prompt")
     except RowError as error:
-        raise error.at(place) from None
+        raise error.at("--prompt") from None

@@ -30,21 +30,6 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_decay_option(parser: argparse.ArgumentParser) -> None:
-    """How the strength changes along an answer."""
-    parser.add_argument("--decay", type=float, default=1.0, help="factor of the strength from token to token")
-
-
-def add_threshold_option(parser: argparse.ArgumentParser) -> None:
-    """Which tokens are left to the base."""
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=None,
-        help="of KL in nats, 0.1 say: the strength fades where the adapter hardly moves a token, and below it is 0",
-    )
-
-
 def add_interpolation_option(parser: argparse.ArgumentParser) -> None:
     """What the strength and the weights are of."""
     parser.add_argument(
@@ -65,15 +50,6 @@ def add_template_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_condition_option(parser: argparse.ArgumentParser) -> None:
-    """Where the strength is 0."""
-    parser.add_argument(
-        "--off-inside",
-        action="store_true",
-        help="leave code fences, JSON, reasoning and tool calls to the base",
-    )
-
-
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that generates."""
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
@@ -81,7 +57,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     add_dial_options(parser)
-    add_condition_option(parser)
+    parser.add_argument(
+        "--off-inside", action="store_true", help="leave code fences, JSON, reasoning and tool calls to the base"
+    )
     add_template_option(parser)
 
 
@@ -106,8 +84,13 @@ def add_dial_options(parser: argparse.ArgumentParser) -> None:
         "--adapter-weights", nargs="+", action="extend", default=None, help="of a composition: NAME=WEIGHT ..."
     )
     parser.add_argument("--cap", type=float, default=None, help="cap on KL(policy || base) at each token, in nats")
-    add_threshold_option(parser)
-    add_decay_option(parser)
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=None,
+        help="of KL in nats, 0.1 say: the strength fades where the adapter hardly moves a token, and below it is 0",
+    )
+    parser.add_argument("--decay", type=float, default=1.0, help="factor of the strength from token to token")
     add_interpolation_option(parser)
 
 

@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,9 @@ def load_models(
     A name stands for its folder's adapters with their stored weights; a single folder may hold several.
     """
     from qadapter.modeling import QAdapterForCausalLM
-    from qadapter.modeling.loading import tokenizer_of
+    from qadapter.modeling.hub import local_folder
+    from qadapter.modeling.loading import load_base_of, tokenizer_of
+    from qadapter.modeling.manifest import read_manifest
 
     first_name, first = next(iter(folders.items()))
     if len(folders) == 1:
@@ -138,21 +140,7 @@ def load_models(
         return model, tokenizer_of(first, model.base_source), {first_name: dict(model.adapter_weights)}
     # Names of adapters are narrower than names of folders.
     adapters = {f"adapter{number}": folder for number, folder in enumerate(folders.values())}
-    model, tokenizer = load_composed(adapters, base_model, verify, **model_kwargs)
-    models = {name: {adapter: model.adapter_weights[adapter]} for name, adapter in zip(folders, adapters, strict=True)}
-    return model, tokenizer, models
-
-
-def load_composed(
-    adapters: Mapping[str, str], base_model: str | None, verify: bool, **model_kwargs: Any
-) -> "tuple[QAdapterForCausalLM, Any]":
-    """(the policy of several folders' adapters, its tokenizer), on the base that the first one names."""
-    from qadapter.modeling import QAdapterForCausalLM
-    from qadapter.modeling.hub import local_folder
-    from qadapter.modeling.loading import load_base_of, tokenizer_of
-    from qadapter.modeling.manifest import read_manifest
-
-    first = next(iter(adapters.values()))
     base, source = load_base_of(read_manifest(local_folder(first)), base_model, model_kwargs)
     model = QAdapterForCausalLM.from_pretrained(base, adapters=adapters, verify=verify)
-    return model, tokenizer_of(first, source)
+    models = {name: {adapter: model.adapter_weights[adapter]} for name, adapter in zip(folders, adapters, strict=True)}
+    return model, tokenizer_of(first, source), models

@@ -123,7 +123,7 @@ def output_folder(options: argparse.Namespace) -> Path:
     """The folder given, else the adapter's own.
 
     Raises:
-        ConfigError: none was given, and the adapter is no folder of this machine.
+        ConfigError: none was given, and the adapter is no folder of this machine; it is a file or read-only.
     """
     folder = options.output_dir or Path(options.adapter)
     if options.output_dir is None and not folder.is_dir():
@@ -131,12 +131,5 @@ def output_folder(options: argparse.Namespace) -> Path:
             f"{options.adapter} is not a folder here: correct the path, or, if it is a hub id, say with --output-dir "
             "where the results go."
         )
-    check_folder(folder)
-    return folder
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ConfigError if an output folder is a file or read-only: before an hour of measuring."""
-    if folder.is_file():
-        raise ConfigError(f"output folder {folder} is a file: choose another.")
     require_writable(folder)
+    return folder

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from qadapter.cli import UsageError, did_you_mean, one_line, unknown_option
 from qadapter.cli.options import require
 from qadapter.cli.policies import quiet_datasets, quiet_libraries
-from qadapter.config import PRESETS, QAdapterConfig
+from qadapter.config import QAdapterConfig
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError, TrainingError
 from qadapter.modeling.manifest import MAX_JSON_BYTES
@@ -147,11 +147,10 @@ def parse(arguments: list[str]) -> Run:
     first = parser.parse_known_args(arguments)[0]
     from_yaml = read_yaml(first.config, parser) if first.config else {}
     preset = first.preset if _times_given(arguments, "preset") else from_yaml.get("preset", "default")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
+    method = QAdapterConfig.preset(preset).to_dict()
     # Pinning elsewhere, torch would warn that it cannot.
     machine = {"dataloader_pin_memory": default_device() == "cuda", "disable_tqdm": not sys.stderr.isatty()}
-    parser.set_defaults(**{**machine, **PRESETS[preset], **from_yaml})
+    parser.set_defaults(**{**machine, **method, **from_yaml})
     values = parser.parse_args(arguments)
     require(values.model, "--model", "ID_OR_PATH (or builtin)")
     require(values.dataset, "--dataset", "FILE_OR_HUB_ID (or builtin)")

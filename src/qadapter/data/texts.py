@@ -25,6 +25,14 @@ def read_texts(path: Path) -> list[tuple[str, str | None]]:
     return [(paragraph.strip(), None) for paragraph in paragraphs if paragraph.strip()]
 
 
+def read_prompts(path: Path) -> list[tuple[str, str | None]]:
+    """(prompt, category) of each line of a text or JSONL file; raises DataError as `read_texts` does."""
+    require_text_or_jsonl(path)
+    if path.suffix == ".jsonl":
+        return read_objects(path, "prompt")
+    return [(line.strip(), None) for line in read_utf8(path).split("\n") if line.strip()]
+
+
 def read_objects(path: Path, key: str) -> list[tuple[str, str | None]]:
     """(text under `key`, category) of each line of a JSONL file; raises DataError as `read_texts` does."""
     return objects(read_utf8(path), key, str(path))

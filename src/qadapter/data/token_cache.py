@@ -27,7 +27,7 @@ from qadapter.data.tokenisation import (
     tokenise_preferences,
 )
 from qadapter.errors import first_line
-from qadapter.modeling.checkpoint import file_digest
+from qadapter.new_folders import file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset

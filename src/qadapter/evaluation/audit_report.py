@@ -13,9 +13,11 @@ from qadapter.data.texts import excerpt
 from qadapter.evaluation.audit import curve
 from qadapter.evaluation.card import base_title, finding_line, finding_lines, gate_cells, missing_lines, verdict_line
 from qadapter.evaluation.columns import BASE, dial_title
+from qadapter.evaluation.gate import figures_of
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
-from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import (
+    DRIFT_AXIS,
+    GAIN_AXIS,
     headline,
     marked,
     marked_answer,
@@ -24,9 +26,11 @@ from qadapter.evaluation.tables import (
     written,
     written_number,
 )
+from qadapter.new_folders import write_ordered_json, write_whole
 from qadapter.plots import line_chart
+from qadapter.run_folder import AUDIT_FILES
 
-JSON_NAME, HTML_NAME = "audit.json", "audit.html"
+JSON_NAME, HTML_NAME = AUDIT_FILES
 SHOWN_ANSWERS = 10
 GROUP_TITLES = {"category": "By category", "token": "By kind of token", "position": "By position in the text"}
 SET_TITLES = {
@@ -93,8 +97,8 @@ def _plots(audit: Mapping[str, Any]) -> str:
         line_chart(
             {f"strengths {points[0][0]:g} to {points[-1][0]:g}": [(kl, gain) for _, kl, gain in points]},
             "Preference gained against drift",
-            "KL(policy ‖ base) on chosen answers, nats a token",
-            "margin gained, nats a token",
+            DRIFT_AXIS,
+            GAIN_AXIS,
             {f"strength {strength:g}": (kl, gain) for strength, kl, gain in points if strength == audited},
         ),
         line_chart(
@@ -169,9 +173,8 @@ def _breakdowns(results: Mapping[str, Any], column: str) -> Iterator[str]:
         ]
         header = ("category", "pairs", "accuracy", "chosen likelier, per token")
         yield folded("Held-out pairs by category", table(header, rows))
-    parts = {**{part: results[part] for part in ("neutral", "instructions")}, "chosen": results["pairs"]["chosen"]}
     for part, title in SET_TITLES.items():
-        tables = "".join(_groups(parts[part]["breakdown"][column]))
+        tables = "".join(_groups(figures_of(results, part)["breakdown"][column]))
         yield folded(f"{title}: drift by category, kind of token, position", tables)
 
 

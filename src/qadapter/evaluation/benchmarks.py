@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from qadapter.evaluation.columns import Column
 from qadapter.evaluation.part_store import PartStore
 from qadapter.evaluation.progress import Track
 from qadapter.evaluation.subjects import Subject
-from qadapter.modeling.checkpoint import file_digest
+from qadapter.new_folders import file_digest
 
 if TYPE_CHECKING:
     from qadapter.evaluation.harness import LoadedTasks
@@ -91,9 +92,7 @@ class Benchmarks:
                     raise ConfigError(f"--max-drop {name}: there is no score of that name; limit one of {found}.")
 
     def _load(self, name: str, identity: dict[str, Any], folder: Path | None) -> None:
-        # Without what columns lack that were stored before there was a threshold.
-        columns = [{k: v for k, v in vars(column).items() if (k, v) != ("min_kl", None)} for column in self.columns]
-        self.inputs[name] = [identity, columns, state(name, folder), self.settings]
+        self.inputs[name] = [identity, list(map(asdict, self.columns)), state(name, folder), self.settings]
         self.loaded[name] = None
         if self.store.stored("task", self.inputs[name]) is None:
             self.loaded[name] = load(name, folder, self.track)

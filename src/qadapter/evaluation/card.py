@@ -11,10 +11,9 @@ from qadapter.data.texts import read_utf8
 from qadapter.errors import DataError
 from qadapter.evaluation.columns import BASE, dial_title
 from qadapter.evaluation.judging import missing_reason
-from qadapter.evaluation.part_store import write_whole
 from qadapter.evaluation.tables import headline, markdown_table, written
-from qadapter.modeling.lora_files import CONFIG_NAME
-from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.modeling.lora_files import is_plain_lora
+from qadapter.new_folders import write_whole
 from qadapter.run_folder import CARD_NAME, CERTIFICATE
 
 BEGIN = f"{CERTIFICATE} (replaced by the next audit) -->"
@@ -47,7 +46,7 @@ def update_card(folder: Path, audit: Mapping[str, Any], beside: bool = True) -> 
         DataError: the README is not UTF-8, its metadata is no YAML mapping, or it has one mark of the certificate.
     """
     path = folder / CARD_NAME
-    plain = (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists()  # a LoRA as PEFT writes it
+    plain = is_plain_lora(folder)
     old = read_utf8(path).replace("\r\n", "\n") if path.exists() else new_card(audit, plain)
     library = "peft" if plain else "qadapter"
     write_whole(path, with_certificate(with_metadata(old, audit, path, library), certificate(audit, beside), path))

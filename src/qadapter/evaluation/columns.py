@@ -11,6 +11,7 @@ from qadapter.errors import ConfigError
 from qadapter.functional import mix_coefficients
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.mixing import checked_decay, checked_number, checked_weights, refuse_changing
+from qadapter.modeling.policy_part import NEUTRAL
 from qadapter.modeling.stacked import blended
 from qadapter.modeling.streams import Stream
 
@@ -73,15 +74,7 @@ class Column:
         result: dict[str, Any] = {"strength": self.strength}
         if self.adapter_weights is not None:
             result["adapter_weights"] = dict(self.adapter_weights)
-        if self.max_kl is not None:
-            result["max_kl"] = self.max_kl
-        if self.min_kl:
-            result["min_kl"] = self.min_kl
-        if self.decay != 1.0:
-            result["decay"] = self.decay
-        if self.interpolation != "logits":
-            result["interpolation"] = self.interpolation
-        return result
+        return result | {name: v for name in NEUTRAL if (v := getattr(self, name)) not in NEUTRAL[name]}
 
     def weights(self, model: QAdapterForCausalLM) -> dict[str, float]:
         """The adapters with a weight, and that.
@@ -112,7 +105,7 @@ class Column:
         for name, weight in weights.items():
             config = model.configs[name]
             alpha_0 = config.alpha_0 if self.alpha_0 is None else self.alpha_0
-            trained = mix_coefficients(config.parametrisation, config.alpha_tilde, alpha_0)  # type: ignore[arg-type]
+            trained = mix_coefficients(config.parametrisation, config.alpha_tilde, alpha_0)
             adapters.append((name, weight * trained.adapter))
             base += weight * (trained.adapter + trained.base - 1.0)
         return Direction(tuple(adapters), base)
@@ -120,8 +113,8 @@ class Column:
     @contextmanager
     def applied(self, model: QAdapterForCausalLM) -> Iterator[None]:
         """Within the context these are the settings that the model takes where a call gives none."""
-        plain = {"max_kl": None, "min_kl": None, "decay": 1.0, "interpolation": "logits"}
-        with model.dial(**plain | self.settings()):  # type: ignore[typeddict-item]
+        usual = {name: values[0] for name, values in NEUTRAL.items()}
+        with model.dial(**usual | self.settings()):  # type: ignore[typeddict-item]
             yield
 
 

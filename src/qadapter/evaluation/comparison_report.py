@@ -12,8 +12,9 @@ from qadapter.evaluation.columns import BASE
 from qadapter.evaluation.findings import findings
 from qadapter.evaluation.gate import is_rate
 from qadapter.evaluation.page import document, folded, json_block, side_by_side, table
-from qadapter.evaluation.part_store import write_ordered_json, write_whole
 from qadapter.evaluation.tables import (
+    DRIFT_AXIS,
+    GAIN_AXIS,
     Row,
     headline,
     marked_answer,
@@ -25,6 +26,7 @@ from qadapter.evaluation.tables import (
     whole_tasks,
     written,
 )
+from qadapter.new_folders import write_ordered_json, write_whole
 from qadapter.plots import line_chart
 
 JSON_NAME, HTML_NAME = "compare.json", "compare.html"
@@ -141,6 +143,5 @@ def chart(comparison: Mapping[str, Any]) -> str:
         adapter = name if column["strength"] == 1.0 else name.removesuffix(f"@{column['strength']:g}")
         line = series.setdefault(adapter, [(0.0, 0.0, 0.0)])  # by strength, the base at 0
         line.append((column["strength"], kl, pairs["columns"][name]["token_margin_gain"]["value"]))
-    x_label, y_label = "KL(policy ‖ base) on chosen answers, nats a token", "margin gained, nats a token"
     lines = {adapter: [point[1:] for point in sorted(points)] for adapter, points in series.items()}
-    return line_chart(lines, "Preference gained against drift", x_label, y_label)
+    return line_chart(lines, "Preference gained against drift", DRIFT_AXIS, GAIN_AXIS)

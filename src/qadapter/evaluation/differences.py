@@ -18,14 +18,14 @@ def pair_items(pairs: Sequence[PairDrift], column: str) -> dict[str, list[float]
         "accuracy": [win(pair.log_ratio_margin(column)) for pair in pairs],
         "prefers_chosen": [win(pair.token_margin(column)) for pair in pairs],
         "token_margin": [pair.token_margin(column) for pair in pairs],
-        "kl": [pair.chosen.columns[column].kl.double().mean().item() for pair in pairs],
+        "kl": [pair.chosen.mean_kl(column) for pair in pairs],
     }
 
 
 def drift_items(drifts: Sequence[TextDrift], column: str) -> dict[str, list[float]]:
     """What a column makes of each text, in nats a token."""
     return {
-        "kl": [drift.columns[column].kl.double().mean().item() for drift in drifts],
+        "kl": [drift.mean_kl(column) for drift in drifts],
         "loss": [-drift.columns[column].logps.double().mean().item() for drift in drifts],
     }
 

@@ -74,6 +74,10 @@ class TextDrift:
         """The number of tokens that were scored."""
         return len(self.base.logps)
 
+    def mean_kl(self, column: str) -> float:
+        """KL(policy ‖ base) of a column in nats a token."""
+        return self.columns[column].kl.double().mean().item()
+
 
 @dataclass(frozen=True)
 class Passage:

@@ -259,12 +259,7 @@ class Evaluation:
     # -- what the parts share ----------------------------------------------------------------------------------
 
     def _inputs(self) -> list[Any]:
-        # Without what columns lack that were stored before there were a threshold and another interpolation.
-        usual = (("interpolation", "logits"), ("min_kl", None))
-        columns = [
-            {name: value for name, value in asdict(column).items() if (name, value) not in usual}
-            for column in self.columns
-        ]
+        columns = [asdict(column) for column in self.columns]
         return [self.identity, columns, [column.name for column in self.detailed], self.workload.seed]
 
     def _drift_part(self, name: str, title: str, texts: Sequence[Text]) -> dict[str, Any]:
@@ -323,7 +318,7 @@ def _worst_texts(drifts: Sequence[TextDrift], texts: Sequence[Text], column: str
             "text": texts[index].excerpt,
             "category": texts[index].category,
             "loss_change": rises[index],
-            "kl": drifts[index].columns[column].kl.double().mean().item(),
+            "kl": drifts[index].mean_kl(column),
         }
         for index in worst[:WORST]
     ]

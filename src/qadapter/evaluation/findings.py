@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qadapter.evaluation.gate import KL_PARTS, figures_of
+
 # Rises of the loss below this many nats a token are not worth a line, however certain.
 SMALLEST_RISE = 0.01
-SETS = {"neutral": "neutral text", "instructions": "the base's own answers", "chosen": "chosen answers"}
 GROUPS = {"category": "category {}", "token": "tokens of the kind {}", "position": "tokens {}"}
 BAD_TRAITS = ("empty", "cut off", "repeats itself", "in another language", "in no language that is known")
 
@@ -21,10 +22,9 @@ def findings(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
 
 
 def _losses(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    parts = {**results, "chosen": results["pairs"]["chosen"]}
     entries = []
-    for part, title in SETS.items():
-        measured = parts[part]
+    for part, title in KL_PARTS:
+        measured = figures_of(results, part)
         everything = measured["columns"][column]["loss_change"]
         if part != "chosen":
             entries.append(_entry("loss", title, "change of the loss, nats a token", everything))

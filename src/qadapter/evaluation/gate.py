@@ -63,10 +63,15 @@ def parse_drops(entries: Sequence[str]) -> dict[str, float]:
     return drops
 
 
+def figures_of(results: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """What was measured on a part of the results; chosen answers lie under the pairs."""
+    return results["pairs"]["chosen"] if part == "chosen" else results[part]
+
+
 def kl_figures(results: Mapping[str, Any], column: str) -> dict[str, dict[str, Any]]:
     """{name for people: KL interval} of every set of texts that was measured; sweeps leave out the base's answers."""
-    parts = {**results, "chosen": results["pairs"]["chosen"]}
-    return {title: parts[part]["columns"][column]["kl"] for part, title in KL_PARTS if part in parts}
+    there = [(part, title) for part, title in KL_PARTS if part == "chosen" or part in results]
+    return {title: figures_of(results, part)["columns"][column]["kl"] for part, title in there}
 
 
 def check(results: Mapping[str, Any], column: str, limits: Limits) -> list[dict[str, Any]]:

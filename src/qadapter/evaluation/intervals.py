@@ -1,7 +1,6 @@
-"""95% intervals of rates and means, and the exact test of paired rates."""
+"""95% intervals of rates, and the exact test of paired rates."""
 
 import math
-import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,9 +16,6 @@ class Interval(NamedTuple):
     high: float
     n: int
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}"
-
 
 def wilson(successes: float, n: int) -> Interval:
     """A rate with its Wilson score interval; no observations give the whole range."""
@@ -30,17 +26,6 @@ def wilson(successes: float, n: int) -> Interval:
     half = Z95 * math.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)
     # Rounding must not put the ends of rates 0 and 1 on their wrong side.
     return Interval(rate, max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half)), n)
-
-
-def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of paired differences (or any values) with its percentile bootstrap interval."""
-    n = len(values)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    generator = random.Random(seed)
-    means = sorted(math.fsum(generator.choices(values, k=n)) / n for _ in range(RESAMPLES))
-    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
-    return Interval(math.fsum(values) / n, low, high, n)
 
 
 def mcnemar_exact(policy: Sequence[float], base: Sequence[float]) -> float:

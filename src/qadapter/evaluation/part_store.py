@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qadapter.new_folders import cache_folder, whole_file
+from qadapter.new_folders import cache_folder, write_ordered_json
 
 logger = logging.getLogger(__name__)
 
@@ -105,15 +105,3 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-def write_ordered_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all, keys in their own order: columns have one."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all, and the folder that it is in; text in UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as scratch:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from qadapter.evaluation.drift_figures import Figures
 from qadapter.evaluation.intervals import Interval
 from qadapter.evaluation.page import document, json_block, side_by_side, table
+from qadapter.evaluation.part_store import jsonable
 from qadapter.evaluation.tables import markdown_table, marked, print_table
 from qadapter.generation import Answer
+from qadapter.new_folders import write_ordered_json
 from qadapter.program import called_as
 from qadapter.training_log import CURVE_NAME
 
@@ -26,12 +29,19 @@ SVG_NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'  # a file needs it, a page
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What the quickstart measured; written to results.json and rendered as the report."""
+    """What the quickstart measured; written to results.json and rendered as the report.
+
+    Args:
+        pairs: figures of the held-out pairs by column: base, policy.
+        chosen: drift on their chosen answers, likewise.
+        neutral: drift on neutral text by column: base, policy, and "plain", the policy without the threshold.
+        house_style: share of answers in the house style by column: base, policy.
+    """
 
     settings: dict[str, Any]
-    pairs: dict[str, Interval]
-    drift: dict[str, Interval]
-    plain_drift: dict[str, Interval]
+    pairs: dict[str, Figures]
+    chosen: dict[str, Figures]
+    neutral: dict[str, Figures]
     house_style: dict[str, Interval]
     prompts: list[str]
     answers: dict[str, list[Answer]]
@@ -40,19 +50,20 @@ class QuickstartResult:
 
 def rows(result: QuickstartResult) -> list[tuple[str, str, str]]:
     """(what, base, policy) of the headline table."""
-    pairs, drift = result.pairs, result.drift
+    pairs = result.pairs
+    base, policy, plain = (result.neutral[column] for column in ("base", "policy", "plain"))
     return [
         ("Answers in the house style (rule judge)", *_rates(result.house_style["base"], result.house_style["policy"])),
         (
             "Held-out pairs: chosen answer preferred, per token",
-            *_rates(pairs["base_prefers_chosen"], pairs["prefers_chosen"]),
+            *_rates(pairs["base"]["prefers_chosen"], pairs["policy"]["prefers_chosen"]),
         ),
-        ("Held-out pairs: accuracy against the base", "50% (by definition)", _rate(pairs["accuracy"])),
-        ("KL from the base on chosen answers, nats a token", "0", _number(pairs["kl"])),
-        ("Loss on neutral text, nats a token", f"{drift['base_loss'].value:.3f}", f"{drift['loss'].value:.3f}"),
-        ("Change of the loss on neutral text", "0", _number(drift["loss_change"], signed=True)),
-        ("The same without the threshold", "0", _number(result.plain_drift["loss_change"], signed=True)),
-        ("KL from the base on neutral text, nats a token", "0", _number(drift["kl"])),
+        ("Held-out pairs: accuracy against the base", "50% (by definition)", _rate(pairs["policy"]["accuracy"])),
+        ("KL from the base on chosen answers, nats a token", "0", _number(result.chosen["policy"]["kl"])),
+        ("Loss on neutral text, nats a token", f"{base['loss'].value:.3f}", f"{policy['loss'].value:.3f}"),
+        ("Change of the loss on neutral text", "0", _number(policy["loss_change"], signed=True)),
+        ("The same without the threshold", "0", _number(plain["loss_change"], signed=True)),
+        ("KL from the base on neutral text, nats a token", "0", _number(policy["kl"])),
     ]
 
 
@@ -98,7 +109,7 @@ def write_report(result: QuickstartResult, folder: Path) -> None:
     (folder / "report.md").write_text(markdown(result), encoding="utf-8")
     curve = (folder / "adapter" / CURVE_NAME).read_text(encoding="utf-8")
     (folder / "report.html").write_text(html(result, curve), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    write_ordered_json(folder / "results.json", jsonable(asdict(result)))
 
 
 def markdown(result: QuickstartResult) -> str:

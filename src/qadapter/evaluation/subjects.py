@@ -14,8 +14,7 @@ from qadapter.evaluation.preferences import Temperatures
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.fingerprints import tokenizer_fingerprint, weight_fingerprint
 from qadapter.modeling.loading import tokenizer_of
-from qadapter.modeling.lora_files import CONFIG_NAME
-from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.modeling.lora_files import is_plain_lora
 from qadapter.modeling.wrapping import wrap
 
 # Of a configuration, what changes no figure: where it came from, and what is stated beside its digest.
@@ -81,8 +80,7 @@ def open_subject(
         AdapterFormatError: it is neither, or damaged.
         ConfigError: there is no tokenizer.
     """
-    folder = Path(path)
-    if (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists():
+    if is_plain_lora(Path(path)):
         model, tokenizer = wrap(path, base_model, dtype=dtype, **model_kwargs)
         if tokenizer is None:
             raise ConfigError(f"{path}: neither the LoRA's folder nor its base has a tokenizer: add one to it.")

@@ -11,19 +11,18 @@ from rich.markup import escape as plain
 
 from qadapter.evaluation.columns import BASE, further_settings
 from qadapter.evaluation.page import document, folded, json_block, script_data, table
-from qadapter.evaluation.part_store import write_ordered_json, write_whole
-from qadapter.evaluation.tables import OF_THE_BASE, Row, print_columns, short, whole_tasks, written
-from qadapter.plots import Chart, chart, svg
+from qadapter.evaluation.tables import GAIN_AXIS, OF_THE_BASE, Row, print_columns, short, whole_tasks, written
+from qadapter.new_folders import write_ordered_json, write_whole
+from qadapter.plots import COLOURS, Chart, chart, svg
+from qadapter.run_folder import SWEEP_FILES
 
-JSON_NAME, SVG_NAME, PNG_NAME, HTML_NAME = "sweep.json", "sweep.svg", "sweep.png", "sweep.html"
-
-BENCHMARKS_SVG_NAME = "sweep_benchmarks.svg"
-PICTURES = (SVG_NAME, PNG_NAME, BENCHMARKS_SVG_NAME, "sweep_benchmarks.png")
+JSON_NAME, HTML_NAME, *PICTURES = SWEEP_FILES
+SVG_NAME, PNG_NAME, BENCHMARKS_SVG_NAME, _ = PICTURES
 
 SETTINGS = ("dial", "budget", "workload", "adapter", "base", "environment")
 # (key, title, how it is written)
 GAINS = (
-    ("margin_gain", "margin gained, nats a token", "change"),
+    ("margin_gain", GAIN_AXIS, "change"),
     ("accuracy", "accuracy against the base", "rate"),
     ("prefers_chosen", "chosen answer likelier, per token", "rate"),
     ("log_ratio_margin", "log-ratio margin, nats", "change"),
@@ -192,6 +191,7 @@ def page(sweep: Mapping[str, Any]) -> str:
         ],
         "gains": [list(figure) for figure in GAINS],
         "costs": [list(figure) for figure in (*COSTS, *tasks, ("strength", "strength", "number"))],
+        "colours": COLOURS,
         "recommended": sweep["recommended"]["name"] if sweep["recommended"] and sweep["recommended"]["fits"] else None,
     }
     header, rows = rows_of(sweep)
@@ -224,7 +224,6 @@ def _flat(point: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, An
 
 SCRIPT = r"""
 const data = JSON.parse(document.getElementById("data").textContent);
-const colours = ["#0b6bcb", "#c2410c", "#15803d", "#7c3aed", "#0e7490", "#a16207"];
 const W = 640, L = 72, R = 28, T = 12 + 16 * data.lines.length, H = 330 + T, B = 48;
 const gain = document.getElementById("gain"), cost = document.getElementById("cost");
 const values = document.getElementById("values"), plot = document.getElementById("plot");
@@ -273,7 +272,7 @@ function draw() {
   svg.setAttribute("aria-label", title(gain) + " against " + title(cost));
   svg.append(element("text", {transform: `translate(14 ${H / 2}) rotate(-90)`, "text-anchor": "middle"}, title(gain)));
   data.lines.forEach((line, index) => {
-    const colour = colours[index % colours.length], points = known(line);
+    const colour = data.colours[index % data.colours.length], points = known(line);
     const path = points.map(p => X(p[cost.value][0]) + "," + Y(p[gain.value][0])).join(" ");
     svg.append(element("polyline", {points: path, fill: "none", stroke: colour, "stroke-width": 2}));
     for (const point of points) {

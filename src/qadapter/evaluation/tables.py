@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qadapter.evaluation.columns import BASE
-from qadapter.evaluation.gate import is_rate
+from qadapter.evaluation.gate import figures_of, is_rate
 
 # (title, part of the results, figure, how it is written)
 HEADLINE = (
@@ -49,6 +49,10 @@ OF_THE_BASE = {
     "agreement": "100%",
 }
 
+# The axes of the trade-off's plots.
+DRIFT_AXIS = "KL(policy ‖ base) on chosen answers, nats a token"
+GAIN_AXIS = "margin gained, nats a token"
+
 # The share of the terminal's width, as 1/n, that names of rows may take.
 NAME_SHARE = 10
 # Halves of an interval that differ by less than this share of the longer one are written as one ±.
@@ -59,8 +63,7 @@ Row = tuple[str, ...]
 
 def interval(results: Mapping[str, Any], part: str, column: str, figure: str) -> dict[str, Any]:
     """An interval of the results."""
-    measured = results["pairs"]["chosen"] if part == "chosen" else results[part]
-    return measured["columns"][column][figure]
+    return figures_of(results, part)["columns"][column][figure]
 
 
 def cell(results: Mapping[str, Any], part: str, column: str, figure: str, kind: str) -> str:

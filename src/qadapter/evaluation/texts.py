@@ -13,10 +13,9 @@ from datasets import Dataset
 
 from qadapter.builtin import neutral_paragraphs
 from qadapter.data import RowError, tokenise_preferences
-from qadapter.data.files import require_text_or_jsonl
 from qadapter.data.formats import value_at
 from qadapter.data.sources import existing_path, open_source, pair_features, pair_or_error
-from qadapter.data.texts import CATEGORY, excerpt, label, objects, read_objects, read_texts, read_utf8
+from qadapter.data.texts import CATEGORY, excerpt, label, objects, read_prompts, read_texts
 from qadapter.errors import ConfigError, DataError
 from qadapter.evaluation.workload import BUILTIN
 from qadapter.generation import Answer, Message, encode
@@ -182,11 +181,8 @@ def instructions(path: Path | None = None, limit: int | None = None, seed: int =
     if path is None:
         content = files("qadapter.builtin").joinpath("neutral_prompts.jsonl").read_text(encoding="utf-8")
         rows = objects(content, "prompt", "the built-in prompts")
-    elif path.suffix == ".jsonl":
-        rows = read_objects(path, "prompt")
     else:
-        require_text_or_jsonl(path)
-        rows = [(line.strip(), None) for line in read_utf8(path).split("\n")]
+        rows = read_prompts(path)
     rows = [(text, category) for text, category in rows if text.strip()]
     if not rows:
         raise DataError(f"{path}: there is no prompt in it.")

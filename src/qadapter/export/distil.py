@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from qadapter.errors import ConfigError
 from qadapter.export.summed import summed_lora
 from qadapter.functional import kl_divergence
-from qadapter.generation import Sampling, encode, end_tokens, ending_arguments
+from qadapter.generation import Sampling, encode, end_tokens, ending_arguments, until_end
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.passes import positions_of
 from qadapter.modeling.streams import parts_of
@@ -112,9 +112,7 @@ def _sampled(
     arguments: dict[str, Any] = {**batch, **sampling.to_kwargs(), **ending_arguments(ends, tokenizer)}
     ids = model.generate(**arguments, **dial)
     prompt_length = batch["input_ids"].shape[1]
-    answer = ids[:, prompt_length:]
-    ended = torch.isin(answer, torch.tensor(ends, device=ids.device)).long()
-    alive = (ended.cumsum(-1) - ended) == 0  # up to and including the first end token
+    alive = until_end(ids[:, prompt_length:], ends)
     attention_mask = torch.cat([batch["attention_mask"], alive.long()], dim=1)
     predicts = torch.zeros_like(ids, dtype=torch.bool)
     predicts[:, prompt_length - 1 : -1] = alive

@@ -14,8 +14,7 @@ from huggingface_hub import snapshot_download
 from qadapter.errors import ConfigError
 from qadapter.export.merged import CHECKED_TOKENS, require_mergeable, write_merged
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.checkpoint import write_json
-from qadapter.new_folders import into_new_folder
+from qadapter.new_folders import into_new_folder, write_json
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 OUTTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

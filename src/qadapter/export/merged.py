@@ -4,7 +4,6 @@ A composition of interpolated weights is one, too: the sum of its adapters' upda
 """
 
 import json
-import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,14 +16,13 @@ from qadapter.errors import ConfigError
 from qadapter.export.summed import write_summed_lora
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.bases import context_limit, loading_class
-from qadapter.modeling.checkpoint import write_adapter, write_json
+from qadapter.modeling.checkpoint import write_adapter
+from qadapter.modeling.policy_part import NEUTRAL
 from qadapter.modeling.quantised import require_unquantised
 from qadapter.modeling.streams import StreamLinear
-from qadapter.new_folders import into_new_folder, set_mode_of_weights
+from qadapter.new_folders import into_new_folder, set_mode_of_weights, write_json
 
 CHECKED_TOKENS = 64
-# Settings of a policy that no LoRA has, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"max_kl": (None, math.inf), "min_kl": (None, 0), "decay": (1.0,)}
 
 
 def exact_factors(model: QAdapterForCausalLM, interpolated: float | None = None) -> dict[str, float]:
@@ -36,12 +34,11 @@ def exact_factors(model: QAdapterForCausalLM, interpolated: float | None = None)
     Raises:
         ConfigError: the policy is no LoRA: it mixes logits, or its settings need the base stream.
     """
-    for name, neutral in NEUTRAL.items():
-        value = getattr(model, name)
-        if isinstance(value, torch.Tensor) or value not in neutral:
+    for name, value in model.unusual().items():
+        if name != "interpolation":
             raise ConfigError(
-                f"the model's own {name} = {value!r} is not part of any LoRA: set it to {neutral[0]!r}, or distil the "
-                "policy (qadapter.export.distil)."
+                f"the model's own {name} = {value!r} is not part of any LoRA: set it to {NEUTRAL[name][0]!r}, or "
+                "distil the policy (qadapter.export.distil)."
             )
     weights = {name: weight for name, weight in model.adapter_weights.items() if weight}
     if reason := _need_of_streams(model, weights, interpolated):

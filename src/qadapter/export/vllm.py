@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from torch import Tensor
 
 from qadapter.errors import ConfigError
-from qadapter.export.merged import NEUTRAL
 from qadapter.modeling import QAdapterForCausalLM
-from qadapter.modeling.checkpoint import save, write_json
+from qadapter.modeling.checkpoint import save
 from qadapter.modeling.heads import Head
 from qadapter.modeling.mixing import checked_number
+from qadapter.modeling.policy_part import NEUTRAL
 from qadapter.modeling.quantised import quantisation_of, require_unquantised
-from qadapter.new_folders import into_new_folder
+from qadapter.new_folders import into_new_folder, write_json
 
 # The families that the plugin has; a test there compares the two lists.
 VLLM_ARCHITECTURES = (
@@ -27,8 +26,6 @@ VLLM_ARCHITECTURES = (
     "GemmaForCausalLM",
     "Gemma3ForCausalLM",
 )
-# Settings of a model that the plugin has no place for, with the values that ask for nothing.
-WITHOUT_A_PLACE: dict[str, tuple[Any, ...]] = {**NEUTRAL, "interpolation": ("logits",)}
 # The same weights once more, in Mistral's own format, which vLLM would prefer.
 MISTRAL_FILES = "consolidated"
 BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -83,13 +80,11 @@ def export_vllm(
 
 def _require_servable(model: QAdapterForCausalLM) -> None:
     """Raise ConfigError for what the plugin has no setting of, or would refuse at the start."""
-    for name, neutral in WITHOUT_A_PLACE.items():
-        value = getattr(model, name)
-        if isinstance(value, Tensor) or value not in neutral:
-            raise ConfigError(
-                f"the model's own {name} = {value!r} cannot be exported for vLLM, which takes strength and weights "
-                f"alone: set it to {neutral[0]!r}, use `qadapter serve`, or distil the policy (qadapter.export.distil)."
-            )
+    for name, value in model.unusual().items():
+        raise ConfigError(
+            f"the model's own {name} = {value!r} cannot be exported for vLLM, which takes strength and weights alone: "
+            f"set it to {NEUTRAL[name][0]!r}, use `qadapter serve`, or distil the policy (qadapter.export.distil)."
+        )
     for name, config in model.peft_model.peft_config.items():
         if config.use_dora and model.adapter_weights.get(name):  # of weight 0 the plugin reads nothing
             raise ConfigError(

@@ -10,10 +10,8 @@ is no adapter_config.json at the top, because other tools would load the folder 
 wrong policy. Only safetensors are read, paths cannot leave the folder, and sizes are bounded.
 """
 
-import hashlib
 import inspect
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -35,7 +33,7 @@ from qadapter.modeling.merging import require_unfolded
 from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import make_probe
 from qadapter.modeling.quantised import quantisation_of
-from qadapter.new_folders import set_mode_of_weights, whole_file
+from qadapter.new_folders import file_digest, set_mode_of_weights, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -204,15 +202,3 @@ def copy_adapter(source: Path, folder: Path) -> None:
         shutil.copytree(source / "adapters", Path(name) / "adapters")
         shutil.copy(source / MANIFEST_NAME, name)
         _publish(Path(name), folder)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write `values` as JSON, whole or not at all."""
-    with whole_file(path) as scratch:
-        scratch.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling.bases import BaseSource, load_base, load_tokenizer, resolve_base, source_of
-from qadapter.modeling.checkpoint import file_digest
 from qadapter.modeling.fingerprints import tokenizer_fingerprint, weight_fingerprint
 from qadapter.modeling.hub import local_folder
 from qadapter.modeling.lora_files import WEIGHTS_NAME, read_adapter
@@ -25,6 +24,7 @@ from qadapter.modeling.policy import QAdapterForCausalLM
 from qadapter.modeling.probe import check_probe
 from qadapter.modeling.quantised import described, quantisation_of, quantised_again
 from qadapter.modeling.streams import narrow_adapters
+from qadapter.new_folders import file_digest
 
 
 @dataclass(frozen=True)

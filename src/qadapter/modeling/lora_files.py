@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.bases import BaseSource
-from qadapter.modeling.manifest import read_json_object
+from qadapter.modeling.manifest import MANIFEST_NAME, read_json_object
 from qadapter.modeling.streams import ALPHA_LIMIT, MAX_RANK, SUPPORTED_INITIALISATIONS, UNSUPPORTED_SETTINGS
 
 CONFIG_NAME = "adapter_config.json"
@@ -34,6 +34,11 @@ CONVERSION = (
 )
 WRAPPER_PART = re.compile(r"\.(modules_to_save|original_module)\.(?=weight$|bias$)")
 BASE_KEY = re.compile(r"base_model\.model\.((?!.*lora_)[A-Za-z0-9_.]{1,200})")
+
+
+def is_plain_lora(folder: Path) -> bool:
+    """Whether it is a LoRA as PEFT writes it, and no adapter folder."""
+    return (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).exists()
 
 
 def read_adapter(root: Path, name: str) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """What the parts of the policy share: the model's attributes, and the dial that a call takes where it sets none."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypedDict, Unpack
@@ -27,6 +28,13 @@ class DialSettings(TypedDict, total=False):
 
 
 DIAL = tuple(DialSettings.__annotations__)
+# The settings besides strength and weights, with the values that ask for nothing; the first is the usual one.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "max_kl": (None, math.inf),
+    "min_kl": (None, 0),
+    "decay": (1.0,),
+    "interpolation": ("logits",),
+}
 
 
 class PolicyPart:
@@ -65,9 +73,14 @@ class PolicyPart:
     def trained_coefficients(self) -> dict[str, MixCoefficients]:
         """Weights (c_θ, c_b) of each adapter's trained policy."""
         return {
-            name: mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)  # type: ignore[arg-type]
+            name: mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)
             for name, config in self.configs.items()
         }
+
+    def unusual(self) -> dict[str, Any]:
+        """The model's own settings of `NEUTRAL` that ask for something."""
+        own = {name: getattr(self, name) for name in NEUTRAL}
+        return {name: v for name, v in own.items() if isinstance(v, Tensor) or v not in NEUTRAL[name]}
 
     @contextmanager
     def dial(self, **settings: Unpack[DialSettings]) -> Iterator[Self]:

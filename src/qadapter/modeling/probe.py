@@ -62,13 +62,11 @@ def probe_tolerance(stored: str, dtype: torch.dtype) -> float:
     return tolerance if stored == own else OTHER_DTYPE_FACTOR * tolerance
 
 
-def check_probe(
-    model: QAdapterForCausalLM, probe: dict[str, Any], folder: Path, names: Mapping[str, str] | None = None
-) -> None:
+def check_probe(model: QAdapterForCausalLM, probe: dict[str, Any], folder: Path, names: Mapping[str, str]) -> None:
     """Raise AdapterFormatError unless base and adapters give the stored log-probabilities.
 
     Args:
-        names: {name in the folder: name in the model}; others are not checked. None: the names are the same.
+        names: {name in the folder: name in the model}.
     """
     tokens = [*probe["input_ids"], *(int(index) for stored in probe["logps"].values() for index in stored)]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -80,7 +78,7 @@ def check_probe(
     tolerance = probe_tolerance(probe["dtype"], model.dtype)
     actual = probe_logps(model, probe["input_ids"])
     for name, stored in probe["logps"].items():
-        known_as = name if names is None or not name else names[name]
+        known_as = name and names[name]
         error = max(abs(actual[known_as][int(index)].item() - value) for index, value in stored.items())
         if not error <= tolerance:
             part = f"adapter {name!r}" if name else "base model"

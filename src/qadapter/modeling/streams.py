@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, require_rules
 from qadapter.functional import beside
 from qadapter.modeling.adapter_settings import is_linear_map
 
@@ -257,22 +257,21 @@ def with_stream_layers(peft_config: LoraConfig) -> LoraConfig:
         if getattr(peft_config, field, None):
             raise ConfigError(f"LoraConfig.{field} is set: it would change the base model, which must stay frozen.")
     ranks, alphas = (peft_config.rank_pattern or {}).values(), (peft_config.alpha_pattern or {}).values()
-    rules = [
-        (peft_config.r <= MAX_RANK, "r", f"must be {MAX_RANK} or below."),
-        (all(rank <= MAX_RANK for rank in ranks), "rank_pattern", f"ranks must be {MAX_RANK} or below."),
-        (0 < peft_config.lora_alpha < ALPHA_LIMIT, "lora_alpha", f"must lie between 0 and {ALPHA_LIMIT:g}."),
-        (all(0 < a < ALPHA_LIMIT for a in alphas), "alpha_pattern", f"must lie between 0 and {ALPHA_LIMIT:g}."),
-        (peft_config.bias == "none", "bias", 'use bias="none", the base must stay frozen.'),
+    require_rules(
+        peft_config,
+        ("r", peft_config.r <= MAX_RANK, f"must be {MAX_RANK} or below"),
+        ("rank_pattern", all(rank <= MAX_RANK for rank in ranks), f"ranks must be {MAX_RANK} or below"),
+        ("lora_alpha", 0 < peft_config.lora_alpha < ALPHA_LIMIT, f"must lie between 0 and {ALPHA_LIMIT:g}"),
+        ("alpha_pattern", all(0 < a < ALPHA_LIMIT for a in alphas), f"must lie between 0 and {ALPHA_LIMIT:g}"),
+        ("bias", peft_config.bias == "none", 'use bias="none", the base must stay frozen'),
         (
-            peft_config.init_lora_weights in SUPPORTED_INITIALISATIONS,
             "init_lora_weights",
-            "it would rewrite the base's weights, which must stay frozen. Use True or 'gaussian'.",
+            peft_config.init_lora_weights in SUPPORTED_INITIALISATIONS,
+            "it would rewrite the base's weights, which must stay frozen. Use True or 'gaussian'",
         ),
-        (peft_config.task_type in (None, "CAUSAL_LM"), "task_type", "use 'CAUSAL_LM'."),
-    ]
-    for holds, name, rule in rules:
-        if not holds:
-            raise ConfigError(f"LoraConfig.{name} = {getattr(peft_config, name)!r}: {rule}")
+        ("task_type", peft_config.task_type in (None, "CAUSAL_LM"), "use 'CAUSAL_LM'"),
+        prefix="LoraConfig.",
+    )
     # PEFT writes what it resolves (target names, say) into the config it is given.
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type, peft_config.fan_in_fan_out = "CAUSAL_LM", False

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import re
 import time
@@ -14,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qadapter.serving.api_errors import ApiError, internal_error
 from qadapter.serving.metrics import Metrics
-from qadapter.serving.settings import ServerSettings
+from qadapter.serving.settings import ServerSettings, is_loopback
 
 access_log = logging.getLogger("qadapter.serving.access")
 logger = logging.getLogger(__name__)
@@ -107,7 +106,8 @@ class Gate:
                 return None
             message = "the API key is missing or wrong: send Authorization: Bearer KEY."
             return ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if self.settings.on_loopback and not is_local_name(headers.get("host", "")):
+        name = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]")  # without the port
+        if self.settings.on_loopback and not is_loopback(name):
             message = "this server answers to localhost only; start it with an API key to use other names."
             return ApiError(403, message, "host_not_allowed")
         return None
@@ -117,14 +117,3 @@ def _same(given: str, expected: str) -> bool:
     """Whether the texts are equal, in a time that tells nothing about where they differ or how long they are."""
     digests = (hashlib.sha256(text.encode()).digest() for text in (given, expected))
     return hmac.compare_digest(*digests)
-
-
-def is_local_name(host: str) -> bool:
-    """Whether a Host header names this machine itself."""
-    name = re.sub(r":\d+$", "", host).strip("[]")
-    if name.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False

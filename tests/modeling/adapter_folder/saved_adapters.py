@@ -7,8 +7,8 @@ from models import APART, lora, padded, tiny_base, token_ids, train_randomly
 from safetensors.torch import load_file, save_file
 
 from qadapter import QAdapterForCausalLM
-from qadapter.modeling.checkpoint import file_digest
 from qadapter.modeling.manifest import MANIFEST_NAME
+from qadapter.new_folders import file_digest
 
 BATCH = padded(token_ids(7, 4, 3))
 REAL = BATCH["attention_mask"].bool()

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qadapter.config import QAdapterConfig
 from qadapter.errors import AdapterFormatError, ConfigError
-from qadapter.functional import MixCoefficients, composed_coefficients, mix_coefficients
+from qadapter.functional import composed_coefficients, mix_coefficients
 from qadapter.modeling.hub import local_folder
 from qadapter.modeling.loading import StoredAdapter, check_same_origin, read_folder
 from qadapter.modeling.lora_files import KEY
@@ -146,7 +145,8 @@ def read_policy(hf_config: Any, model: str, revision: str | None = None) -> Poli
     if settings.adapters is not None:
         defaults = dict.fromkeys(stored, 1.0)
     weights = checked_weights(settings.weights, defaults)
-    trained = {name: _mix(entry.config) for name, entry in stored.items()}
+    configs = {name: entry.config for name, entry in stored.items()}
+    trained = {name: mix_coefficients(c.parametrisation, c.alpha_tilde, c.alpha_0) for name, c in configs.items()}
     _, offset = composed_coefficients(trained, dict.fromkeys(weights, 0.0))
     slopes, base_at_one = composed_coefficients(trained, weights)
     table: dict[str | None, tuple[float, float]] = {
@@ -159,10 +159,6 @@ def read_policy(hf_config: Any, model: str, revision: str | None = None) -> Poli
     updates = {name: lora_updates(stored[name]) for name in table if name is not None}
     offsets, table_slopes = zip(*table.values(), strict=True)
     return Policy(settings, tuple(table), offsets, table_slopes, updates, stored)
-
-
-def _mix(config: QAdapterConfig) -> MixCoefficients:
-    return mix_coefficients(config.parametrisation, config.alpha_tilde, config.alpha_0)  # type: ignore[arg-type]
 
 
 def _stored_adapters(settings: Settings, model: str, revision: str | None) -> dict[str, StoredAdapter]:

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from qadapter.errors import ConfigError
-from qadapter.evaluation.judges.models import as_text
+from qadapter.evaluation.judges.models import readable
 from qadapter.evaluation.judges.verdicts import Comparison, Prompt, Verdict, of_both_orders
 from qadapter.evaluation.progress import Advance
 
@@ -218,7 +218,7 @@ async def _explanation(response: httpx.Response) -> str:
 
 def question(prompt: Prompt, first: str, second: str) -> str:
     """What the judge is asked. The marks depend on the texts, so that no text can contain its own."""
-    texts = (as_text(prompt), first, second)
+    texts = (readable(prompt), first, second)
     mark = hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:12]
     return QUESTION.format(mark=mark, request=texts[0], first=first or "(empty)", second=second or "(empty)")
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qadapter.data import RowError
 from qadapter.data.encoding import render
+from qadapter.data.messages import assistant, user
+from qadapter.devices import default_device
 from qadapter.errors import ConfigError
 from qadapter.evaluation.judges.verdicts import Comparison, Prompt, Verdict, of_both_orders
 from qadapter.evaluation.progress import Advance
@@ -55,7 +57,7 @@ class Scorer:
             )
         if model.config.num_labels != 1:
             raise ConfigError(f"judge model {name} has {model.config.num_labels} scores: a judge has one.")
-        return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        return cls(model.eval().to(default_device()), tokenizer)
 
     def fingerprint(self) -> list[Any]:
         """What its scores depend on: another model in the same folder has another one."""
@@ -118,9 +120,8 @@ class RewardJudge(ModelJudge):
         """Of the chat that ends with the answer; without a chat template, of the pair (prompt, answer)."""
         tokenizer = self.scorer.tokenizer
         if tokenizer.chat_template is None:
-            return self.scorer.score(tokenizer(as_text(prompt), answer.text)["input_ids"])
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        messages.append({"role": "assistant", "content": answer.text})
+            return self.scorer.score(tokenizer(readable(prompt), answer.text)["input_ids"])
+        messages = [*(user(prompt) if isinstance(prompt, str) else prompt), *assistant(answer.text)]
         try:
             ids = render(tokenizer, messages)
         except RowError as error:
@@ -139,7 +140,7 @@ class PairJudge(ModelJudge):
 
     def _score(self, prompt: Prompt, first: Answer, second: Answer) -> float:
         """Positive if the first is better."""
-        text = f"<|source|>{as_text(prompt)}<|candidate1|>{first.text}<|candidate2|>{second.text}"
+        text = f"<|source|>{readable(prompt)}<|candidate1|>{first.text}<|candidate2|>{second.text}"
         return self.scorer.score(self.scorer.tokenizer(text)["input_ids"])
 
 
@@ -147,7 +148,7 @@ def _by_sign(difference: float, reason: str) -> Verdict:
     return Verdict("tie" if difference == 0 else "a" if difference > 0 else "b", reason)
 
 
-def as_text(prompt: Prompt) -> str:
+def readable(prompt: Prompt) -> str:
     """A prompt for readers without chat template; messages are labelled with their roles if there are several."""
     if isinstance(prompt, str):
         return prompt

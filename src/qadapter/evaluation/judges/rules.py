@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import regex
 
-from qadapter.errors import ConfigError
+from qadapter.data.files import refuse_constant
+from qadapter.errors import ConfigError, DataError
 from qadapter.evaluation.judges.verdicts import Comparison, Verdict
 from qadapter.evaluation.progress import Advance
 from qadapter.evaluation.rules import follows_house_style, sentence_count
@@ -86,14 +86,10 @@ def _json(argument: str) -> Rule:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        json.loads(text, parse_constant=refuse_constant)
+    except (DataError, ValueError, RecursionError):
         return False
     return True
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")  # NaN and Infinity, which json.loads takes
 
 
 def _max_sentences(argument: str) -> Rule:
