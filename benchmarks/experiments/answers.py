@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from qadapter import QAdapterForCausalLM
-from qadapter.evaluation.part_store import write_ordered_json
 from qadapter.generation import Answer, encode, end_tokens, ending_arguments
+from qadapter.new_folders import write_ordered_json
 
 Prompt = list[dict[str, str]]
 

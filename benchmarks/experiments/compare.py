@@ -10,8 +10,9 @@ from benchmarks.experiments.pools import read_lines
 from qadapter.errors import DataError
 from qadapter.evaluation.judges.specs import make_judge
 from qadapter.evaluation.judges.verdicts import judge_all, win_rate
-from qadapter.evaluation.part_store import jsonable, write_ordered_json
+from qadapter.evaluation.part_store import jsonable
 from qadapter.generation import Answer
+from qadapter.new_folders import write_ordered_json
 
 
 def judge_samples(spec: str, results: Path, work: Path) -> None:

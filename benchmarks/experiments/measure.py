@@ -117,7 +117,7 @@ def _points(
         for (kind, name), found in measured.items():
             if kind == "texts":
                 point["texts"][name] = {
-                    "kl": rounded(_mean_kl(drift, column.name) for drift in found),
+                    "kl": rounded(drift.mean_kl(column.name) for drift in found),
                     "loss_change": rounded(
                         float((drift.base.logps - drift.columns[column.name].logps).double().mean()) for drift in found
                     ),
@@ -139,7 +139,7 @@ def _pair_figures(drifts: Sequence[TextDrift], column: str) -> dict[str, list[fl
         "accuracy": [win(pair.log_ratio_margin(column)) for pair in pairs],
         "prefers": [win(pair.token_margin(column)) for pair in pairs],
         "base_prefers": [win(pair.token_margin("base")) for pair in pairs],
-        "kl": rounded((_mean_kl(pair.chosen, column) + _mean_kl(pair.rejected, column)) / 2 for pair in pairs),
+        "kl": rounded((pair.chosen.mean_kl(column) + pair.rejected.mean_kl(column)) / 2 for pair in pairs),
         "nll_change": rounded((pair.logps["base"][0] - pair.logps[column][0]) / pair.chosen.tokens for pair in pairs),
     }
 
@@ -148,10 +148,6 @@ def body_gain(drift: TextDrift, column: str) -> float:
     """The mean log-ratio a token of an answer without its end, where it stops; 0 for an answer of one token."""
     ratios = (drift.columns[column].logps - drift.base.logps).double()[:-1]
     return float(ratios.mean()) if len(ratios) else 0.0
-
-
-def _mean_kl(drift: TextDrift, column: str) -> float:
-    return float(drift.columns[column].kl.double().mean())
 
 
 def _judge(
@@ -181,7 +177,7 @@ def _judge(
             "score": rounded(judge.scores(material.prompts, answers)),
             "base_score": rounded(base_scores),
             "win": equal_length_wins(judge, material.prompts, answers, material.base_answers),
-            "kl": rounded(_mean_kl(drift, column.name) for drift in drifts),
+            "kl": rounded(drift.mean_kl(column.name) for drift in drifts),
             "words": [len(answer.text.split()) for answer in answers],
             "finished": [int(answer.finished) for answer in answers],
             "repetition": rounded(repetition(answer.text) for answer in answers),

@@ -36,8 +36,9 @@ from benchmarks.experiments.tables import (
 from benchmarks.experiments.verdict import verdict_lines
 from benchmarks.experiments.yardsticks import YARDSTICKS, measured, measured_gains
 from qadapter.errors import DataError
-from qadapter.evaluation.part_store import jsonable, write_ordered_json
+from qadapter.evaluation.part_store import jsonable
 from qadapter.modeling.builtin_model import BUILTIN_MODEL, GGUF_REVISION
+from qadapter.new_folders import write_ordered_json
 from qadapter.plots import line_chart
 
 # (gain, drift) of the folded tables; those of the verdict stand in front of them.
