@@ -46,6 +46,9 @@ class QAdapterTrainingArguments(TrainingArguments):
             one after the other; the loss is the same. None runs a batch at once.
         retention_texts: where `retention` (QAdapterConfig) is above 0: "own", texts that the base writes, or a file of
             texts, paragraphs or JSONL with `text` (`qadapter.retention`).
+
+    Raises:
+        ConfigError: a setting with which the objective cannot be trained; `retention_texts` that is no file.
     """
 
     torch_compile: bool = field(default=False, metadata={"help": "Compile each decoder layer, and the head."})

@@ -235,10 +235,10 @@ def test_generate_without_a_prompt_says_where_to_give_one(adapter):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b'{"prompt": 1}\n', "line 1: prompt is a int, must be a text"),
-        (b'{"text": "a"}\n', "line 1: must be a JSON object with a prompt"),
-        (b'\n["a"]\n', "line 2: must be a JSON object with a prompt"),
-        (b'{"prompt": "a"}\n{"prompt"\n', r"line 2: must be a JSON object with a prompt \(Expecting ':' delimiter"),
+        (b'{"prompt": 1}\n', 'line 1: must be an object with a text as its prompt, {"prompt": "..."}'),
+        (b'{"text": "a"}\n', "line 1: must be an object with a text as its prompt"),
+        (b'\n["a"]\n', "line 2: must be an object with a text as its prompt"),
+        (b'{"prompt": "a"}\n{"prompt"\n', "line 2: not JSON: Expecting ':' delimiter at character 10"),
         (b"\xff\n", "is not UTF-8 text: .*Save it as UTF-8"),
         (b'{"prompt": "a\\ud83d"}\n', "line 1: prompt holds half of a surrogate pair, which is no text"),
         (b"\n", "there is no prompt"),

@@ -279,6 +279,17 @@ def test_settings_of_columns_are_checked():
         measure_texts(model, TEXTS, [Column("policy", adapter_weights={"x": 1.0})])
 
 
+def test_a_column_measures_an_adapter_that_the_models_own_weights_leave_out():
+    first, second = "first", "second"
+    model = QAdapterForCausalLM(tiny_base(), {first: APART, second: LOGITS_FORM}, {first: lora(), second: lora()})
+    column = Column("second", adapter_weights={second: 1.0})
+    expected = column.direction(model)
+    with model.dial(adapter_weights={first: 1.0}), Column("first", adapter_weights={first: 1.0}).applied(model):
+        assert column.direction(model) == expected
+    model.adapter_weights = {first: 1.0}
+    assert column.direction(model) == expected
+
+
 def test_a_column_applied_to_a_model_is_taken_back():
     model = tiny_policy()
     before = (model.strength, dict(model.adapter_weights), model.max_kl)

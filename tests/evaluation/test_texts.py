@@ -74,9 +74,9 @@ def test_neutral_text_comes_in_paragraphs_or_rows(tmp_path, tokenizer, files):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": 3}\n', "line 1: text is a int, must be a text"),
-        (b'{"text": "a b"}\nnonsense\n', "line 2: must be a JSON object with a text"),
-        (b"[1]\n", "line 1: must be a JSON object"),
+        (b'{"text": 3}\n', 'line 1: must be an object with a text as its text, {"text": "..."}'),
+        (b'{"text": "a b"}\nnonsense\n', "line 2: not JSON: Expecting value at character 1"),
+        (b"[1]\n", "line 1: must be an object with a text"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"\n\n", "no text of at least two tokens"),
         (b'{"text": "x"}\n', "no text of at least two tokens"),

@@ -108,9 +108,23 @@ def test_the_models_own_weights_may_name_some_adapters_only(composed):
     with both.dial(adapter_weights={"polite": 1.0}):
         torch.testing.assert_close(logits(both), logits(alone["polite"]), rtol=1e-4, atol=1e-4)
         assert both.generate(IDS, max_new_tokens=2).shape == (3, IDS.shape[1] + 2)
-    misspelt = pytest.raises(ConfigError, match=r"adapter_weights names \['polit'\]; the adapters are")
-    with both.dial(adapter_weights={"polit": 1.0}), misspelt:
+    before, both.adapter_weights = both.adapter_weights, {"polit": 1.0}
+    with pytest.raises(ConfigError, match=r"adapter_weights names \['polit'\]; the adapters are"):
         both.generate(IDS, max_new_tokens=2)
+    both.adapter_weights = before
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (None, r"adapter_weights = None: give \{name: weight\}"),
+        (torch.ones(1, 2), "adapter_weights = tensor"),
+        ({"polit": 1.0}, r"adapter_weights names \['polit'\]; the adapters are"),
+    ],
+)
+def test_a_dial_of_weights_that_are_none_is_refused(composed, weights, said):
+    with pytest.raises(ConfigError, match=said), composed[0].dial(adapter_weights=weights):
+        pass
 
 
 @pytest.mark.parametrize(

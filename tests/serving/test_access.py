@@ -141,7 +141,7 @@ def test_settings_out_of_range_are_refused(settings, said):
 
 @pytest.mark.parametrize(
     ("host", "loopback"),
-    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("a.b", False)],
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("LocalHost.", True), ("0.0.0.0", False), ("a.b", False)],
 )
 def test_loopback_is_recognised(host, loopback):
     assert ServerSettings(host=host).on_loopback is loopback

@@ -1,11 +1,10 @@
 """Files of texts: paragraphs, or JSON Lines with a text and perhaps a category."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from qadapter.data.files import require_text_or_jsonl
+from qadapter.data.files import parse_json, require_text_or_jsonl
 from qadapter.errors import DataError
 
 CATEGORY = "category"
@@ -45,12 +44,12 @@ def objects(content: str, key: str, name: str) -> list[tuple[str, str | None]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            text, category = row[key], row.get(CATEGORY)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{name} line {number}: must be a JSON object with a {key} ({error}).") from error
-        if not isinstance(text, str):
-            raise DataError(f"{name} line {number}: {key} is a {type(text).__name__}, must be a text.")
+            row = parse_json(line.encode())
+        except DataError as error:
+            raise DataError(f"{name} line {number}: {error}.") from None
+        if not isinstance(row, dict) or not isinstance(row.get(key), str):
+            raise DataError(f'{name} line {number}: must be an object with a text as its {key}, {{"{key}": "..."}}.')
+        text, category = row[key], row.get(CATEGORY)
         for what, value in ((key, text), (CATEGORY, str(category))):
             if SURROGATE.search(value):
                 raise DataError(f"{name} line {number}: {what} holds half of a surrogate pair, which is no text.")

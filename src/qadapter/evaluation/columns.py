@@ -82,7 +82,8 @@ class Column:
         Raises:
             ConfigError: a weight of an adapter that the model does not have.
         """
-        weights = checked_weights(self.adapter_weights, model.adapter_weights)
+        given = model.adapter_weights if self.adapter_weights is None else self.adapter_weights
+        weights = checked_weights(given, dict.fromkeys(model.adapters, 0.0))  # the model's own may name some alone
         return {name: float(weight) for name, weight in weights.items() if weight != 0.0}
 
     @property

@@ -57,7 +57,7 @@ class Subject:
         adapters = {
             name: {
                 "sha256": adapter_digest(self.model, name),
-                "weight": self.model.adapter_weights[name],
+                "weight": self.model.adapter_weights.get(name, 0.0),
                 **config.to_dict(),
             }
             for name, config in self.model.configs.items()

@@ -12,7 +12,7 @@ from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.functional import MixCoefficients, mix_coefficients
 from qadapter.modeling.heads import Head
-from qadapter.modeling.mixing import Strength
+from qadapter.modeling.mixing import Strength, checked_weights
 from qadapter.modeling.streams import StreamPlan
 
 
@@ -90,10 +90,16 @@ class PolicyPart:
         as they are; `max_kl=None` is no cap and `min_kl=None` no threshold.
 
         Raises:
-            ConfigError: a setting that the dial does not have. Values are checked where they are used.
+            ConfigError: a setting that the dial does not have; weights that are none by name, or of an adapter that the
+                model does not have. Other values are checked where they are used.
         """
         if unknown := sorted(set(settings) - set(DIAL)):
             raise ConfigError(f"dial sets {unknown}; the settings are {', '.join(DIAL)}.")
+        if "adapter_weights" in settings:
+            weights = settings["adapter_weights"]
+            if not isinstance(weights, Mapping):
+                raise ConfigError(f"adapter_weights = {weights!r}: give {{name: weight}}.")
+            settings["adapter_weights"] = checked_weights(weights, dict.fromkeys(self.adapters, 0.0))
         before = {name: getattr(self, name) for name in settings}
         try:
             for name, value in settings.items():
