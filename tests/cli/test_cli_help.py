@@ -10,8 +10,9 @@ from commands import qadapter, succeeded
 from render_help import render
 
 from qadapter.cli import COMMANDS, overview
-from qadapter.cli.train import GROUPS, TrainParser
+from qadapter.cli.train import GROUPS, TrainParser, own_arguments
 from qadapter.program import called_as
+from qadapter.training_arguments import UNFIT
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -25,8 +26,7 @@ def test_every_command_explains_itself(command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_a_default_once_and_only_where_there_is_one(command):
     out = " ".join(succeeded(qadapter(command, "--help")).split())
-    if command != "train":  # transformers' parser
-        assert not re.search(r"\(default: (None|False|\[\])\)|\(default: [^)]*\) \(default:", out)
+    assert not re.search(r"\(default: (None|False|\[\])\)|\(default: [^)]*\) \(default:", out)
 
 
 def test_help_and_misspelt_options_wait_for_no_heavy_library():
@@ -67,8 +67,23 @@ def test_version_is_printed():
 
 def test_every_option_of_ours_to_train_has_a_help_text():
     known = TrainParser().by_name
-    ours = [name for group in GROUPS for name in vars(group).get("__annotations__", {})]
+    ours = [name for group in GROUPS.values() for name in own_arguments(group)]
     assert [name for name in ours if not known[name].help] == []
+
+
+def test_the_help_of_train_names_every_option_with_dashes():
+    """But those of transformers that are refused."""
+    named = re.findall(r"--[a-z][\w-]*", succeeded(qadapter("train", "--help")).partition("base model:")[2])
+    options = {f"--{name.replace('_', '-')}" for name in TrainParser().by_name}
+    refused = {f"--{name.replace('_', '-')}" for name in (*UNFIT, "fp16")}
+    assert refused < options
+    assert options - refused <= set(named)
+    assert not set(named) & refused
+    assert not [name for name in named if "_" in name]
+
+
+def test_the_help_of_train_is_no_longer_than_a_person_reads():
+    assert len(succeeded(qadapter("train", "--help")).splitlines()) < 250
 
 
 def test_the_document_is_what_the_commands_say():

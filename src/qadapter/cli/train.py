@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from qadapter.cli import UsageError, did_you_mean, one_line, unknown_option
 from qadapter.cli.options import require
 from qadapter.cli.policies import quiet_datasets, quiet_libraries
+from qadapter.cli.train_help import TEXTS, USAGE, TrainFormatter, help_text
 from qadapter.config import QAdapterConfig
 from qadapter.devices import default_device
 from qadapter.errors import ConfigError, TrainingError
@@ -35,14 +36,14 @@ DESCRIPTION = (
     "Train a Q-Adapter on preference pairs. The command line beats --config, which beats --preset and the defaults; "
     "dashes and underscores are the same in names."
 )
-GROUPS = [
-    ModelArguments,
-    DataArguments,
-    RunArguments,
-    QAdapterConfig,
-    AdapterArguments,
-    QAdapterTrainingArguments,
-]
+GROUPS = {
+    "base model": ModelArguments,
+    "pairs": DataArguments,
+    "run": RunArguments,
+    "method": QAdapterConfig,
+    "LoRA": AdapterArguments,
+    "training": QAdapterTrainingArguments,
+}
 # What TRL's scripts call our options.
 NAMES_IN_TRL = {
     "model_name_or_path": "model",
@@ -63,12 +64,15 @@ class TrainParser(HfArgumentParser):
     """The parser of all groups, and of --config; its errors are UsageErrors."""
 
     def __init__(self) -> None:
-        super().__init__(GROUPS, prog="qadapter train", description=DESCRIPTION, allow_abbrev=False)
+        super().__init__(
+            list(GROUPS.values()), prog="qadapter train", usage=USAGE, description=DESCRIPTION,
+            formatter_class=TrainFormatter, allow_abbrev=False,
+        )  # fmt: skip
         self.add_argument("--config", type=Path, default=None, help="YAML file with any of these options")
         inherited = {field.name: field.metadata.get("help") for field in dataclasses.fields(TrainingArguments)}
         texts = inherited | documented_arguments(QAdapterConfig)
         for action in self._actions:
-            action.help = action.help or texts.get(action.dest)
+            action.help = TEXTS.get(action.dest) or action.help or texts.get(action.dest)
 
     @property
     def by_name(self) -> dict[str, argparse.Action]:
@@ -78,6 +82,13 @@ class TrainParser(HfArgumentParser):
             named.setdefault(action.dest, action)
         return {name: action for name, action in named.items() if name not in ("help", "config")}
 
+    def format_help(self) -> str:
+        """What --help prints."""
+        own = {title: own_arguments(group) for title, group in GROUPS.items()}
+        own["run"] = ["output_dir", "config", *own["run"], "help"]
+        further = {name: self._option_string_actions[f"--{name}"] for name in ("config", "help")}
+        return help_text(self, own, self.by_name | further)
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
         unknown = unknown_option(message)
@@ -85,6 +96,12 @@ class TrainParser(HfArgumentParser):
         recipe = re.match(r"unrecognized arguments: ([^\s-]\S*\.ya?ml)\b", message)
         meant = f"--config {recipe[1]}" if recipe else near and f"--{near.replace('_', '-')}"
         raise UsageError(f"{message}.{did_you_mean(meant)} See qadapter train --help.")
+
+
+def own_arguments(group: type) -> list[str]:
+    """The arguments that transformers' do not hold."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return [field.name for field in dataclasses.fields(group) if field.name not in inherited]
 
 
 def documented_arguments(described: type) -> dict[str, str]:
@@ -195,7 +212,7 @@ def read_yaml(path: Path, parser: TrainParser) -> dict[str, Any]:
     for name, (_, node) in zip(names, entries, strict=True):
         if name in MAPPINGS:
             _refuse_repeated([key for key, _ in _entries(node)], f"{path}: {name}")
-    kinds = {name: kind for group in GROUPS for name, kind in get_type_hints(group).items()}
+    kinds = {name: kind for group in GROUPS.values() for name, kind in get_type_hints(group).items()}
     options = {str(key).replace("-", "_"): value for key, value in values.items()}
     return {name: _typed(path, name, value, known[name], kinds[name]) for name, value in options.items()}
 
@@ -204,7 +221,7 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
     """The option that is meant, our own before those of transformers; None if nothing is near."""
     if name in NAMES_IN_TRL:
         return NAMES_IN_TRL[name]
-    own = [field.name for group in GROUPS[:-1] for field in dataclasses.fields(group)]
+    own = [name for group in GROUPS.values() for name in own_arguments(group)]
     near = difflib.get_close_matches(name, own, n=1) or difflib.get_close_matches(name, known, n=1)
     return near[0] if near else None
 
