@@ -235,22 +235,10 @@ def short_setting(name: str) -> Setting:
 
 
 def noise_small() -> Suite:
-    """The default, `undiscounted` and DPO on a preference that shows in every answer, with ever more pairs swapped.
-
-    With swapped pairs Q-Adapter's policy stays near the base at strength 1, so its dial is measured further up.
-    """
+    """The default, `undiscounted` and DPO on a preference that shows in every answer, with ever more pairs swapped."""
     polite = short_setting("polite")
-    further = replace(
-        polite.measuring, strengths=(*polite.measuring.strengths, 4.0, 8.0),
-        sampled_strengths=(*polite.measuring.sampled_strengths[1:], 4.0, 8.0),
-    )  # fmt: skip
     noisy = (
-        replace(
-            polite,
-            name=f"polite-noise-{noise:g}",
-            measuring=further,
-            training=replace(polite.training, label_noise=noise),
-        )
+        replace(polite, name=f"polite-noise-{noise:g}", training=replace(polite.training, label_noise=noise))
         for noise in (0.3, 0.15)
     )
     smoothing = {"label_smoothing": 0.3}
