@@ -10,6 +10,10 @@ ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "alpha-ratio": [("qadapter", {"alpha_tilde": 0.1, "alpha_0": 0.1 * ratio}) for ratio in (0.5, 0.8, 1.0, 1.25, 2.0)],
     "gamma": [("qadapter", {"gamma": gamma}) for gamma in (1.0, 0.99, 0.95, 0.9)],
     "floor": [("qadapter", {"gamma": 0.95, "discount_floor": floor}) for floor in (0.0, 0.1, 0.25, 0.5)],
+    "default": [
+        ("qadapter", {"gamma": 0.95, "discount_floor": 0.25} | changed)
+        for changed in ({}, {"beta": 1.0}, {"beta": 3.0}, {"beta": 30.0}, {"alpha": 0.03}, {"alpha": 0.3})
+    ],
     "value": [
         ("qadapter", options | {"value_at": place})
         for options in ({}, {"gamma": 0.95})

@@ -20,6 +20,26 @@ def dsp_small() -> Suite:
     return Suite((cpu_settings()["dsp-entertainment"],), CPU_KNOBS, (0, 1, 2), purpose)
 
 
+def rivals_small() -> Suite:
+    """Every method on the domains that `dsp_small` leaves out, with the value of its knob that did well there."""
+    known = cpu_settings()
+    settings = tuple(known[f"dsp-{domain}"] for domain in ("academy", "business", "literature"))
+    knobs: dict[str, list[dict[str, Any]]] = {
+        "qadapter": [DEFAULT],
+        "dpo": [{"beta": 0.1}],
+        "kto": [{"beta": 0.1}],
+        "ipo": [{"beta": 0.3}],
+        "sft-kl": [{"weight": 1.0}],
+        "simpo": [{"beta": 2.0, "margin": 1.0}],
+        "sft": [{}],
+        "replay": [{"weight": 0.3}],
+        "authors": [{"beta": 0.01}],
+        "ppo": [{"kl_coefficient": 0.03, "rollouts": 8}],
+    }
+    purpose = "Every method on the other domains of DSP, with the knob that did well on entertainment; for a CPU."
+    return Suite(settings, knobs, (0, 1, 2), purpose)
+
+
 def cpu() -> Suite:
     """All settings with the two methods that matter most, small."""
     knobs = {"qadapter": CPU_KNOBS["qadapter"], "dpo": CPU_KNOBS["dpo"], "sft": CPU_KNOBS["sft"][:1]}
@@ -267,7 +287,7 @@ def longer_small() -> Suite:
     )  # fmt: skip
     knobs: dict[str, list[dict[str, Any]]] = {
         "qadapter": [DEFAULT, {"beta": 10.0}],
-        "dpo": [{"beta": 0.1, **ONCE}, {"beta": 0.1}, {"beta": 0.3, **ONCE}],
+        "dpo": [{"beta": 0.1, **ONCE}, {"beta": 0.1}, {"beta": 0.3, **ONCE}, {"beta": 0.3}],
     }
     purpose = "The discount with a floor on answers over twice as long as in discount-small, beside γ = 1 and DPO."
     return Suite(settings, knobs, (0, 1, 2), purpose, first=("qadapter", "dpo"))

@@ -23,6 +23,7 @@ from benchmarks.experiments.small_suites import (
     longer_small,
     noise_small,
     other_base_small,
+    rivals_small,
     scales_small,
     threshold_small,
 )
@@ -81,6 +82,7 @@ def medium_ablations() -> Suite:
 SUITES: dict[str, Callable[[], Suite]] = {
     "smoke": smoke,
     "dsp-small": dsp_small,
+    "rivals-small": rivals_small,
     "cpu": cpu,
     "scales-small": scales_small,
     "threshold-small": threshold_small,
