@@ -75,7 +75,6 @@ def contests(
     gain: Measure,
     drift: Measure,
     own: str = OWN,
-    read_by: Measure | None = None,
     form: str = "dial",
     within_reach: bool = True,
 ) -> list[Contest]:
@@ -86,14 +85,16 @@ def contests(
     among the others.
 
     Args:
-        read_by: the drift of the areas, where the same variants and seeds are to be read in another way.
-        within_reach: compare no further than both were measured: what a curve does beyond its last point is not known.
+        within_reach: compare and choose no further than both were measured: what a curve does beyond its last point is
+            not known.
     """
     result, draws = [], Draws()
-    methods = {method: tuned_over([v for v in found if v.method == method], gain, drift, draws)
+    methods = {method: [variant for variant in found if variant.method == method]
                for method in dict.fromkeys(variant.method for variant in found)}  # fmt: skip
     for method in methods if own in methods else ():
-        pair = methods[own] + (methods[method] if method != own else [])
+        both = [methods[name] for name in dict.fromkeys((own, method))]
+        chosen_by = up_to_reach(both, ("dial",) * len(both), gain, drift)[0] if within_reach else drift
+        pair = [variant for side in both for variant in tuned_over(side, gain, chosen_by, draws)]
         seeds = frozenset.intersection(*(variant.seeds for variant in pair))
         if not seeds:
             continue
@@ -105,14 +106,25 @@ def contests(
         for other in forms_of(sides[1], gain):
             if (method, other) == (own, form):
                 continue
-            limit = limit_of(pair[0].results[0], drift)
-            reached = min(reach(side, of, gain, drift) for side, of in zip(sides, (form, other), strict=True))
-            share = min(1.0, reached / limit)
-            cut = share if within_reach and share >= SHORT else 1.0
-            read = replace(read_by or drift, limit=cut * limit)
+            read, share = up_to_reach(sides, (form, other), gain, drift)
+            if not within_reach:
+                read = drift
             areas = (method_area(of, side, gain, read, draws) for side, of in zip(sides, (form, other), strict=True))
             result.append(Contest(*areas, len(seeds), values, alike, share))
     return result
+
+
+def up_to_reach(
+    sides: Sequence[Sequence[Variant]], forms: Sequence[str], gain: Measure, drift: Measure
+) -> tuple[Measure, float]:
+    """The drift as far as some variant of each side was measured, and which share of its limit that is.
+
+    Below a share of SHORT there is nothing to compare, and the limit stays.
+    """
+    limit = limit_of(sides[0][0].results[0], drift)
+    reached = (reach(side, form, gain, drift) for side, form in zip(sides, forms, strict=True))
+    share = min(1.0, *(far / limit for far in reached))
+    return replace(drift, limit=(share if share >= SHORT else 1.0) * limit), share
 
 
 def trained_alike(own: Sequence[Variant], other: Sequence[Variant]) -> bool:
@@ -173,16 +185,27 @@ def against_rival(found: Sequence[Variant], gain: Measure, drift: Measure) -> di
 
 
 def variant_difference(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Interval | None:
-    """Difference of two variants' areas along the dial, on the seeds that both have; None if they share none."""
-    rows = _resampled_difference(one, other, gain, drift, Draws())
+    """Difference of two variants' areas along the dial, on common seeds, up to the drift that both were measured to.
+
+    None if they share no seed, or one was hardly measured.
+    """
+    rows = _difference_within_reach(one, other, gain, drift)
     return None if rows is None else rows.interval
 
 
 def pooled_difference(pairs: Sequence[tuple[Variant, Variant]], gain: Measure, drift: Measure) -> Interval | None:
-    """Its mean over settings, each with its pair of variants; None if a pair shares no seed."""
-    rows = [_resampled_difference(*pair, gain, drift, Draws()) for pair in pairs]
+    """Its mean over settings, each with its pair of variants; None if it is None for a pair."""
+    rows = [_difference_within_reach(*pair, gain, drift) for pair in pairs]
     known = [row for row in rows if row is not None]
     return mean_of_settings(known).interval if len(known) == len(rows) else None
+
+
+def _difference_within_reach(one: Variant, other: Variant, gain: Measure, drift: Measure) -> Estimate | None:
+    seeds = one.seeds & other.seeds
+    if not seeds:
+        return None
+    read, share = up_to_reach([[on_seeds(one, seeds)], [on_seeds(other, seeds)]], ("dial", "dial"), gain, drift)
+    return _resampled_difference(one, other, gain, read, Draws()) if share >= SHORT else None
 
 
 def _resampled_difference(one: Variant, other: Variant, gain: Measure, drift: Measure, draws: Draws) -> Estimate | None:

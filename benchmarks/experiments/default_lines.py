@@ -59,7 +59,8 @@ def default_lines(settings: Settings) -> Iterator[str]:
         yield (
             "**The default** is "
             + ", ".join(f"{name} = {value}" for name, value in QAdapterConfig().to_dict().items())
-            + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it.\n"
+            + ". The variant of the largest area is chosen and measured on the same prompts, which flatters it. Two "
+            "variants are compared up to the drift that both were measured to.\n"
         )
         yield from pooled_default_lines(settings)
         yield "[Why γ = 0.95 with a floor](method.md#the-discount), and what speaks for γ = 1.\n"
@@ -89,7 +90,10 @@ def pooled_default_lines(settings: Settings) -> Iterator[str]:
                 cells += ["–", "–"] if value is None else [bracketed(value), DEFAULT_WORDS[word(value, seeds)]]
             rows.append(cells)
     if rows:
-        yield "Area − the default's, in the mean over the domains of DSP (seeds: the fewest that both have):\n"
+        yield (
+            "Area − the default's, in the mean over the domains of DSP, up to the drift that both were measured to "
+            "(seeds: the fewest that both have):\n"
+        )
         titles = (f"{GAIN_TITLES[gain]} against {DRIFT_TITLES[drift]}" for gain, drift in DEFAULT_YARDSTICKS)
         columns = [column for title in titles for column in (title, "")]
         yield from table(["suite", "domains", "variant", "seeds", *columns], rows)

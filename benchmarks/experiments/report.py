@@ -59,8 +59,10 @@ DEFINITIONS = """## How to read it
 A trade-off curve holds (drift, gain) points along the strength dial, the base being (0, 0). The area is the mean height
 of its envelope (the largest gain at or below a drift) over √(drift / limit) from 0 to 1, in the gain's unit; a curve
 that ends before the limit is flat from there. The lower half is the same over drifts up to a quarter of the limit: the
-mean gain at equal small drift. No area is below 0, since the base is always there to fall back on. In the verdict two
-methods are compared up to the drift that some variant of each was measured to, where that is less than the limit.
+mean gain at equal small drift. No area is below 0, since the base is always there to fall back on. A variant's area is
+the mean of its seeds' areas. In the verdict two methods are compared, and a rival's values of its knob that have fewer
+seeds ruled out, up to the drift that some variant of each was measured to with every seed, where that is less than the
+limit; so are two variants.
 
 Between measured points the envelope is a straight line in drift, which answering a share of the requests at each of the
 two strengths reaches. Along a dial gains grow about with √drift, so that such lines credit too little between points
@@ -71,14 +73,16 @@ the whole curve (benchmarks/LOG.md).
 Gains: the change of the judge's score on sampled answers; its win rate against the base's answers at equal length,
 less ½ (figures up to 2026-11-28 were cut at blanks alone: words joined by line breaks counted as one); the change of
 log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the answers' ends. By the
-first two an answer of which more than {loops:.0%} of the sequences of four words are repeats gains nothing: judges of
-style like loops. (Of answers at a strength of 0.25, nearly the base's, about one in a hundred is such a loop.)
+first two an answer of which more than {loops:.0%} of the sequences of four words are repeats gains nothing (what it
+loses stays): judges of style like loops. (Of answers at a strength of 0.25, nearly the base's, about one in a hundred
+is such a loop.)
 Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the score that
 benchmarks lost, up to 0.04.
 
 Options of Q-Adapter change its preset `undiscounted`, the package's default until 2026-11-29: `beta = 10` has γ = 1.
 
-A method's knob is chosen on one half of the prompts and measured on the other, both ways round. "Dial" is the strength
+A method's knob is chosen on one half of the prompts (every other one) and measured on the other, both ways round; where
+there is nothing to choose, too. "Dial" is the strength
 dial z_b + λ (z̃ − z_b), given to every method (on a DPO LoRA it is DeRa); "scaled" averages weights with the base's
 (WiSE-FT); "by its own knob alone" is the curve through the knob's values at full strength.
 

@@ -134,7 +134,10 @@ def ablation_table(
                 cells.append("–" if value is None else bracketed(value))
             rows.append(cells)
     if rows:
-        yield "Ablations of the preset `undiscounted`: areas against KL along the dial, and the distance to its.\n"
+        yield (
+            "Ablations of the preset `undiscounted`: areas against KL along the dial, and the distance to its, up to "
+            "the drift that both were measured to.\n"
+        )
         columns = [column for gain in gains for column in (f"area: {gain}", "− its")]
         yield from table(["ablation", "method", "variant", "seeds", *columns], rows)
 

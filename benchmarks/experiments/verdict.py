@@ -83,7 +83,8 @@ TERMS = """<details><summary>What the words in the tables mean</summary>
 | short | does not count: one of the two was measured to less than a tenth of the drift's limit |
 | variants | how many each side chose from, Q-Adapter's / the rival's; a star: unlike |
 | up to | the share of the limit that both were measured to: the areas and their halves end there |
-| by √drift | lines straight in √drift join the points; where this disagrees, too few strengths were measured to tell |
+| by √drift | lines straight in √drift join the points, by which knobs and seeds are chosen, too; \
+where this disagrees, too few strengths were measured to tell |
 
 </details>
 """
@@ -123,7 +124,7 @@ def verdict_lines(settings: Settings, plots: Path | None = None) -> Iterator[str
 def in_root(variants: Sequence[Variant], gain: str, drift: str, form: str = "dial") -> list[Contest]:
     """The same contest with DPO, read with lines between measured points that are straight in √drift."""
     pair = [variant for variant in variants if variant.method in (OWN, RIVAL)]
-    return contests(pair, GAINS[gain], DRIFTS[drift], read_by=replace(DRIFTS[drift], root=True), form=form)
+    return contests(pair, GAINS[gain], replace(DRIFTS[drift], root=True), form=form)
 
 
 def threshold_lines(settings: Settings, places: Sequence[Any], folder: str) -> Iterator[str]:
@@ -242,15 +243,16 @@ def goal_lines(title: str, against: Sequence[Comparison]) -> Iterator[str]:
         [says(row.contest, value) for one in (row.contest, row.rooted) for value in (one.whole, one.beyond_goal)]
         for row in against
     ]
-    larger, third, root_larger, root_third = (
-        sum(entry == "met" for entry in column) for column in zip(*words, strict=True)
+    met, behind = (
+        [sum(entry == wanted for entry in column) for column in zip(*words, strict=True)]
+        for wanted in ("met", "behind")
     )
-    behind = sum(row[0] == "behind" for row in words)
     telling = sum(can_tell(row.contest) for row in against)
     yield (
-        f"**{title}: a larger area is met in {larger} of {len(against)} comparisons, a third more gain in the lower "
-        f"half in {third} of {len(against)}; by √drift in {root_larger} and in {root_third}. DPO's area is the larger, "
-        f"outside the interval, in {behind}. Only the {telling} comparisons with several "
+        f"**{title}: a larger area is met in {met[0]} of {len(against)} comparisons, a third more gain in the lower "
+        f"half in {met[1]} of {len(against)}; by √drift in {met[2]} and in {met[3]}. DPO's area is the larger, "
+        f"outside the interval, in {behind[0]}, less than a third more gain is shown in {behind[1]}; by √drift in "
+        f"{behind[2]} and in {behind[3]}. Only the {telling} comparisons with several "
         "seeds, like training and enough reach can be met or lost.**\n"
     )
 
@@ -265,11 +267,20 @@ def count_table(title: str, against: Sequence[tuple[str, Comparison]]) -> Iterat
         own = [row.contest for name, row in telling if name == group]
         words = [says(one, one.whole) for one in own]
         larger, behind = words.count("met"), words.count("behind")
-        third = sum(says(one, one.beyond_goal) == "met" for one in own)
-        counts = (len(own), larger, len(own) - larger - behind, behind, third)
+        goal = [says(one, one.beyond_goal) for one in own]
+        counts = (len(own), larger, len(own) - larger - behind, behind, goal.count("met"), goal.count("behind"))
         rows.append([group, *map(str, counts)])
     yield from table(
-        (title, "can tell", "Q-Adapter's area larger", "neither", "DPO's larger", "a third more at small drift"), rows
+        (
+            title,
+            "can tell",
+            "Q-Adapter's area larger",
+            "neither",
+            "DPO's larger",
+            "a third more at small drift",
+            "less",
+        ),
+        rows,
     )
 
 

@@ -13,6 +13,7 @@ from benchmarks.experiments.contests import (
     gains_at,
     on_seeds,
     pooled,
+    pooled_difference,
     trained_alike,
     variant_difference,
 )
@@ -24,7 +25,7 @@ from benchmarks.experiments.forest import Bar, forest_chart
 from benchmarks.experiments.report import shown_command, up_to
 from benchmarks.experiments.summary import Variant, method_areas, reach, variants
 from benchmarks.experiments.tables import ablation_table, is_usual, threshold_table
-from benchmarks.experiments.verdict import verdict_lines
+from benchmarks.experiments.verdict import against_dpo, verdict_lines
 from benchmarks.experiments.yardsticks import YARDSTICKS, measured_gains, word
 from qadapter import QAdapterConfig
 from qadapter.plots import WIDTH, svg
@@ -209,25 +210,50 @@ def test_ours_with_fewer_seeds_is_a_choice_where_the_contest_has_no_more():
         assert (one.seeds, one.values, one.own.chosen) == (len(seeds), values, (chosen,))
 
 
-def test_both_readings_of_a_contest_are_of_the_same_variants_and_seeds():
-    """A rival's knob of one seed that is the better one only if lines are straight in √KL."""
+def test_a_rival_chooses_by_the_reading_that_it_is_read_by():
+    """Its knob of one seed is the better one only if lines are straight in √KL."""
     late = result("dpo", 0, 1.0, {"knob": 2})
     late["points"] = late["points"][-1:]
     results = [*(result(method, seed, 0.9, {"knob": 1}) for method in ("qadapter", "dpo") for seed in (0, 1)), late]
-    root = replace(DRIFTS["kl"], root=True)
-    (one,), (rooted,) = (
-        contests(variants(results), GAINS["margin"], DRIFTS["kl"], read_by=read_by) for read_by in (None, root)
+    one, rooted = (
+        against_dpo(contests(variants(results), GAINS["margin"], replace(DRIFTS["kl"], root=root)))
+        for root in (False, True)
     )
-    assert (one.seeds, one.values) == (rooted.seeds, rooted.values) == (2, "1 / 1")
-    assert rooted.other.whole.value == pytest.approx(0.9 * 0.25 * 1.005, rel=1e-2)
-    assert contests(variants(results), GAINS["margin"], root)[0].seeds == 1  # what a choice of its own would give
+    assert (one.seeds, one.values) == (2, "1 / 1")
+    assert (rooted.seeds, rooted.values) == (1, "1 / 2")
+    assert rooted.other.whole.value == pytest.approx(0.25, rel=1e-2)
+
+
+def test_a_rival_chooses_as_far_as_both_were_measured():
+    """Its knob of one seed is the better one only at small drifts, where alone Q-Adapter was measured."""
+    early = result("dpo", 0, 1.0, {"knob": 2})
+    for point in early["points"][2:]:
+        point["pairs"]["margin_gain"] = [0.0] * PAIRS
+    repeated = [result("dpo", seed, 0.9, {"knob": 1}) for seed in (0, 1)]
+    for kl, expected in ((0.04, (1, "1 / 2")), (0.25, (2, "1 / 1"))):
+        own = [until(result("qadapter", seed, 0.9), kl) for seed in (0, 1)]
+        one = against_dpo(contests(variants([*repeated, early, *own]), GAINS["margin"], DRIFTS["kl"]))
+        assert (one.seeds, one.values) == expected
+
+
+def test_two_variants_are_compared_as_far_as_both_were_measured():
+    near = [until(result("qadapter", seed, 1.0, {"knob": 1}), 0.04) for seed in (0, 1)]
+    far = [result("qadapter", seed, 1.0, {"knob": 2}) for seed in (0, 1)]
+    little = [until(result("qadapter", seed, 1.0, {"knob": 3}), 0.01) for seed in (0, 1)]
+    one, other, least = variants([*near, *far, *little])
+    value, _, _ = variant_difference(other, one, GAINS["margin"], DRIFTS["kl"])
+    assert value == pytest.approx(0.0, abs=1e-9)
+    assert variant_difference(other, least, GAINS["margin"], DRIFTS["kl"]) is None
+    assert pooled_difference([(one, other), (other, one)], GAINS["margin"], DRIFTS["kl"])[0] == pytest.approx(0.0)
 
 
 def test_comparisons_that_cannot_be_met_and_those_that_are_lost_are_counted():
     page = text([*(result("qadapter", seed, 1.0) for seed in (0, 1)), *(result("dpo", seed, 1.4) for seed in (0, 1))])
-    assert "DPO's area is the larger, outside the interval, in 2. Only the 2 comparisons with several seeds" in page
+    assert "outside the interval, in 2, less than a third more gain is shown in 2; by √drift in 2 and in 2." in page
+    assert "Only the 2 comparisons with several seeds" in page
     page = text([result("dpo", 0, 1.4), result("qadapter", 0, 1.0)])
-    assert "outside the interval, in 0. Only the 0 comparisons with several seeds" in page
+    assert "outside the interval, in 0, less than a third more gain is shown in 0; by √drift in 0 and in 0." in page
+    assert "Only the 0 comparisons" in page
 
 
 def test_domains_are_pooled_and_resampled_each_by_itself():
