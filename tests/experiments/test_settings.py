@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from judge_server import serving
 
 from benchmarks.experiments import own_pairs
 from benchmarks.experiments.__main__ import main
@@ -209,17 +210,31 @@ def test_auto_is_a_dtype_and_a_given_one_stays():
     assert fast_dtype("float32") == "float32"
 
 
-def test_stored_samples_can_be_judged_later(tmp_path):
+def test_stored_samples_can_be_judged_later(tmp_path, monkeypatch):
+    """By a rule, and by a language model behind an endpoint."""
     results = tmp_path / "results"
     store = Store(results / "smoke", tmp_path / "work")
-    cell = Cell.of(SMOKE, "sft", {}, 0)
+    # Answers that are the base's own are a tie without a question.
+    cell = Cell.of(replace(SMOKE, training=replace(SMOKE.training, learning_rate=0.3)), "sft", {}, 0)
     Runner(store, tmp_path, say=lambda line: None).run([cell])
-    command = ["judge", "--suite", "smoke", "--judge", "rule:max-words=3", "--results", str(results)]
-    command += ["--work", str(store.work)]
-    assert main(command) == 0
-    judged = json.loads((store.results / "judged" / store.path(cell).name).read_text())
-    assert set(judged["win_rates"]) == {"strength=1", "threshold=1", "scale=0.5"}
-    assert main(command) == 1  # nothing is left to judge
+    command = ["judge", "--suite", "smoke", "--results", str(results), "--work", str(store.work), "--judge"]
+
+    def judged(judge):
+        assert main([*command, judge]) == 0
+        return json.loads((store.results / "judged" / store.path(cell).name).read_text())["win_rates"]
+
+    assert set(judged("rule:max-words=3")) == {"strength=1", "threshold=1", "scale=0.5"}
+    assert main([*command, "rule:max-words=3"]) == 1  # nothing is left to judge
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with serving(lambda handler, attempt, body: handler.say("TIE")) as server:
+        rates = judged(f"endpoint:{server.url}#m")
+        assert server.requests
+        stored = (store.work / "samples" / f"{store.path(cell).stem}.jsonl").read_text().splitlines()
+        prompts = {json.loads(line)["prompt"][-1]["content"] for line in stored}
+        assert all(any(prompt in str(body["messages"]) for prompt in prompts) for _, _, body in server.requests)
+    assert {rate["rate"]["value"] for rate in rates.values()} == {0.5}
 
 
 def test_the_kl_penalty_of_the_suites_is_the_preset():
