@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from qadapter.evaluation.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,7 +38,9 @@ def write(
     output: Path | None, name: str, device: str, dtype: str, versions: Mapping[str, str | None], **found: Any
 ) -> Path:
     """Write command, device, versions and what was found into `output`, or into results/NAME.json; the path of it."""
-    processor = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    processor = environment(torch.device(device))["device"]
+    if device == "cpu":
+        processor += f" ({torch.backends.cpu.get_cpu_capability()})"
     report = {
         "command": command(),
         "device": f"{processor}, {torch.get_num_threads()} threads",

@@ -39,7 +39,7 @@ ARCHITECTURES = {
         "tie_word_embeddings": False,
         "attn_implementation": "eager",
     },
-    "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4, "layer_types": None},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4},
     "phi": {"model_type": "phi"},
     "gpt_neox": {"model_type": "gpt_neox"},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -79,6 +79,9 @@ def tiny_base(architecture="llama", dtype=torch.float32, seed=0, **changes):
     sizes = {name: value for name, value in SIZES.items() if architecture != "gpt2" or "_token_id" in name}
     if architecture == "gpt2":
         sizes["vocab_size"] = VOCABULARY
+    if architecture == "gemma3":  # it would make every sixth layer a global one
+        depth = special.get("num_hidden_layers", sizes["num_hidden_layers"])
+        special["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(depth)]
     config = AutoConfig.for_model(**{**sizes, **special})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     randomise(model, seed)

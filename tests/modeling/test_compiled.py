@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def backend(request, monkeypatch):
-    """Traced but run eagerly, without a CPU compiler's minutes: tracing, shapes and streams may go wrong here."""
+    """Traced but mostly run eagerly, without a compiler's minutes: tracing, shapes and streams may go wrong here."""
     chosen, compile_module = getattr(request, "param", "aot_eager"), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=chosen, **kw))
     torch.compiler.reset()
@@ -38,6 +38,7 @@ def backend(request, monkeypatch):
     ("architecture", "backend", "layers", "sizes"),
     [
         ("llama", "aot_eager", 2, (4, 3)),
+        ("llama", "inductor", 1, (4,)),  # what users' runs are compiled by
         # What differs is the forward pass; tracing the backward one, too, would take minutes.
         *((name, "eager", 1, (4,)) for name in FAST_PATHS if name != "llama"),
     ],

@@ -464,6 +464,23 @@ def test_generate_is_compiled_once_for_all_strengths_and_weights(composed):
     assert graphs[-1] == graphs[-2] == graphs[-3] + 1  # one for all thresholds
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's own
+def test_compiled_answers_are_those_of_eager_passes():
+    """By the compiler that users have, on a layer; tracing more of them is tested above, at a hundredth of the time."""
+    policy = models.tiny_policy(models.tiny_base(num_hidden_layers=1))
+    config = CompileConfig(mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options["strength"] = torch.tensor([0.0, 0.7, -0.3])
+    torch.compiler.reset()
+    expected = policy.generate(IDS, **options)
+    ours = policy.generate(IDS, **options, cache_implementation="static", compile_config=config)
+    torch.compiler.reset()
+    assert torch.equal(ours.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+
+
 def test_the_models_own_callable_strength_is_asked_where_a_call_gives_none(policy):
     expected = [logits(policy, strength=0.3), policy.generate(IDS, max_new_tokens=4, do_sample=False, strength=0.3)]
     with policy.dial(strength=lambda state: 0.3):
