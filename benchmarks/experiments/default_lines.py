@@ -63,7 +63,10 @@ def default_lines(settings: Settings) -> Iterator[str]:
             "variants are compared up to the drift that both were measured to.\n"
         )
         yield from pooled_default_lines(settings)
-        yield "[Why γ = 0.95 with a floor](method.md#the-discount), and what speaks for γ = 1.\n"
+        yield (
+            "[Why γ = 0.95 with a floor](method.md#the-discount), and what speaks for γ = 1. β and α were chosen with "
+            "γ = 1 ([ablations-small](results/ablations-small.md): one domain, the margin alone, mostly one seed).\n"
+        )
         yield "<details><summary>The default beside the best other variant</summary>\n"
         yield from lines
         yield "\n</details>\n"
