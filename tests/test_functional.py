@@ -1,4 +1,4 @@
-"""Every formula of `functional.py` against the loops of `oracle.py`, and the identities of the method."""
+"""The policy and the loss of `functional.py` against the loops of `oracle.py`, and the identities of the method."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def loss_of(batch, setting, gamma=1.0, beta=0.0, length_normalised=False, label_
     rewards, _, values, _, _ = rewards_of(*batch, *setting, gamma, floor)
     mask = batch[-1]
     returns = functional.response_returns(rewards, values, mask, gamma, length_normalised, floor)
-    penalty = functional.reward_penalty(rewards, mask)
+    penalty = functional.pair_means(rewards.square(), mask)
     return functional.preference_loss(returns, penalty, beta, label_smoothing)
 
 
@@ -191,7 +191,7 @@ def test_the_mean_of_a_pair_is_over_the_tokens_of_both_answers():
     values = torch.tensor([[1.0, 2.0, 9.0], [5.0, 9.0, 9.0], [6.0, 9.0, 9.0], [3.0, 4.0, 8.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]).bool()
     assert functional.pair_means(values, mask).tolist() == [3.0, 5.0]
-    assert functional.reward_penalty(values, mask).tolist() == pytest.approx([41 / 3, (25 + 9 + 16 + 64) / 4])
+    assert functional.pair_means(values.square(), mask).tolist() == pytest.approx([41 / 3, (25 + 9 + 16 + 64) / 4])
 
 
 def test_an_answer_without_tokens_has_no_return_and_no_penalty():
@@ -213,7 +213,7 @@ def test_identity_3_residual_loss_is_dpo():
     z_theta[3:, 0], z_base[3:, 0] = z_theta[:3, 0], z_base[:3, 0]
     loss = loss_of(batch, ("residual", kappa, kappa))
     _, _, _, policy_logps, base_logps = rewards_of(*batch, "residual", kappa, kappa)
-    chosen, rejected = functional.log_ratios(policy_logps, base_logps, mask).chunk(2)
+    chosen, rejected = ((policy_logps - base_logps) * mask).sum(-1).chunk(2)
     dpo = [math.log(1 + math.exp(-kappa * margin)) for margin in (chosen - rejected).tolist()]
     assert loss.tolist() == pytest.approx(dpo, rel=1e-12)
 
@@ -289,8 +289,3 @@ def test_authors_released_loss_is_reproduced(case):
         **{name: golden[name] for name in ("alpha_tilde", "alpha_0", "gamma", "beta")},
     )
     assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
-
-
-def test_the_share_above_a_threshold():
-    kls = torch.tensor([0.0, 0.1, 0.2, 0.4], dtype=torch.float64)
-    torch.testing.assert_close(functional.shrinkage(kls, 0.1), torch.tensor([0.0, 0.0, 0.5, 0.75], dtype=torch.float64))

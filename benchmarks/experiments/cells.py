@@ -7,12 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.settings import Setting
+from benchmarks.experiments.settings import Measuring, Setting, Training
 from qadapter.evaluation.part_store import jsonable
 from qadapter.new_folders import whole_file
 
 # Raise it when the meaning of a result changes: old files are then not taken for new ones.
 RESULT_VERSION = 1
+# Fields that are younger than many results, by what they are of, and the value that leaves a cell's key as it was.
+YOUNGER: dict[type, dict[str, Any]] = {
+    Setting: {"prepared_by": None},
+    Training: {"packed": False},
+    Measuring: {"threshold": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,10 @@ class Cell:
 
     def described(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as JSON."""
-        setting = jsonable(asdict(self.setting))
-        # These are younger than many results, whose keys shall not change.
-        if not setting["measuring"]["threshold"]:
-            del setting["measuring"]["threshold"]
-        for training in (setting["training"], setting["prepared_by"]):
-            if training and not training["packed"]:
-                del training["packed"]
-        if not setting["prepared_by"]:
-            del setting["prepared_by"]
+        setting = _without_younger(jsonable(asdict(self.setting)), Setting)
+        setting["measuring"] = _without_younger(setting["measuring"], Measuring)
+        for name in {"training", "prepared_by"} & setting.keys():
+            setting[name] = _without_younger(setting[name], Training)
         return {
             "version": RESULT_VERSION,
             "setting": setting,
@@ -69,6 +70,13 @@ class Cell:
         options = "_".join(f"{name}-{value}" for name, value in self.options)
         parts = [self.setting.name, self.method.replace(":", "-"), options, f"s{self.seed}", self.key]
         return "__".join(part for part in parts if part).replace("/", "-")
+
+
+def _without_younger(described: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The fields of a dataclass but those that leave the key as it was."""
+    return {
+        name: value for name, value in described.items() if name not in YOUNGER[kind] or value != YOUNGER[kind][name]
+    }
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qadapter import functional
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.fused import TokenStatistics
-from qadapter.objective import implied
+from qadapter.objective import implied, loss_and_penalty
 
 
 def dpo(
@@ -55,7 +55,7 @@ def kto(statistics: TokenStatistics, mask: Tensor, beta: float, mismatched: Tens
         mismatched: log-ratios (B,) of answers to other prompts; their mean, at least 0, is the baseline.
     """
     baseline = mismatched.mean().clamp(min=0)
-    chosen, rejected = functional.log_ratios(statistics.logps, statistics.base_logps, mask).chunk(2)
+    chosen, rejected = log_ratios(statistics, mask).chunk(2)
     return (2 - torch.sigmoid(beta * (chosen - baseline)) - torch.sigmoid(beta * (baseline - rejected))) / 2
 
 
@@ -116,9 +116,7 @@ def qadapter(
         "residual": q.square(),
         "advantage": ((q - values) * mask).square(),
     }[penalty or config.penalty]
-    loss = functional.preference_loss(
-        returns, functional.pair_means(penalised, mask), config.beta, config.label_smoothing
-    )
+    loss, _ = loss_and_penalty(returns, penalised, mask, config)
     return loss + sft_weight * chosen_nll(statistics, mask)
 
 
@@ -140,12 +138,21 @@ def shifted(completion_mask: Tensor) -> Tensor:
     return F.pad(completion_mask[:, :-1], (1, 0))
 
 
+def log_ratios(statistics: TokenStatistics, mask: Tensor) -> Tensor:
+    """Σ_t log π̃(a_t|s_t) − log π_b(a_t|s_t) of each row (B,): how much more likely the policy finds the response.
+
+    Args:
+        mask: (B, T) which tokens count, or with what weight.
+    """
+    return ((statistics.logps - statistics.base_logps) * mask).sum(-1)
+
+
 def log_ratio_margins(statistics: TokenStatistics, mask: Tensor, per_token: bool = False) -> Tensor:
     """Log-ratio of the chosen minus that of the rejected answer, (P,); `per_token`, each over its own length.
 
     Args:
         mask: (B, T) which tokens count, or with what weight.
     """
-    ratios = functional.log_ratios(statistics.logps, statistics.base_logps, mask)
+    ratios = log_ratios(statistics, mask)
     chosen, rejected = (ratios / mask.sum(-1).clamp(min=1) if per_token else ratios).chunk(2)
     return chosen - rejected

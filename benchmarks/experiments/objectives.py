@@ -9,7 +9,6 @@ from torch import Tensor
 
 from benchmarks.experiments import losses
 from qadapter.data.base_limits import RETAINED
-from qadapter.functional import log_ratios
 from qadapter.fused import TokenStatistics
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.objective import response_mask, with_retention
@@ -77,7 +76,7 @@ def kto(beta: float) -> Objective:
         mixed = mismatched(batch)
         with torch.no_grad():
             other = TokenStatistics(*wrapped(**mixed))
-            ratios = log_ratios(other.logps, other.base_logps, response_mask(mixed))
+            ratios = losses.log_ratios(other, response_mask(mixed))
         return losses.kto(TokenStatistics(*wrapped(**batch)), response_mask(batch), beta, ratios)
 
     return objective

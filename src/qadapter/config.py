@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "discount_floor": 0.0,
     },
     # The numbers of the paper and its released scripts, in their parametrisation. The released loss itself differs
-    # further (method.md lists how); it lives in the tests and benchmarks as a named baseline.
+    # further (method.md lists how); it is a named baseline of the benchmarks.
     "authors": {
         "parametrisation": "logits",
         "alpha_tilde": 1.0,

@@ -7,9 +7,9 @@ optimum of both. With z_b the base model's logits and z_θ the logits with the a
 
     policy    π̃(a|s) ∝ exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃]
     value     V(s)    = α̃ log Σ_a exp[(Q(s,a) + α₀ log π_b(a|s)) / α̃],  and 0 after the last token
-    weight    w_t     = max(γᵗ, f), f = 0 in the paper; so the discount of a step is γ_t = w_{t+1} / w_t
+    weight    w_t     = max(γᵗ, f); so the discount of a step is γ_t = w_{t+1} / w_t (the paper: γ)
     reward    r_t     = Q(s_t,a_t) − γ_t V(s_{t+1})
-    return    R = Σ_t w_t r_t − V(s_0), or that over the response's length (`length_normalised`)
+    return    R = Σ_t w_t r_t − V(s_0) (the paper: Σ_t r_t), or that over the response's length (`length_normalised`)
     loss      −log σ(R(chosen) − R(rejected)) + β · mean over the pair's response tokens of r_t²,
               or of KL(π̃(·|s_t) ‖ π_b(·|s_t)) instead (`penalty: kl`; not in the paper)
     retention ρ · mean of KL(π̃ ‖ π_b) over the tokens of a text that no pair speaks of (not in the paper)
@@ -124,13 +124,8 @@ def response_returns(
     return returns / mask.sum(-1).clamp(min=1) if length_normalised else returns
 
 
-def reward_penalty(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Mean of r_t² over the response tokens of both answers of a pair; (P,) from (2P, T)."""
-    return pair_means(rewards.square(), mask)
-
-
 def pair_means(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the response tokens of both answers of a pair; (P,) from (2P, T).
+    """Mean over the response tokens of both answers of a pair; (P,) from (2P, T). Of r_t² it is the penalty.
 
     It is taken a pair at a time so that a pair's loss does not depend on its batch mates.
     """
@@ -148,11 +143,6 @@ def preference_loss(returns: Tensor, penalty: Tensor, beta: float = 0.0, label_s
     margins = chosen - rejected
     bradley_terry = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
     return bradley_terry + beta * penalty
-
-
-def log_ratios(policy_logps: Tensor, base_logps: Tensor, mask: Tensor) -> Tensor:
-    """Σ_t log π̃(a_t|s_t) − log π_b(a_t|s_t) of each row (B,): how much more likely the policy finds the response."""
-    return ((policy_logps - base_logps) * mask).sum(-1)
 
 
 def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:

@@ -45,11 +45,8 @@ def pair_losses(
         retained: which of the pairs are texts, see `with_retention`.
     """
     _, values, rewards, returns = implied(statistics, mask, config)
-    if config.penalty == "kl":
-        penalty = functional.pair_means(statistics.kl, mask)
-    else:
-        penalty = functional.reward_penalty(rewards, mask)
-    losses = functional.preference_loss(returns, penalty, config.beta, config.label_smoothing)
+    penalised = statistics.kl if config.penalty == "kl" else rewards.square()
+    losses, penalty = loss_and_penalty(returns, penalised, mask, config)
     losses = with_retention(losses, statistics, mask, config.retention, retained)
     with torch.no_grad():
         quantities = {
@@ -62,6 +59,17 @@ def pair_losses(
             "entropy": statistics.entropy,
         }
     return losses, quantities
+
+
+def loss_and_penalty(returns: Tensor, penalised: Tensor, mask: Tensor, config: QAdapterConfig) -> tuple[Tensor, Tensor]:
+    """Loss and penalty of each pair, both (P,).
+
+    Args:
+        returns: of the responses, (2P,).
+        penalised: of each token, (2P, T): what β weighs the mean of.
+    """
+    penalty = functional.pair_means(penalised, mask)
+    return functional.preference_loss(returns, penalty, config.beta, config.label_smoothing), penalty
 
 
 def with_retention(

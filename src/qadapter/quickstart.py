@@ -21,11 +21,11 @@ from qadapter.data import load_preference_dataset
 from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.drift_figures import drift_figures
+from qadapter.evaluation.house_style import follows_house_style
 from qadapter.evaluation.intervals import Interval, wilson
 from qadapter.evaluation.preferences import paired, preference_figures
 from qadapter.evaluation.progress import Advance, bars, lines, progress_bar
 from qadapter.evaluation.report import REPORT_FILES, QuickstartResult
-from qadapter.evaluation.rules import follows_house_style
 from qadapter.evaluation.texts import load_pairs, neutral_texts
 from qadapter.evaluation.workload import BUILTIN
 from qadapter.generation import Answer, Sampling, generate_texts

@@ -182,7 +182,9 @@ def test_a_key_changes_with_the_setting_and_not_with_the_order_of_options():
     ],
 )
 def test_a_finished_cell_keeps_its_key(suite, setting, method, options, key):
-    """Another key would throw results away: raise RESULT_VERSION where their meaning changes, else leave fields be."""
+    """Another key would throw results away: RESULT_VERSION is raised where their meaning changes, and a new field of
+    the settings goes into YOUNGER (`cells.py`).
+    """
     (setting,) = narrowed(make_suite(suite), [setting], dtype="float32").settings
     assert Cell.of(setting, method, options, 0).key == key
 

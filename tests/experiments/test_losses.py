@@ -1,7 +1,8 @@
 """The baselines' losses: TRL's own numbers on whole models, and the definitions on full logits."""
 
+import inspect
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -129,9 +130,30 @@ def test_kto_is_trls(base, policy, tmp_path):
     same(ours(objectives.kto(0.3), policy, batch), expected)
 
 
-@pytest.mark.parametrize("penalty", ["reward", "kl"])
-def test_the_package_objective_is_the_default_of_ours(policy, batch, penalty):
-    config = QAdapterConfig(alpha_tilde=0.5, alpha_0=0.2, beta=3.0, gamma=0.9, penalty=penalty)
+# Every setting with another value than the default's.
+OTHER = {
+    "parametrisation": "logits",
+    "alpha_tilde": 0.7,
+    "alpha_0": 0.3,
+    "gamma": 0.8,
+    "beta": 1.0,
+    "penalty": "kl",
+    "length_normalised": True,
+    "label_smoothing": 0.2,
+    "discount_floor": 0.5,
+    "retention": 1.0,  # of texts, of which the batch has none
+}
+
+
+def test_no_setting_is_taken_for_an_option_of_the_loss():
+    options = inspect.signature(losses.qadapter).parameters
+    assert set(OTHER) == {setting.name for setting in fields(QAdapterConfig)}
+    assert OTHER.keys() & options.keys() == {"penalty"}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_the_package_objective_is_the_default_of_ours(policy, batch, name):
+    config = QAdapterConfig(**{"alpha_tilde": 0.5, "alpha_0": 0.2, "beta": 3.0, "gamma": 0.9, name: OTHER[name]})
     policy.configs["default"] = config
     statistics = policy.token_statistics(**batch)
     mask = response_mask(batch)

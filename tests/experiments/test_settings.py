@@ -12,6 +12,7 @@ from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.ablations import KL_PENALTY
 from benchmarks.experiments.cells import Cell, Store, read_results
 from benchmarks.experiments.judges import RightAnswerJudge, StyleJudge, equal_length_wins, held_out_accuracy, repetition
+from benchmarks.experiments.methods import MAIN_KNOBS, METHODS, TITLES
 from benchmarks.experiments.named_settings import capitals, hh, terse
 from benchmarks.experiments.pools import in_rounds, load_pools, with_noise
 from benchmarks.experiments.report import write_report
@@ -208,6 +209,10 @@ def test_repetition_counts_sequences_of_four_words():
 def test_auto_is_a_dtype_and_a_given_one_stays():
     assert fast_dtype("auto") in ("float32", "bfloat16")
     assert fast_dtype("float32") == "float32"
+
+
+def test_every_method_has_a_title_and_a_knob():
+    assert TITLES.keys() == MAIN_KNOBS.keys() == METHODS.keys() | {"qadapter-logits"}
 
 
 def test_stored_samples_can_be_judged_later(tmp_path, monkeypatch):

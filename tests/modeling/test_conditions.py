@@ -182,3 +182,9 @@ def test_reasoning_that_the_template_opens_in_the_prompt_is_protected():
         written = torch.tensor([tokenizer(answer)["input_ids"]] * 2)
         state = StepState(torch.cat([prompt, written], dim=1), prompt.shape[1])
         assert condition(state).tolist() == strengths
+
+
+def test_a_mark_that_opens_and_closes_alike_is_not_opened_by_the_end_of_a_prompt():
+    condition = OffInside(models.tiny_tokenizer(), regions={"$$": "$$", "<sql>": "</sql>"})
+    assert [condition.off(text) for text in ("so $$x^2", "so $$x^2$$ is", "so $$x$$ and $$y")] == [True, False, True]
+    assert [condition.opened(text) for text in ("Solve $$x = 4$$", "Query: <sql>")] == ["", "<sql>"]

@@ -89,9 +89,13 @@ class OffInside:
         return 0.0 if self.off(self.opened(prompt_end) + answer) else self.strength
 
     def opened(self, prompt: str) -> str:
-        """The mark with which `prompt` ends, "" if it ends with none: some templates open the reasoning themselves."""
+        """The mark with which `prompt` ends, "" if it ends with none: some templates open the reasoning themselves.
+
+        Of a mark that also closes its region it cannot be said which it does here: it counts as closing.
+        """
         marks = [mark.group() for mark in self._mark.finditer(prompt)] if self._mark else []
-        return marks[-1] if marks and prompt.rstrip().endswith(marks[-1]) else ""
+        last = marks[-1] if marks and prompt.rstrip().endswith(marks[-1]) else ""
+        return "" if self.regions.get(last) == last else last
 
     def off(self, text: str) -> bool:
         """Whether the end of `text` lies inside a protected region."""

@@ -1,11 +1,13 @@
 """Judges: exact rules, the judges that are refused, and how verdicts become a win rate."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from qadapter import QAdapterError
 from qadapter.evaluation.judges import Verdict, judge_all, make_judge, win_rate
+from qadapter.evaluation.judges.rules import RULES
 from qadapter.generation import Answer
 
 # -- rules -----------------------------------------------------------------------------------------------------------
@@ -132,3 +134,9 @@ def test_order_bias_is_the_share_of_flipped_verdicts():
     bias = win_rate(verdicts).order_bias
     assert bias.value == pytest.approx(1 / 3)
     assert bias.n == 3
+
+
+def test_every_rule_is_documented():
+    document = Path(__file__).parents[3] / "docs" / "evaluation.md"
+    for text in (make_judge.__doc__, document.read_text(encoding="utf-8")):
+        assert [name for name in RULES if f"rule:{name}" not in text] == []

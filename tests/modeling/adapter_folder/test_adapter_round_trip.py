@@ -1,5 +1,6 @@
 """A policy loaded from its folder is the policy that was saved: logits bit by bit, settings, weights, penalty."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ from models import APART, lora, tiny_base, tiny_policy, tiny_tokenizer, train_ra
 from saved_adapters import REAL, build, change_json, load, logits_of
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
+from qadapter.config import ADDED_LATER
 from qadapter.errors import AdapterFormatError
 from qadapter.modeling.manifest import MANIFEST_NAME, read_manifest
 
@@ -125,7 +127,14 @@ def test_two_adapters_are_saved_and_loaded_together(tmp_path):
         load(tmp_path, base_model=tiny_base())
 
 
-@pytest.mark.parametrize(("name", "meant"), [("penalty", "reward"), ("discount_floor", 0.0), ("retention", 0.0)])
+def test_every_setting_is_of_the_first_folders_or_has_what_it_meant_before_it_came():
+    """A setting that is in neither would make every folder that is there unreadable."""
+    first = {"parametrisation", "alpha_tilde", "alpha_0", "gamma", "beta", "length_normalised", "label_smoothing"}
+    assert {setting.name for setting in dataclasses.fields(QAdapterConfig)} == first | ADDED_LATER.keys()
+    assert not first & ADDED_LATER.keys()
+
+
+@pytest.mark.parametrize(("name", "meant"), ADDED_LATER.items())
 def test_a_folder_from_before_a_setting_means_what_it_was_trained_with(folder, name, meant):
     content = json.loads((folder / MANIFEST_NAME).read_text())
     del content["adapters"]["default"][name]

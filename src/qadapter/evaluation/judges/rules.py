@@ -8,9 +8,9 @@ import regex
 
 from qadapter.data.files import refuse_constant
 from qadapter.errors import ConfigError, DataError
+from qadapter.evaluation.house_style import follows_house_style, sentence_count
 from qadapter.evaluation.judges.verdicts import Comparison, Verdict
 from qadapter.evaluation.progress import Advance
-from qadapter.evaluation.rules import follows_house_style, sentence_count
 from qadapter.generation import Answer
 
 Rule = Callable[[Answer], bool]

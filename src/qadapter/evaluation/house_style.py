@@ -1,4 +1,4 @@
-"""Exact rule judges: what a style means, as functions of the answer's text."""
+"""The house style of the quickstart: what it means, as functions of the answer's text."""
 
 import re
 
