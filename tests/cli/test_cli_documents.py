@@ -121,10 +121,27 @@ def test_the_presets_in_the_documents_are_the_code_s():
         )
 
 
-def test_the_readme_counts_what_the_results_count():
-    counts = re.findall(r"\d+ of \d+", next(line for line in README.read_text().splitlines() if "than DPO" in line))
-    verdict = next(line for line in (ROOT / "docs" / "results.md").read_text().splitlines() if "**Against DPO:" in line)
-    assert counts == re.findall(r"\d+ of \d+", verdict)
+def test_the_readme_has_the_verdict_of_the_results():
+    """Its counts, and the areas in the mean over domains; the larger one is bold where the page says so."""
+    own = README.read_text().partition("### Against DPO")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "results.md").read_text()
+    verdict = next(line for line in page.splitlines() if "**Against DPO:" in line)
+    wins, total, thirds, _, root_wins, root_thirds, losses, fewer, root_losses, root_fewer, telling = re.findall(
+        r"(?<!√)\b\d+\b", verdict
+    )
+    prose = own.rpartition("|\n")[2]
+    told = [wins, total, losses, telling, thirds, total, fewer, root_wins, root_losses, root_thirds, root_fewer]
+    assert re.findall(r"\b\d+\b", prose.partition("\nWith answers")[0]) == told
+    means = page.partition("**The mean over the domains of DSP**")[2].partition("<details>")[0]
+    yardsticks = [(gain, drift) for gain in ("judged samples", "margin") for drift in ("KL", "KL on prose")]
+    rows = re.findall(r"^\| \[[^]]+\]\(docs/results/([\w-]+)\.md\) \| (.*) \|$", own, re.MULTILINE)
+    assert len(rows) == 3
+    for suite, cells in rows:
+        for cell, (gain, drift) in zip(cells.split(" | "), yardsticks, strict=True):
+            line = next(line for line in means.splitlines() if f"/{suite}.md) | {gain} | {drift} |" in line)
+            ours, dpos, _, word = (part.strip() for part in line.split("|")[4:8])
+            bold = {"met": f"**{ours}** / {dpos}", "behind": f"{ours} / **{dpos}**"}
+            assert cell == bold.get(word, f"{ours} / {dpos}")
 
 
 # torch says so on every machine without a GPU.
