@@ -93,7 +93,10 @@ def contests(
                for method in dict.fromkeys(variant.method for variant in found)}  # fmt: skip
     for method in methods if own in methods else ():
         both = [methods[name] for name in dict.fromkeys((own, method))]
-        chosen_by = up_to_reach(both, ("dial",) * len(both), gain, drift)[0] if within_reach else drift
+        chosen_by = drift
+        if within_reach:
+            reached = [tuned_over(side, gain, drift, draws) if side[0].method == OWN else side for side in both]
+            chosen_by, _ = up_to_reach(reached, ("dial",) * len(both), gain, drift)
         pair = [variant for side in both for variant in tuned_over(side, gain, chosen_by, draws)]
         seeds = frozenset.intersection(*(variant.seeds for variant in pair))
         if not seeds:

@@ -83,8 +83,8 @@ TERMS = """<details><summary>What the words in the tables mean</summary>
 | short | does not count: one of the two was measured to less than a tenth of the drift's limit |
 | variants | how many each side chose from, Q-Adapter's / the rival's; a star: unlike |
 | up to | the share of the limit that both were measured to: the areas and their halves end there |
-| by √drift | lines straight in √drift join the points, by which knobs and seeds are chosen, too; \
-where this disagrees, too few strengths were measured to tell |
+| by √drift | lines straight in √drift join the points, by which knobs and seeds are chosen, too (seeds, variants and \
+"up to" are the first reading's); where this disagrees, too few strengths were measured to tell |
 
 </details>
 """
@@ -240,7 +240,7 @@ def goal_lines(title: str, against: Sequence[Comparison]) -> Iterator[str]:
     if not against:
         return
     words = [
-        [says(row.contest, value) for one in (row.contest, row.rooted) for value in (one.whole, one.beyond_goal)]
+        [says(one, value) for one in (row.contest, row.rooted) for value in (one.whole, one.beyond_goal)]
         for row in against
     ]
     met, behind = (
@@ -304,7 +304,7 @@ def against_dpo(found: Sequence[Contest], form: str = "dial") -> Contest | None:
 
 def contest_cells(one: Contest, rooted: Contest) -> list[str]:
     """A contest in the columns of CONTEST; `rooted` is the same one, read by √drift."""
-    larger = [says(one, one.whole), bracketed(rooted.whole), says(one, rooted.whole)]
+    larger = [says(one, one.whole), bracketed(rooted.whole), says(rooted, rooted.whole)]
     goals = [ratio_of(one), bracketed(one.beyond_goal), says(one, one.beyond_goal)]
     kind = [str(one.seeds), one.values, f"{one.share:.2f}"]
     return [*kind, *areas_of(one), *larger, *goals]

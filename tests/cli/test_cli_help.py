@@ -72,10 +72,10 @@ def test_every_option_of_ours_to_train_has_a_help_text():
 
 
 def test_the_help_of_train_names_every_option_with_dashes():
-    """But those of transformers that are refused."""
+    """But those of transformers that are refused, and --debug, which is every command's."""
     named = re.findall(r"--[a-z][\w-]*", succeeded(qadapter("train", "--help")).partition("base model:")[2])
     options = {f"--{name.replace('_', '-')}" for name in TrainParser().by_name}
-    refused = {f"--{name.replace('_', '-')}" for name in (*UNFIT, "fp16")}
+    refused = {f"--{name.replace('_', '-')}" for name in (*UNFIT, "fp16", "debug")}
     assert refused < options
     assert options - refused <= set(named)
     assert not set(named) & refused

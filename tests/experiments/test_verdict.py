@@ -642,3 +642,28 @@ def test_the_mean_over_domains_is_first_told_where_it_can_be_told_and_then_whole
     assert row.endswith("| met | 1.40 | met |")
     assert "| [t](results/t.md) | margin | KL |" not in first
     assert "| [t](results/t.md) | 2 | margin | KL | 1 |" in whole
+
+
+def test_each_reading_is_judged_by_its_own_seeds():
+    """By √KL the rival's knob of one seed is chosen: a loss on one seed is no loss."""
+    late = result("dpo", 0, 1.0, {"knob": 2})
+    late["points"] = late["points"][-1:]
+    own = [result("qadapter", seed, 0.4) for seed in (0, 1)]
+    page = text([*own, *(result("dpo", seed, 0.9, {"knob": 1}) for seed in (0, 1)), late])
+    (line,) = [line for line in page.splitlines() if line.startswith("| s | x | margin | KL | 2 | 1 / 1 |")]
+    assert "| behind |" in line
+    assert "| one seed, behind |" in line
+    assert "less than a third more gain is shown in 2; by √drift in 0 and in 0." in page
+
+
+def test_what_q_adapter_does_not_choose_from_does_not_choose_for_the_rival():
+    early = result("dpo", 0, 1.0, {"knob": 2})
+    for point in early["points"][2:]:
+        point["pairs"]["margin_gain"] = [0.0] * PAIRS
+    repeated = [result("dpo", seed, 0.9, {"knob": 1}) for seed in (0, 1)]
+    own = [until(result("qadapter", seed, 0.9), 0.04) for seed in (0, 1)]
+    further = result("qadapter", 0, 0.9, {"beta": 1.0})  # it lacks a seed
+    for cells in (own, [*own, further]):
+        one = against_dpo(contests(variants([*repeated, early, *cells]), GAINS["margin"], DRIFTS["kl"]))
+        assert one.other.whole.value > 0
+        assert (one.seeds, one.values[-1]) == (1, "2")

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from qadapter.cli import DefaultsFormatter
 from qadapter.training_arguments import UNFIT
 
-USAGE = "%(prog)s --model MODEL --dataset DATASET [DATASET ...] --output-dir DIR [--config FILE] [options]"
+USAGE = (
+    "%(prog)s --model MODEL --dataset DATASET [DATASET ...] --output-dir DIR [options]\n"
+    "       %(prog)s --config FILE [options]"
+)
 OTHERS = "others of transformers' TrainingArguments (https://huggingface.co/docs/transformers/main_classes/trainer)"
 # Of transformers' arguments those that most runs look at; output_dir stands with the run.
 USUAL = [
@@ -19,10 +22,14 @@ USUAL = [
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("resume_from_checkpoint", "push_to_hub", "hub_model_id"),
 ]
+TAKEN = ("fp16", "debug")  # refused; of every command
 # Where transformers' text does not fit.
 TEXTS = {
     "output_dir": "Folder for the adapter and its checkpoints.",
     "max_steps": "Optimiser steps, instead of epochs; needed with --streaming.",
+    "eval_strategy": "When to evaluate; by default epoch where pairs are held out, steps with --eval-steps.",
+    "eval_steps": "Steps between evaluations, below 1 a share of all; by default those of --logging-steps.",
+    "load_best_model_at_end": "End with the best checkpoint's adapter; needs held-out pairs.",
     "resume_from_checkpoint": "Go on with the same command: last, or a checkpoint's folder.",
     "metric_for_best_model": "Of the evaluation, such as qadapter/kl; default: the loss.",
 }
@@ -32,6 +39,9 @@ VALUES = {"report_to": "NAME", "metric_for_best_model": "NAME", "resume_from_che
 
 class TrainFormatter(DefaultsFormatter):
     """Each option once, with dashes; switches without a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if "by default" in (action.help or "") else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if len(action.option_strings) > 1 and action.option_strings[0] == "-h":
@@ -77,6 +87,6 @@ def help_text(
         formatter.start_section(title)
         formatter.add_arguments([known[name] for name in names])
         formatter.end_section()
-    others = [dashed(name) for name in known if name not in {*named, *usual, *UNFIT, "fp16"}]
-    listed = textwrap.fill(" ".join(others), width=formatter._width - 2, break_on_hyphens=False)
+    others = [dashed(name) for name in known if name not in {*named, *usual, *UNFIT, *TAKEN}]
+    listed = textwrap.fill(" ".join(others), width=max(formatter._width - 2, 11), break_on_hyphens=False)
     return f"{formatter.format_help()}\n{OTHERS}:\n{textwrap.indent(listed, '  ')}\n"
