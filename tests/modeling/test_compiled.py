@@ -37,7 +37,7 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize(
     ("architecture", "backend", "layers", "sizes"),
     [
-        ("llama", "aot_eager", 2, (4, 3)),
+        ("llama", "aot_eager", 1, (4, 3)),
         ("llama", "inductor", 1, (4,)),  # what users' runs are compiled by
         # What differs is the forward pass; tracing the backward one, too, would take minutes.
         *((name, "eager", 1 + (name == "gemma3"), (4,)) for name in FAST_PATHS if name != "llama"),
