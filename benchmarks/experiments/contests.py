@@ -109,9 +109,8 @@ def contests(
         for other in forms_of(sides[1], gain):
             if (method, other) == (own, form):
                 continue
-            read, share = up_to_reach(sides, (form, other), gain, drift)
-            if not within_reach:
-                read = drift
+            shared, share = up_to_reach(sides, (form, other), gain, drift)
+            read = shared if within_reach else drift
             areas = (method_area(of, side, gain, read, draws) for side, of in zip(sides, (form, other), strict=True))
             result.append(Contest(*areas, len(seeds), values, alike, share))
     return result

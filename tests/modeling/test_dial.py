@@ -467,7 +467,7 @@ def test_generate_is_compiled_once_for_all_strengths_and_weights(composed):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's own
 def test_compiled_answers_are_those_of_eager_passes():
-    """By the compiler that users have, on a layer; tracing more of them is tested above, at a hundredth of the time."""
+    """By the compiler that users have, on one layer: more of them, traced but not compiled, are tested above."""
     policy = models.tiny_policy(models.tiny_base(num_hidden_layers=1))
     config = CompileConfig(mode=None, fullgraph=True)
     config._compile_all_devices = True

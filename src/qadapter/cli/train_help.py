@@ -22,7 +22,8 @@ USUAL = [
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("resume_from_checkpoint", "push_to_hub", "hub_model_id"),
 ]
-TAKEN = ("fp16", "debug")  # refused; of every command
+# Arguments of transformers that are no options here: one is refused, one is every command's --debug.
+TAKEN = ("fp16", "debug")
 # Where transformers' text does not fit.
 TEXTS = {
     "output_dir": "Folder for the adapter and its checkpoints.",
@@ -44,7 +45,7 @@ class TrainFormatter(DefaultsFormatter):
         return action.help if "by default" in (action.help or "") else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if len(action.option_strings) > 1 and action.option_strings[0] == "-h":
+        if action.dest == "help":
             return super()._format_action_invocation(action)
         option = dashed(action.dest)
         if action.nargs == "?":
