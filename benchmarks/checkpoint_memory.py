@@ -7,6 +7,7 @@
 Width, vocabulary, and what the heads take at a time are divided by `SHRUNK`, rows and layers are not: but for the
 adapters, figures are multiplied by it. Kernels that a CPU lacks have stand-ins of the same memory: FlashAttention over
 packed rows, and the Triton kernels of TRL's head, which work in place. Weights are not counted.
+A CPU without bfloat16 makes its products in float32, which an eager count does not see.
 """
 
 import argparse

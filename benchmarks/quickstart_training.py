@@ -16,6 +16,7 @@ from results_file import installed, write
 from rich.progress import Progress
 
 from qadapter import QAdapterTrainingArguments, load_preference_dataset, quickstart
+from qadapter.devices import cpu_dtype
 from qadapter.modeling.bases import load_tokenizer, resolve_base
 
 KINDS = {"with both": True, "without": False}
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of the quickstart's 60")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    dtype = quickstart.faster_dtype()
+    dtype = cpu_dtype()
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(options.rounds):
         for kind, fast in KINDS.items():

@@ -6,7 +6,6 @@ differ as two orders of summation do. torch's own way on such a CPU is 4 to 20 t
 
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,6 @@ _library: list[torch.library.Library] = []  # the overrides last as long as it d
 
 
 @cache
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself."""
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and "avx512_bf16" in flags.read_text(encoding="utf-8")
-
-
 def multiply_in_float32() -> None:
     """From now on, in this process: mm, addmm, bmm and baddbmm of bfloat16 tensors on the CPU."""
     if _library:

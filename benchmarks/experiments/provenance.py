@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments.bfloat16 import cpu_has_bfloat16, multiplies_in_float32, multiply_in_float32
-from qadapter.devices import default_device
+from benchmarks.experiments.bfloat16 import multiplies_in_float32, multiply_in_float32
+from qadapter.devices import cpu_has_bfloat16, default_device
 from qadapter.evaluation.environment import environment
 
 RIVALS = ("trl", "scikit-learn", "accelerate")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from benchmarks.experiments.ablations import ABLATIONS
-from benchmarks.experiments.bfloat16 import cpu_has_bfloat16
 from benchmarks.experiments.medium import MEDIUM_ABLATIONS, MEDIUM_KNOBS, medium_settings
 from benchmarks.experiments.methods import MAIN_KNOBS
 from benchmarks.experiments.named_settings import capitals, dsp, hh, terse
@@ -20,6 +19,7 @@ from benchmarks.experiments.small_suites import (
     epochs_small,
     hard_small,
     kl_small,
+    longer_rivals_small,
     longer_small,
     noise_small,
     other_base_small,
@@ -29,6 +29,7 @@ from benchmarks.experiments.small_suites import (
 )
 from benchmarks.experiments.suite import Suite
 from qadapter.data.dsp import DOMAINS
+from qadapter.devices import cpu_has_bfloat16
 from qadapter.errors import ConfigError
 
 
@@ -88,6 +89,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "threshold-small": threshold_small,
     "noise-small": noise_small,
     "longer-small": longer_small,
+    "longer-rivals-small": longer_rivals_small,
     "hard-small": hard_small,
     "other-base-small": other_base_small,
     "ablations-small": ablations_small,

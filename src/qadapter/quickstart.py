@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from qadapter.builtin import QUICKSTART_STEPS
 from qadapter.config import QAdapterConfig
 from qadapter.data import load_preference_dataset
+from qadapter.devices import cpu_dtype
 from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.drift import measure_texts
 from qadapter.evaluation.drift_figures import drift_figures
@@ -73,20 +74,6 @@ class ProgressCallback(TrainerCallback):
             self.progress.update(self.task, description=text)
 
 
-def faster_dtype() -> torch.dtype:
-    """bfloat16 where this machine multiplies matrices faster in it than in float32, else float32."""
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        rounds = []
-        for _ in range(9):
-            start = time.perf_counter()
-            a @ b
-            rounds.append(time.perf_counter() - start)
-        times[dtype] = sorted(rounds)[4]
-    return min(times, key=times.__getitem__)
-
-
 def run_quickstart(
     folder: Path,
     console: Console,
@@ -103,7 +90,7 @@ def run_quickstart(
     seconds: dict[str, float] = {}
     source = resolve_base(BUILTIN_MODEL)
     tokenizer = load_tokenizer(source)
-    dtype = faster_dtype()
+    dtype = cpu_dtype()
     console.print(f"Base model: {source.name}" + (f" ({source.revision})" if source.revision else ""), markup=False)
     train_pairs, held_out = load_preference_dataset(BUILTIN), load_pairs(BUILTIN, tokenizer)
     held_out = replace(held_out, pairs=held_out.pairs[:held_out_pairs])
