@@ -26,6 +26,7 @@ import trl
 from allocations import PeakAllocations
 from contenders import our_step, trl_step
 from decode import LLAMA_8B
+from experiments.bfloat16 import multiply_in_float32
 from results_file import installed, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -34,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.kernels import chunked_logprob
 
 from qadapter import fused
+from qadapter.devices import cpu_has_bfloat16
 from qadapter.modeling import varlen
 
 SHRUNK = 8
@@ -144,6 +146,8 @@ def main() -> int:
     options.device, options.dtype, options.targets = "cpu", torch.bfloat16, ["q_proj", "v_proj"]
     options.checkpoint_every = 1
     kernels_of_a_gpu()
+    if not (options.compile or cpu_has_bfloat16()):  # the profiler of compiled code would count the casts
+        multiply_in_float32()
     if options.old_tags:
         tag_outer_nodes_only()
     torch.manual_seed(0)
