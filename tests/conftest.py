@@ -1,8 +1,15 @@
 import sys
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 # The oracles are plain modules beside the tests; the experiments are run from the repository's root.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+# The same commit draws the same examples, however slow the machine; `--hypothesis-profile=explore` draws new ones.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("reproducible", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("reproducible")
 
 # What other libraries warn about whatever we do; each names the line that warns.
 FOREIGN_WARNINGS = (

@@ -38,7 +38,7 @@ def plain_tokenizer():
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    return set(threading.enumerate()) - {threading.current_thread()}
 
 
 # -- encode --------------------------------------------------------------------------------------------------------
@@ -314,9 +314,9 @@ def test_closing_a_stream_stops_the_generation(policy, tokenizer, before_each_pa
     before = threads()
     stream = stream_text(policy, tokenizer, "Why?", Sampling(400))
     next(stream)
-    assert threads() != before
+    assert threads() - before
     stream.close()
-    assert threads() == before
+    assert threads() <= before
     assert 1 <= len(passes) <= 4
 
 
@@ -329,7 +329,7 @@ def test_an_error_while_generating_reaches_the_reader(policy, tokenizer, before_
     before = threads()
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream_text(policy, tokenizer, "Why?", SHORT))
-    assert threads() == before
+    assert threads() <= before
 
 
 def test_a_reader_who_leaves_hears_no_error(policy, tokenizer, before_each_pass):

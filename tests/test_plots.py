@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapter.plots import HEIGHT, WIDTH, line_chart, ticks
@@ -77,7 +77,6 @@ def test_a_constant_lies_in_the_middle_of_the_chart(value):
     assert all(HEIGHT / 4 < y < 3 * HEIGHT / 4 for _, y in line)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text("ab<&\"'é ", max_size=4), st.lists(st.tuples(NUMBERS, NUMBERS), max_size=5), max_size=8))
 def test_any_chart_is_valid_and_stays_on_its_paper(series):
     chart = drawn(series)
@@ -117,7 +116,6 @@ def test_numbers_on_the_axes_are_whole_and_stay_on_the_paper(largest):
     assert f"{largest:g}" in texts(chart)
 
 
-@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=5))
 def test_ticks_enclose_the_values_evenly_and_are_few(values):
     marks = ticks(values)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -93,13 +94,14 @@ def test_an_audit_that_is_killed_goes_on_where_it_stopped(adapter, pairs, tmp_pa
     assert resumed == whole
 
 
-def test_help_is_shown_in_half_a_second():
+def test_help_takes_less_than_half_a_second_of_a_core():
     def seconds():
-        begin = time.perf_counter()
-        assert process("--help").code == 0
-        return time.perf_counter() - begin
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime  # by the clock, a busy machine would decide
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    begin = seconds()
+    assert process("--help").code == 0
+    assert seconds() - begin < 0.5
 
 
 def test_help_imports_none_of_the_heavy_libraries():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapter.data import PreferenceCollator
@@ -38,7 +38,6 @@ def test_chosen_rows_come_first_and_rejected_rows_follow_in_the_same_order():
 IDS = st.lists(st.integers(1, 99), min_size=1, max_size=11)
 
 
-@settings(deadline=None)
 @given(
     pairs=st.lists(st.fixed_dictionaries(dict.fromkeys(PAIRS[0], IDS)), min_size=1, max_size=5),
     side=st.sampled_from(["left", "right"]),

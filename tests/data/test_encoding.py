@@ -95,7 +95,7 @@ def test_a_template_that_opens_finished_answers_differently_splits_both_sides_at
 CONTENT = st.text(st.sampled_from("ab é\n.?<|"), min_size=1, max_size=9).filter(str.strip)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     template=st.sampled_from(sorted(TEMPLATES)),
     prompt=CONTENT,

@@ -203,7 +203,7 @@ LINES = st.binary() | st.builds(lambda value: json.dumps(value).encode(), JSON)
 LINES |= st.builds(lambda pair: json.dumps(pair).encode(), st.builds(plain_pair, st.integers(0, 3)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     lines=st.lists(LINES, max_size=5),
     suffix=st.sampled_from(files.SUFFIXES),

@@ -463,7 +463,7 @@ COLUMN = VALUES | st.lists(MESSAGE, max_size=3)
 ROWS = st.dictionaries(st.sampled_from(NAMES), COLUMN, max_size=6)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(rows=st.lists(ROWS, min_size=1, max_size=3))
 def test_any_rows_give_pairs_or_data_errors(rows):
     names = dict.fromkeys(name for row in rows for name in row)

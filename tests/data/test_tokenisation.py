@@ -3,7 +3,7 @@ import copy
 import pytest
 from data_examples import LLAMA, STRICT, THINKING, chat_pair, plain_pair
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import byte_tokenizer
 
@@ -104,7 +104,6 @@ def test_rows_whose_answer_leaves_no_room_for_the_prompt_are_dropped_not_cut(wor
     assert report.summary() == "3 rows, 1 kept, 2 dropped (answer too long: 2)"
 
 
-@settings(deadline=None)
 @given(
     prompt=st.lists(st.integers(2, 9), max_size=9),
     bos=st.booleans(),

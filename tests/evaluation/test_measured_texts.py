@@ -5,7 +5,7 @@ import math
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import APART, plain_peft, tiny_base, tiny_policy, token_pairs, two_passes
 
@@ -57,7 +57,6 @@ def test_measuring_nothing_gives_nothing(policy):
     assert measure_texts(policy, [], COLUMNS) == []
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 120))
 def test_batches_hold_each_text_once_and_keep_to_their_size(lengths, batch_tokens):
     batches = list(batches_by_length([[0] * length for length in lengths], batch_tokens))
@@ -66,7 +65,6 @@ def test_batches_hold_each_text_once_and_keep_to_their_size(lengths, batch_token
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= batch_tokens
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=20), st.integers(1, 30))
 def test_batches_of_texts_that_begin_alike_hold_each_once_and_keep_to_their_size(texts, batch_tokens):
     batches = list(batches_by_beginning(texts, batch_tokens))

@@ -133,7 +133,7 @@ def test_accuracy_at_equal_length_is_the_maximum_of_the_posterior():
     assert math.log(ours / (1 - ours)) == pytest.approx(best, abs=0.04)  # the grid's step
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-4000, 4000)), min_size=1, max_size=40))
 def test_accuracy_at_equal_length_is_always_a_rate(rows):
     wins, differences = zip(*rows, strict=True)

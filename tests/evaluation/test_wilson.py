@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapter.evaluation.intervals import wilson
@@ -38,7 +38,6 @@ def test_wilson_without_observations_knows_nothing():
     assert rest == [0.0, 1.0, 0]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, 2 * n), st.just(n))))
 def test_wilson_holds_its_rate_and_stays_a_rate(case):
     halves, n = case

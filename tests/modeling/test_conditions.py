@@ -107,7 +107,6 @@ VALUES = st.recursive(
 OUTER = st.lists(VALUES, max_size=4) | st.dictionaries(st.text(), VALUES, max_size=4)
 
 
-@settings(deadline=None)
 @given(OUTER, st.sampled_from([None, 1]), st.sampled_from(["", "So:\n"]))
 def test_every_beginning_of_a_json_value_is_protected_and_the_whole_is_not(value, indent, before):
     text = json.dumps(value, indent=indent, ensure_ascii=False)
@@ -137,7 +136,7 @@ PIECES = ["{}", '{"a": 1}', "[1]", "[", "{", '"', "```", "```py\n", "~~~\n", "<t
           "> ", "[THINK]", "[/THINK]", "<function=f>", "</function>", "`"]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 def test_a_text_read_once_is_as_one_read_anew_after_each_region(text):
     condition = OffInside(tokenizer=None)

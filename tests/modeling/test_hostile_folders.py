@@ -24,7 +24,7 @@ from qadapter.new_folders import file_digest
 BATCH = padded(token_ids(7, 4))
 CONFIG = "adapters/default/adapter_config.json"
 WEIGHTS = "adapters/default/adapter_model.safetensors"
-SECONDS = 5.0
+SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -334,9 +334,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=12,
 )
-FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def places(value, path=()):

@@ -196,8 +196,9 @@ def test_strength_zero_in_a_tensor_is_bit_equal_to_the_base():
     base = tiny_base()
     policy = tiny_policy(base)
     with torch.no_grad():
-        # The base alone on a batch of the same height, so that its matmuls have the same shapes.
-        expected = base(**{name: value.repeat(2, 1) for name, value in BATCH.items()}).logits[:3]
+        # The base alone on a batch of the same height, and one head, so that its matmuls have the same shapes.
+        doubled = {name: value.repeat(2, 1) for name, value in BATCH.items()}
+        expected = base.lm_head(base.model(**doubled).last_hidden_state[:3])
         assert torch.equal(policy(**BATCH, strength=torch.zeros(3)).logits, expected)
 
 

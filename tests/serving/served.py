@@ -19,7 +19,7 @@ from qadapter.serving.settings import ServerSettings
 
 MODELS = {"formal": {"first": 1.0}, "concise": {"second": 1.0}, "both": {"first": 0.5, "second": 0.5}}
 CONTEXT = 200
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def two_adapters(base=None, **peft_changes):

@@ -1,4 +1,4 @@
-"""Random bodies: always an answer or a clear refusal, and the server lives on."""
+"""Random bodies, the same in every run: always an answer or a clear refusal, and the server lives on."""
 
 import json
 
@@ -8,11 +8,6 @@ from hypothesis import strategies as st
 from served import error_of, plain_http
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-def fuzz(examples):
-    """Settings of the tests with random bodies: the same ones in every run, however long they take."""
-    return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 numbers = st.integers(-3, 9) | st.floats() | st.booleans() | st.none()
@@ -37,7 +32,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
-@fuzz(150)
+@settings(max_examples=150)
 @given(body=bodies, path=st.sampled_from([COMPLETIONS, CHAT]))
 def test_any_body_gets_an_answer_or_a_clear_refusal(server, connection, body, path):
     body = {"model": "formal", "prompt" if path == COMPLETIONS else "messages": "a", **body}
@@ -50,7 +45,7 @@ def test_any_body_gets_an_answer_or_a_clear_refusal(server, connection, body, pa
         error_of(response, response.status_code)
 
 
-@fuzz(80)
+@settings(max_examples=80)
 @given(raw=st.binary(max_size=60) | st.text('{}[]":,0123456789eE-+. \\untrfalsNI', max_size=40).map(str.encode))
 def test_any_bytes_are_refused_and_the_server_answers_afterwards(server, connection, raw):
     response = connection.post(CHAT, content=raw, headers={"Content-Type": "application/json"})

@@ -65,7 +65,8 @@ def test_answers_go_on_while_a_long_prompt_is_read(running):
     reading = server.start_request({**FOREVER, "prompt": "a" * 50_000, "max_tokens": 1})
     eventually(lambda: server.service.engine._prefill is not None)
     prefill, line = server.service.engine._prefill, 'qadapter_generated_tokens_total{model="formal"}'
-    read, generated = prefill.done, server.metric(line)
+    generated = server.metric(line)  # first: the request takes time
+    read = prefill.done
     eventually(lambda: prefill.done >= read + 50)
     assert server.metric(line) - generated >= 40
     answering.close()
@@ -115,7 +116,7 @@ def test_more_requests_than_places_are_all_answered_in_turn(running, max_batch):
 
 
 def test_an_answer_that_takes_too_long_is_504_and_its_place_is_freed(running):
-    server = running(request_timeout=0.3)
+    server = running(request_timeout=1.0)
     with server.client() as client:
         with pytest.raises(openai.InternalServerError, match="not complete within") as caught:
             client.completions.create(**FOREVER)
@@ -167,7 +168,7 @@ def test_a_client_that_leaves_before_its_body_is_there_is_no_failure_of_the_serv
 
 
 def test_stopping_lets_answers_end(running):
-    server = running(shutdown_timeout=20)
+    server = running(shutdown_timeout=60)
     results = []
 
     def ask():
@@ -222,13 +223,13 @@ def test_a_connection_that_never_sends_a_whole_head_is_closed(server, monkeypatc
 
 
 def test_an_answer_may_take_longer_than_a_head(running, monkeypatch):
-    monkeypatch.setattr("qadapter.serving.connections.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("qadapter.serving.connections.HEAD_SECONDS", 0.5)
     server = running()
     with server.client() as client:
         for _ in range(2):  # by the same connection
             start = time.monotonic()
-            client.completions.create(**{**FOREVER, "max_tokens": 400})
-            assert time.monotonic() - start > 0.4
+            client.completions.create(**{**FOREVER, "max_tokens": 600})
+            assert time.monotonic() - start > 0.5
 
 
 class SlowTokenizer:
@@ -252,7 +253,7 @@ class SlowTokenizer:
 
 def test_prompts_that_wait_for_the_tokenizer_count_as_queued_and_have_the_requests_time():
     tokenizer = SlowTokenizer()
-    server = RunningServer(two_adapters(endless_base()), tokenizer, max_queue=3, request_timeout=1.0)
+    server = RunningServer(two_adapters(endless_base()), tokenizer, max_queue=3, request_timeout=3.0)
     try:
         slow = server.start_request({**SHORT, "prompt": "slow"})
         eventually(lambda: tokenizer.seen == ["slow"])
@@ -328,7 +329,7 @@ def kept_alive(server):
 
 @pytest.mark.parametrize(("leaves", "status"), [(False, 504), (True, 499)])
 def test_how_a_stream_ended_is_counted(running, leaves, status):
-    server = running(request_timeout=30.0 if leaves else 0.3)
+    server = running(request_timeout=30.0 if leaves else 1.0)
     with server.client() as client:
         stream = client.completions.create(**FOREVER, stream=True)
         if leaves:

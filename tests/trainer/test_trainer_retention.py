@@ -122,7 +122,7 @@ def test_it_holds_the_policy_to_the_base_on_the_texts(tmp_path, text_file):
 # -- the rows ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(pairs=st.integers(1, 20), texts=st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=5), min_size=1))
 def test_a_text_comes_after_every_third_pair(pairs, texts):
     dataset = Dataset.from_list(token_pairs(pairs))

@@ -13,7 +13,7 @@ from qadapter import QAdapterConfig
 # One process imports the libraries, the others are forks of it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["qadapter.trainer"])
-SECONDS = 60
+SECONDS = 300
 
 
 def in_two_processes(function, folder, *arguments):

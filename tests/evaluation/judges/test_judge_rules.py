@@ -52,9 +52,9 @@ def test_rule_verdicts_do_not_depend_on_the_order_of_answers():
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(a|b|ab)*c", "(.*a){25}$"])
 def test_a_pattern_that_explodes_gives_no_verdict_within_a_bounded_time(pattern):
-    start = time.monotonic()
+    start = time.process_time()  # the engine counts it, too
     (verdict,) = judge_all(make_judge(f"rule:regex={pattern}"), ["p"], ["a" * 5000 + "b"], ["b"])
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     # An engine clever enough to answer is welcome to.
     assert verdict.winner is None or verdict.winner in ("tie", "b")
 
