@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qadapter.data.encoding import ChatEncoder, EncodedPair, PlainEncoder
@@ -114,7 +115,7 @@ def first_rows(dataset: Any) -> list[dict[str, Any]]:
 
     if not isinstance(dataset, Dataset | IterableDataset):
         raise DataError(f"got {type(dataset).__name__}; give one split as a Dataset, or Dataset.from_list(rows)")
-    return list(dataset.take(FIRST_ROWS))
+    return list(islice(dataset, FIRST_ROWS))  # `take` of datasets 4.0 wants so many rows
 
 
 def as_python(dataset: Any) -> Any:
