@@ -95,6 +95,7 @@ class QAdapterTrainer(Trainer):
                 fit_sharding(args, getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None))
         self.model_accepts_loss_kwargs = False
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
+        self._probe: dict[str, Any] | None = None  # of a sharded model, for the folder to be saved
         self.add_callback(TrainingLogCallback())
 
     def _check_trainable(self) -> None:
@@ -335,14 +336,19 @@ class QAdapterTrainer(Trainer):
 
     # -- saving and resuming -----------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter folder."""
+        # Each process holds a part of a sharded model, so all of them run it; `_save` may run in one of them alone.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._probe = make_probe(self.accelerator.unwrap_model(self.model)) if sharded else None
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        # Each process holds a part of a sharded model, so all of them run it.
-        probe = make_probe(model) if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
         if not self.args.should_save:
             return
-        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class, probe=probe)
+        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class, probe=self._probe)
         write_json(folder / ARGUMENTS_NAME, {**self.args.to_sanitized_dict(), PAIRS: self._pairs_digest})
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
