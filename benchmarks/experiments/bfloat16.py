@@ -5,7 +5,6 @@ differ as two orders of summation do. torch's own way on such a CPU is 4 to 20 t
 """
 
 import warnings
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch
 _library: list[torch.library.Library] = []  # the overrides last as long as it does
 
 
-@cache
 def multiply_in_float32() -> None:
     """From now on, in this process: mm, addmm, bmm and baddbmm of bfloat16 tensors on the CPU."""
     if _library:

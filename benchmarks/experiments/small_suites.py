@@ -295,9 +295,8 @@ def longer_small() -> Suite:
 
 def longer_rivals_small() -> Suite:
     """The answers of `longer_small`, where Q-Adapter leads DPO most: are the other rivals behind it there too?"""
-    settings = tuple(
-        setting for setting in longer_small().settings if setting.name in ("dsp-academy", "dsp-literature")
-    )  # fmt: skip
+    names = ("dsp-academy", "dsp-literature")
+    settings = tuple(setting for setting in longer_small().settings if setting.name in names)
     knobs = {name: known for name, known in rivals_small().knobs.items() if name != "ppo"}
     purpose = "Every rival but PPO on the long answers of longer-small, with the knob that did well on short ones."
     return Suite(settings, knobs, (0, 1), purpose)
