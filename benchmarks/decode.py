@@ -29,6 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from qadapter import QAdapterConfig, QAdapterForCausalLM
 from qadapter.modeling.bases import load_base, resolve_base
+from qadapter.modeling.cache_name import CACHE
 from qadapter.modeling.streams import narrow_adapters
 
 PROMPT_TOKENS = 32
@@ -90,13 +91,13 @@ def decoder(model, batch: int, options: argparse.Namespace, static: bool, **sett
     total = PROMPT_TOKENS + options.steps * (options.rounds + 2) + 1
     cache = cache_for(model, total, static)
     prompt = torch.randint(5, model.config.vocab_size - 5, (batch, PROMPT_TOKENS), device=options.device)
-    model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1, **settings)
+    model(prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1, **settings)
     forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if static else model.forward
     position = torch.full((batch, 1), PROMPT_TOKENS, device=options.device)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
         output = forward(
-            input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1, **settings
+            input_ids=tokens, position_ids=position, **{CACHE: cache}, use_cache=True, logits_to_keep=1, **settings
         )
         position.add_(1)
         return output.logits[:, -1]

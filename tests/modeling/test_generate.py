@@ -34,6 +34,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qadapter import QAdapterConfig
 from qadapter.errors import ConfigError
+from qadapter.modeling.cache_name import NAMES, cache_of
 
 STEPS = 7
 PROMPTS = token_ids(6, 1, 3)
@@ -196,13 +197,23 @@ def test_static_cache_equals_dynamic(architecture, num_beams):
     assert generated(policy, num_beams=num_beams, **static) == generated(policy, num_beams=num_beams)
 
 
-def test_cache_of_a_finished_call_can_be_continued(policy):
+@pytest.mark.parametrize("name", NAMES)
+def test_cache_of_a_finished_call_can_be_continued_by_either_name(policy, name):
     prompt = torch.tensor(PROMPTS[:1])
     first = policy.generate(prompt, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, strength=0.5)
     longer = torch.cat([first.sequences, torch.tensor([[11, 5]])], dim=1)
     options = {"max_new_tokens": 4, "do_sample": False, "strength": 0.5}
-    continued = policy.generate(longer, past_key_values=first.past_key_values, **options)
-    assert torch.equal(continued, policy.generate(longer, **options))
+    expected = policy.generate(longer, **options)
+    assert torch.equal(policy.generate(longer, **{name: cache_of(first)}, **options), expected)
+    cache = cache_of(policy(expected[:, :-1], strength=0.5, use_cache=True))
+    last = policy(expected[:, -1:], strength=0.5, **{name: cache}).logits
+    torch.testing.assert_close(last, policy(expected, strength=0.5).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_a_cache_by_both_names_is_refused(policy, call):
+    with pytest.raises(ConfigError, match="two names of one argument"):
+        getattr(policy, call)(torch.tensor(PROMPTS[:1]), cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.0, 1.0), (1.0, 0.5), (0.5, 0.0)])
@@ -211,11 +222,11 @@ def test_a_cache_of_other_streams_is_refused(first, second):
     prompt = torch.tensor(PROMPTS[:1])
     options = {"max_new_tokens": 3, "do_sample": False}
     before = policy.generate(prompt, return_dict_in_generate=True, strength=first, **options)
-    with pytest.raises(ConfigError, match=r"past_key_values holds the streams \['.*'\], and this call runs \["):
+    with pytest.raises(ConfigError, match=r"the cache holds the streams \['.*'\], and this call runs \["):
         policy.generate(before.sequences, past_key_values=before.past_key_values, strength=second, **options)
     own = DynamicCache()
     policy.generate(prompt, past_key_values=own, strength=first, **options)
-    with pytest.raises(ConfigError, match="past_key_values holds the streams"):
+    with pytest.raises(ConfigError, match="the cache holds the streams"):
         policy.generate(before.sequences, past_key_values=own, strength=second, **options)
 
 
@@ -237,9 +248,7 @@ def test_a_cache_that_forward_has_filled_with_other_streams_is_refused(generatin
         run, inputs = partial(policy.generate, max_new_tokens=2), ids
     else:
         run, inputs = policy.forward, ids[:, 3:]
-    with pytest.raises(
-        ConfigError, match=r"past_key_values holds the streams \['default'\], and this call runs \['base'"
-    ):
+    with pytest.raises(ConfigError, match=r"the cache holds the streams \['default'\], and this call runs \['base'"):
         run(inputs, past_key_values=cache, strength=0.0)
 
 
@@ -254,7 +263,7 @@ def test_a_cache_that_the_plain_base_has_filled_is_the_bases():
     continued = policy(ids[:, 3:], past_key_values=filled(), strength=0.0).logits
     torch.testing.assert_close(continued, policy(ids, strength=0.0).logits[:, 3:], rtol=1e-4, atol=1e-4)
     for strength in (0.5, 1.0):
-        with pytest.raises(ConfigError, match=r"past_key_values holds the streams \['base'\], and this call runs"):
+        with pytest.raises(ConfigError, match=r"the cache holds the streams \['base'\], and this call runs"):
             policy(ids[:, 3:], past_key_values=filled(), strength=strength)
 
 

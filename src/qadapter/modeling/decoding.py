@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 
 from qadapter.errors import ConfigError
+from qadapter.modeling.cache_name import CACHE, NAMES, given_cache
 from qadapter.modeling.mixing import (
     AdapterWeights,
     StepState,
@@ -65,6 +66,9 @@ class PolicyGenerationMixin(StackedPasses, GenerationMixin):
                 along the answer, or adapters it cannot scale.
         """
         refuse_images(kwargs)
+        cache = given_cache(*(kwargs.pop(name, None) for name in NAMES))
+        if cache is not None:
+            kwargs[CACHE] = cache
         prompt = inputs if kwargs.get("input_ids") is None else kwargs["input_ids"]
         given = kwargs.get("inputs_embeds") if prompt is None else prompt
         rows = 1 if given is None else len(given)

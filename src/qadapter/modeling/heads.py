@@ -17,6 +17,7 @@ from qadapter.fused import (
     two_head_chunk_size,
     two_head_statistics,
 )
+from qadapter.modeling.cache_name import CACHE
 from qadapter.modeling.streams import Stream, StreamLinear, StreamPlan
 from qadapter.modeling.trial_runs import can_run
 
@@ -73,7 +74,7 @@ class Head:
                 raise ConfigError(
                     f"{type(model).__name__} does not give its decoder alone: it cannot be customised yet."
                 )
-            if "past_key_values" not in getattr(type(output), "__dataclass_fields__", ()):  # RWKV, Mamba
+            if CACHE not in getattr(type(output), "__dataclass_fields__", ()):  # RWKV, Mamba
                 raise ConfigError(f"{type(model).__name__} keeps no keys and values: it cannot be customised.")
             hidden = output.last_hidden_state
             ours, theirs = self.logits(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()

@@ -36,6 +36,7 @@ from qadapter.modeling.adapter_settings import (
     with_named_targets,
 )
 from qadapter.modeling.bases import load_base, resolve_base, source_of
+from qadapter.modeling.cache_name import CACHE, given_cache
 from qadapter.modeling.decoding import PolicyGenerationMixin
 from qadapter.modeling.fingerprints import tokenizer_fingerprint
 from qadapter.modeling.heads import Head
@@ -232,6 +233,7 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
         strength_record: list[Tensor] | None = None,
         completion_mask: Tensor | None = None,
         gather_indices: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | TokenStatistics:
         """The policy's logits (B, T, V), like any causal LM's; or, given `completion_mask`, training statistics.
@@ -255,6 +257,7 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
             completion_mask: (B, T), True on response tokens. With it the result is `token_statistics` (the trainer
                 goes through the module's forward so that distributed wrappers see one call a step).
             gather_indices: with it, and what else `PackedCollator` makes, the result is `packed_statistics`.
+            cache: another name of `past_key_values`, that of transformers from 5.24 on.
             kwargs: of the decoder; `num_items_in_batch`, by which the loss of all `labels` is divided instead of by
                 their number; for training statistics `base_states` and `trunk_states` (`qadapter.base_states`).
 
@@ -283,14 +286,15 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         batch = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                      position_ids=position_ids, **kwargs)  # fmt: skip
+        cache = given_cache(cache, past_key_values)
         used, cap, threshold = self._dial_of_pass(
-            strength, adapter_weights, max_kl, min_kl, interpolation, input_ids, past_key_values, *shape_of(batch)
+            strength, adapter_weights, max_kl, min_kl, interpolation, input_ids, cache, *shape_of(batch)
         )
         # With a threshold the dial is turned after the heads, on the way to the policy at strength 1.
         coefficients = self.stream_coefficients(used if threshold is None else 1.0, adapter_weights, interpolation)
         plain = cap is None and threshold is None
         streams = list(coefficients) if plain else list(dict.fromkeys([*coefficients, None]))
-        hidden, cache = self.stacked_pass(streams, batch, past_key_values, use_cache)
+        hidden, cache = self.stacked_pass(streams, batch, cache, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = {stream: states[:, kept] for stream, states in hidden.items()}
         coefficients = {stream: kept_columns(c, kept) for stream, c in coefficients.items()}
@@ -301,7 +305,7 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=items)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
     def remember_tokenizer(self, tokenizer: Any) -> None:

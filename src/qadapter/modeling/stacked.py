@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from qadapter.errors import ConfigError
 from qadapter.functional import composed_coefficients
+from qadapter.modeling.cache_name import CACHE, cache_of
 from qadapter.modeling.mixing import (
     AdapterWeights,
     StepState,
@@ -135,9 +136,9 @@ class StackedPasses(PolicyPart):
             # The resting plan, too: activation checkpointing runs the layers again in the backward pass.
             self.plan.blocks = tuple(streams)
         with self.plan.running(*streams, layer_pass=fork):
-            output = self.base.get_decoder()(**batch, past_key_values=cache, use_cache=use_cache)
+            output = self.base.get_decoder()(**batch, **{CACHE: cache}, use_cache=use_cache)
         blocks = output.last_hidden_state.split(rows)
-        return dict(zip(streams, blocks, strict=True)), output.past_key_values
+        return dict(zip(streams, blocks, strict=True)), cache_of(output)
 
     def dialled_logits(
         self,
@@ -215,7 +216,7 @@ def mark_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
     if kinds != others and cache.get_seq_length() > 0:
         names = [[title_of(stream) for stream in own] for own in (filled, streams)]
         raise ConfigError(
-            f"past_key_values holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "
+            f"the cache holds the streams {names[0]}, and this call runs {names[1]}: keep strength, weights and "
             "cap such that the same ones run (a tensor as the strength runs all), or start without the cache."
         )
     numbers = [
@@ -223,7 +224,7 @@ def mark_streams(cache: Any, streams: tuple[Stream, ...]) -> None:
     ]
     if all(numbers) and numbers[0] != numbers[1] and cache.get_seq_length() > 0:
         raise ConfigError(
-            f"past_key_values holds what LoRAs scaled by {numbers[0]} made of the text, and this call scales them by "
+            f"the cache holds what LoRAs scaled by {numbers[0]} made of the text, and this call scales them by "
             f"{numbers[1]}: keep strength and weights, or start without the cache."
         )
     cache.qadapter_streams = streams

@@ -15,6 +15,7 @@ from torch import Tensor
 from qadapter.errors import ConfigError
 from qadapter.functional import beside
 from qadapter.modeling import QAdapterForCausalLM
+from qadapter.modeling.cache_name import CACHE
 from qadapter.modeling.mixing import capped_logits, thresholded_logits
 from qadapter.modeling.streams import Blend, Stream
 from qadapter.serving.cache import LaneCache, Part, assembled
@@ -150,8 +151,8 @@ class Decoder:
                 input_ids=padded[lanes],
                 attention_mask=attention_mask[lanes].long(),
                 position_ids=position_ids[lanes],
-                past_key_values=batch.cache,
                 use_cache=True,
+                **{CACHE: batch.cache},
             )
         hidden = output.last_hidden_state  # (L, columns, H)
         if watch is not None:
