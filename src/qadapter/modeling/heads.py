@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from qadapter.errors import ConfigError
 from qadapter.functional import MixCoefficients, mix_streams
@@ -74,7 +74,8 @@ class Head:
                 raise ConfigError(
                     f"{type(model).__name__} does not give its decoder alone: it cannot be customised yet."
                 )
-            if CACHE not in getattr(type(output), "__dataclass_fields__", ()):  # RWKV, Mamba
+            states = DynamicCache(config=model.config.get_text_config(decoder=True)).is_linear
+            if CACHE not in getattr(type(output), "__dataclass_fields__", ()) or all(states):  # RWKV, Mamba
                 raise ConfigError(f"{type(model).__name__} keeps no keys and values: it cannot be customised.")
             hidden = output.last_hidden_state
             ours, theirs = self.logits(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
