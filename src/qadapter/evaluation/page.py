@@ -22,16 +22,16 @@ def document(title: str, body: str) -> str:
     """The page."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><main>
 <h1>{escape(title)}</h1>
 {body}
-</body></html>
+</main></body></html>
 """
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain texts."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 

@@ -206,7 +206,12 @@ function showTip(span) {
     + ` · strength ${view.strength.toFixed(2)}`;
   const table = document.createElement("table");
   const head = table.insertRow();
-  for (const name of ["base", "", "policy", ""]) { const cell = document.createElement("th"); cell.textContent = name; head.append(cell); }
+  for (const name of ["base", "policy"]) {
+    const cell = document.createElement("th");
+    cell.colSpan = 2; // a token and its probability
+    cell.textContent = name;
+    head.append(cell);
+  }
   for (let row = 0; row < view.top.length; row += 1) {
     const line = table.insertRow();
     for (const [text, probability] of [view.base_top[row], view.top[row]]) {
