@@ -116,12 +116,16 @@ def ablation_table(
     names: Sequence[str], found: Sequence[Variant], usual: Mapping[str, Any], draws: Draws
 ) -> Iterator[str]:
     """The variants of each ablation, and how their areas differ from those of what they change, on common seeds."""
-    unchanged, gains = next((v for v in found if v.method == OWN and v.options == "{}"), None), measured_gains(found)
-    rows = []
+    gains, rows = measured_gains(found), []
+
+    def variant_of(method: str, options: Mapping[str, Any]) -> Variant | None:
+        changed = {key: value for key, value in options.items() if not is_usual(key, value, usual)}
+        return next((v for v in found if (v.method, v.named_options) == (method, changed)), None)
+
     for name in names:
+        unchanged = variant_of(*ABLATIONS[name][0]) if name == "default" else variant_of(OWN, {})
         for method, options in ABLATIONS[name]:
-            changed = {key: value for key, value in options.items() if not is_usual(key, value, usual)}
-            variant = next((v for v in found if (v.method, v.named_options) == (method, changed)), None)
+            variant = variant_of(method, options)
             if variant is None:
                 continue
             label = ", ".join(f"{key} = {value}" for key, value in options.items()) or "defaults"
@@ -135,8 +139,8 @@ def ablation_table(
             rows.append(cells)
     if rows:
         yield (
-            "Ablations of the preset `undiscounted`: areas against KL along the dial, and the distance to its, up to "
-            "the drift that both were measured to.\n"
+            "Ablations of the preset `undiscounted` (those named `default`: of the default): areas against KL along "
+            "the dial, and the distance to its, up to the drift that both were measured to.\n"
         )
         columns = [column for gain in gains for column in (f"area: {gain}", "− its")]
         yield from table(["ablation", "method", "variant", "seeds", *columns], rows)

@@ -523,6 +523,14 @@ def test_an_ablation_is_compared_with_what_it_changes():
     assert not is_usual("training.lora_r", 2, TRAINING)
 
 
+def test_the_ablation_of_the_default_is_compared_with_the_default():
+    default = {"gamma": 0.95, "discount_floor": 0.25}
+    rows = [result("qadapter", 0, gain, o) for gain, o in ((1.0, {}), (1.5, default), (1.2, default | {"beta": 3.0}))]
+    *_, own, changed = ablation_table(["default"], variants(rows, TRAINING), TRAINING, Draws())
+    assert own.split(" | ")[-1] == "– |"
+    assert changed.split(" | ")[-1].startswith(f"{AREA * -0.3:.3f}")
+
+
 def test_a_curve_is_cut_at_the_limit():
     assert up_to([0.1, 0.3], [1.0, 2.0], 0.2) == [(0.0, 0.0), (0.1, 1.0), (0.2, pytest.approx(1.5))]
     assert up_to([0.1], [1.0], 0.2) == [(0.0, 0.0), (0.1, 1.0)]
