@@ -526,7 +526,8 @@ def test_an_ablation_is_compared_with_what_it_changes():
 def test_the_ablation_of_the_default_is_compared_with_the_default():
     default = {"gamma": 0.95, "discount_floor": 0.25}
     rows = [result("qadapter", 0, gain, o) for gain, o in ((1.0, {}), (1.5, default), (1.2, default | {"beta": 3.0}))]
-    *_, own, changed = ablation_table(["default"], variants(rows, TRAINING), TRAINING, Draws())
+    lines = ablation_table(["default"], variants(rows, TRAINING), TRAINING, Draws())
+    own, changed = (line for line in lines if line.startswith("| default "))
     assert own.split(" | ")[-1] == "– |"
     assert changed.split(" | ")[-1].startswith(f"{AREA * -0.3:.3f}")
 
