@@ -74,8 +74,8 @@ class Head:
                 raise ConfigError(
                     f"{type(model).__name__} does not give its decoder alone: it cannot be customised yet."
                 )
-            states = DynamicCache(config=model.config.get_text_config(decoder=True)).is_linear
-            if CACHE not in getattr(type(output), "__dataclass_fields__", ()) or all(states):  # RWKV, Mamba
+            without_keys = DynamicCache(config=model.config.get_text_config(decoder=True)).is_linear  # a layer each
+            if CACHE not in getattr(type(output), "__dataclass_fields__", ()) or all(without_keys):  # RWKV, Mamba
                 raise ConfigError(f"{type(model).__name__} keeps no keys and values: it cannot be customised.")
             hidden = output.last_hidden_state
             ours, theirs = self.logits(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
