@@ -151,26 +151,24 @@ class NothingLeft(Exception):
     """Ends the training of a resumed run that has all its steps; the message says so."""
 
 
-class ResumedRun(TrainerCallback):
-    """Keeps a run from going on beyond its last step, as the Trainer would; nothing is written by then."""
-
-    def __init__(self, checkpoint: str) -> None:
-        self.checkpoint = checkpoint
+class LastStep(TrainerCallback):
+    """Keeps a resumed run from going on beyond its last step, as the Trainer would; nothing is written by then."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the checkpoint's step.
+        """Look at the step of the checkpoint, 0 where there is none.
 
         Raises:
             ConfigError: it is a later one than the run's last.
             NothingLeft: it is the last one.
         """
-        if state.global_step > state.max_steps:
+        step = state.global_step
+        if step > state.max_steps:
             raise ConfigError(
-                f"{self.checkpoint} is of step {state.global_step}, but this run ends at step {state.max_steps}: give "
-                "a larger --max-steps or --num-train-epochs, or resume an earlier checkpoint."
+                f"checkpoint-{step} is of step {step}, but this run ends at step {state.max_steps}: give a larger "
+                "max_steps or num_train_epochs, or resume an earlier checkpoint."
             )
-        if state.global_step == state.max_steps:
-            raise NothingLeft(f"{self.checkpoint} is of the run's last step: nothing is left to train.")
+        if step and step == state.max_steps:
+            raise NothingLeft(f"checkpoint-{step} is of the run's last step: nothing is left to train.")
 
 
 class NewRun(TrainerCallback):

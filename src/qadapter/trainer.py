@@ -1,5 +1,6 @@
 """The trainer: transformers.Trainer with the objective of `qadapter.functional`, its metrics, and adapter folders."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import HubStrategy, TrainOutput, has_length
 
 from qadapter.base_states import IN_MEMORY, PairsWithStates, keep_base_states
 from qadapter.config import QAdapterConfig
@@ -30,7 +31,14 @@ from qadapter.modeling.resuming import load_adapter_weights
 from qadapter.new_folders import write_json
 from qadapter.objective import pair_losses, response_mask
 from qadapter.retention import given_texts, with_retained_texts
-from qadapter.run_folder import ARGUMENTS_NAME, PAIRS, nothing_left_of_refusals, warn_of_other_pairs
+from qadapter.run_folder import (
+    ARGUMENTS_NAME,
+    PAIRS,
+    LastStep,
+    NothingLeft,
+    nothing_left_of_refusals,
+    warn_of_other_pairs,
+)
 from qadapter.training_arguments import QAdapterTrainingArguments
 from qadapter.training_batches import (
     collator_for,
@@ -42,6 +50,8 @@ from qadapter.training_batches import (
 from qadapter.training_log import TrainingLogCallback
 from qadapter.training_metrics import PairMetrics
 from qadapter.training_sharded import fit_sharding
+
+logger = logging.getLogger(__name__)
 
 
 class QAdapterTrainer(Trainer):
@@ -96,7 +106,22 @@ class QAdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._metrics = {"train": PairMetrics(), "eval": PairMetrics()}
         self._probe: dict[str, Any] | None = None  # of a sharded model, for the folder to be saved
+        self.add_callback(LastStep())
         self.add_callback(TrainingLogCallback())
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's, which would take one more step of a run that is resumed from its last one.
+
+        Such a run's result has no loss (NaN) and no metrics; the model is the checkpoint's, or the best one's.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except NothingLeft as stop:
+            logger.warning("%s", stop)
+            self.is_in_train = False
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                self._load_best_model()
+            return TrainOutput(self.state.global_step, math.nan, {})
 
     def _check_trainable(self) -> None:
         """Refuse a model without weights to train."""
@@ -384,6 +409,8 @@ class QAdapterTrainer(Trainer):
 
 def _check_arguments(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse what this trainer cannot train, and functions that it would never call."""
+    if kwargs.get("model_init") is not None:
+        raise ConfigError("model_init is not supported: give the model, and for each trial of a search a new trainer.")
     if not isinstance(model, QAdapterForCausalLM):
         raise ConfigError(
             f"model is a {type(model).__name__}: make it one with QAdapterForCausalLM.from_base(model, ...)."

@@ -20,8 +20,6 @@ from qadapter.modeling.bases import load_config, load_tokenizer, resolve_base
 from qadapter.modeling.quantised import check_trainable_files
 from qadapter.run_folder import (
     NewRun,
-    NothingLeft,
-    ResumedRun,
     checkpoint_to_resume,
     full_disk_named,
     nothing_left_of_refusals,
@@ -124,7 +122,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
     options |= {"first_adapted_layer": run.adapter.first_adapted_layer, "revision": run.model.revision}
     model = QAdapterForCausalLM.from_base(name, run.method, lora, **options)
     folder = Path(str(run.training.output_dir))
-    begins = ResumedRun(checkpoint) if checkpoint else NewRun(run.overwrite)
+    begins = [] if checkpoint else [NewRun(run.overwrite)]
     with StopOnInterrupt() as interrupt, nothing_left_of_refusals(folder), full_disk_named(folder):
         trainer = QAdapterTrainer(
             model=model,
@@ -132,7 +130,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
-            callbacks=[interrupt, begins, *(callbacks or [])],
+            callbacks=[interrupt, *begins, *(callbacks or [])],
         )
         for theirs in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(theirs)
@@ -140,11 +138,6 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
         trainer.add_callback(bar or LogLines())
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except NothingLeft as stop:  # it may have ended before the adapter was written
-            logger.warning("%s", stop)
-            trainer.is_in_train = False
-            if run.training.load_best_model_at_end and trainer.state.best_model_checkpoint:
-                trainer._load_best_model()
         finally:
             if bar is not None:
                 bar.close()
@@ -153,7 +146,7 @@ def train(run: Run, callbacks: list[TrainerCallback] | None = None) -> QAdapterT
                 f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is "
                 "saved: go on with the same command and --resume-from-checkpoint last."
             )
-        trainer.save_model()
+        trainer.save_model()  # also of a run that had all its steps: it may have ended before
     return trainer
 
 

@@ -42,7 +42,7 @@ def test_a_finished_run_is_not_trained_on(train, folder, caplog):
     assert trained() == before
     for ends in (("--max-steps", 3), ("--max-steps", -1, "--num-train-epochs", 1)):
         outcome = train(*again, *ends)
-        assert_refused(outcome, "checkpoint-4 is of step 4, but this run ends at step 3: give a larger --max-steps")
+        assert_refused(outcome, "checkpoint-4 is of step 4, but this run ends at step 3: give a larger max_steps")
         assert trained() == before
 
 

@@ -486,5 +486,8 @@ def test_prompts_that_are_more_than_text_are_refused_unless_the_text_alone_is_as
     row = PLAIN | {name: [{"path": "cat.png"}]}
     with pytest.raises(RowError, match=f"the prompt has {name}, which pairs of text cannot hold; .*--columns"):
         normalise_row(row)
-    assert normalise_row(PLAIN | {name: []}) == PLAIN
+    for nothing in ([], "", "[]", " null", {"path": None, "bytes": None}):
+        assert normalise_row(PLAIN | {name: nothing}) == PLAIN
     assert normalise_row(row, {"prompt": "prompt"}) == PLAIN
+    with pytest.raises(RowError, match="the prompt has chat_template_kwargs"):
+        normalise_row(PLAIN | {"chat_template_kwargs": {"enable_thinking": False, "style": None}})

@@ -228,3 +228,17 @@ def test_the_format_of_a_dataset_changes_no_ids_and_hidden_columns_stay_hidden(c
     noted = Dataset.from_list([row | {"tools": "none of them"} for row in CHATS])
     shown = noted.with_format(kind, columns=["prompt", "chosen", "rejected"])
     assert tokenise_preferences(shown, chatml)[0].to_list() == expected.to_list()
+
+
+def test_a_transform_makes_the_rows_and_leaves_their_tokens_alone(word_level):
+    """The stored columns may have other names, and its own would make nothing of tokens."""
+    rows = [{"q": "a b", "good": "c d e", "bad": "d e f"}, {"q": "c", "good": "a b", "bad": "b c"}]
+
+    def pairs(batch):
+        sides = ("prompt", "q"), ("chosen", "good"), ("rejected", "bad")
+        return {name: [text.upper().lower()[:3] for text in batch[stored]] for name, stored in sides}
+
+    made = [{"prompt": "a b", "chosen": "c d", "rejected": "d e"}, {"prompt": "c", "chosen": "a b", "rejected": "b c"}]
+    tokenised, _ = tokenise_preferences(Dataset.from_list(rows).with_transform(pairs), word_level)
+    assert tokenised.column_names == COLUMNS
+    assert [tokenised[0], tokenised[1]] == tokenise_preferences(Dataset.from_list(made), word_level)[0].to_list()

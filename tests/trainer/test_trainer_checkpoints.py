@@ -11,7 +11,7 @@ from trainer_examples import CONFIG, METRICS
 from transformers import EarlyStoppingCallback, Trainer
 
 from qadapter import QAdapterForCausalLM, QAdapterTrainingArguments
-from qadapter.errors import AdapterFormatError
+from qadapter.errors import AdapterFormatError, ConfigError
 from qadapter.modeling.resuming import load_adapter_weights
 from qadapter.training_log import CURVE_NAME, LOG_NAME, read_log
 
@@ -39,6 +39,33 @@ def test_log_of_a_new_run_starts_anew_and_that_of_a_resumed_one_goes_on(policy, 
     assert whole == [1, 2, 3, 3]
     tiny_trainer(policy, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [entry["step"] for entry in read_log(tmp_path / LOG_NAME)] == whole
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_has_all_its_steps_is_trained_no_further(policy, tmp_path, best):
+    """The Trainer would take one more step."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
+    if best:
+        options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+        options |= {"metric_for_best_model": "qadapter/kl", "greater_is_better": False}
+
+    def trainer():
+        return tiny_trainer(policy, tmp_path, eval_pairs=token_pairs(3), **options)
+
+    trainer().train()
+    weights = {name: weight.detach().clone() for name, weight in policy.adapter_parameters().items()}
+    log = (tmp_path / LOG_NAME).read_bytes()
+    for weight in policy.adapter_parameters().values():
+        weight.data.zero_()
+    again = trainer()
+    result = again.train(resume_from_checkpoint=True)
+    assert (result.global_step, result.metrics, again.state.global_step) == (3, {}, 3)
+    assert (Path(again.state.best_model_checkpoint or "").name == "checkpoint-1") is best  # its KL is the smallest
+    torch.testing.assert_close(dict(policy.adapter_parameters()), weights, rtol=0, atol=0)
+    assert (tmp_path / LOG_NAME).read_bytes() == log
+    options["max_steps"] = 2
+    with pytest.raises(ConfigError, match="checkpoint-3 is of step 3, but this run ends at step 2: give a larger max_"):
+        trainer().train(resume_from_checkpoint=True)
 
 
 def test_log_survives_a_line_that_was_cut_short(policy, tmp_path):

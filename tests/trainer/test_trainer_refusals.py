@@ -110,6 +110,12 @@ def test_batches_that_processes_would_share_are_refused(tmp_path, name):
         QAdapterTrainingArguments(output_dir=str(tmp_path), accelerator_config={name: True})
 
 
+def test_a_model_for_each_trial_is_refused(policy, tmp_path):
+    args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigError, match="model_init is not supported: .* a new trainer"):
+        QAdapterTrainer(model=None, args=args, model_init=lambda: policy)
+
+
 @pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
 def test_functions_that_would_never_be_called_are_refused(policy, tmp_path, name):
     args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)

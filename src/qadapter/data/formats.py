@@ -25,7 +25,8 @@ MAPPABLE = {
     "rejected": ("rejected",),
     "system": SYSTEM_COLUMNS,
 }
-# Columns by which a prompt is more than its text.
+# Columns by which a prompt is more than its text, and the JSON texts that say nothing in one.
+EMPTY = ("", "[]", "{}", "null")
 UNREAD = ("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "chat_template_kwargs")
 
 
@@ -40,7 +41,7 @@ class Format:
     def normalise(self, row: Row) -> Pair:
         """{"prompt", "chosen", "rejected"} as messages (chat) or text; raises RowError without a place."""
         selected = select(row, self.columns)
-        if unread := [name for name in UNREAD if selected.get(name)]:
+        if unread := [name for name in UNREAD if holds_something(selected.get(name))]:
             raise RowError(
                 "wrong type",
                 f"the prompt has {unread[0]}, which pairs of text cannot hold; remove the column, or read the text "
@@ -100,6 +101,15 @@ def select(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
     if columns.get("prompt") == "instruction" and "input" in row and "input" not in columns.values():
         named |= {"instruction": named.pop("prompt"), "input": row["input"]}  # Alpaca's input belongs to it
     return same | named
+
+
+def holds_something(value: Any) -> bool:
+    """Whether a value is more than nothing, as a column may say it: no items, none as JSON, None in every field."""
+    if isinstance(value, str):
+        return value.strip() not in EMPTY
+    if isinstance(value, Mapping):  # Arrow gives each row the fields of all
+        return any(part is not None for part in value.values())
+    return bool(value)
 
 
 def value_at(row: Any, path: str) -> Any:

@@ -128,7 +128,10 @@ def as_python(dataset: Any) -> Any:
 
 
 def mapped(dataset: Any, tokenise: "PairTokeniser", names: list[str]) -> Any:
-    """The dataset with its columns replaced; in memory, because a cache file would outlive the tokenizer."""
+    """The dataset with its columns replaced; in memory, because a cache file would outlive the tokenizer.
+
+    A transform has made the rows by then, and must not be handed their tokens.
+    """
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
 
@@ -142,6 +145,8 @@ def mapped(dataset: Any, tokenise: "PairTokeniser", names: list[str]) -> Any:
         # A fingerprint of our own spares `datasets` from pickling the tokenizer to compute one.
         options |= {"keep_in_memory": True, "load_from_cache_file": False, "desc": "Tokenising pairs"}
         options["new_fingerprint"] = generate_random_fingerprint()
+        options["remove_columns"] = dataset.column_names  # as they are stored: a transform may show others
+        return dataset.map(tokenise, **options).with_format(None)
     return dataset.map(tokenise, **options)
 
 
