@@ -19,7 +19,7 @@ from qadapter.fused import (
 )
 from qadapter.modeling.cache_name import CACHE
 from qadapter.modeling.streams import Stream, StreamLinear, StreamPlan
-from qadapter.modeling.trial_runs import can_run
+from qadapter.modeling.trial_runs import UNFIT, can_run
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ class Head:
             return
         ids = torch.arange(3, device=model.device).unsqueeze(0)
         with torch.no_grad():
-            output = model.get_decoder()(input_ids=ids, use_cache=False)
+            try:
+                output = model.get_decoder()(input_ids=ids, use_cache=False)
+            except UNFIT:  # ModernBERT's decoder gives its head
+                output = ()
             if "last_hidden_state" not in output:  # Llama 4 gives itself as its decoder
                 raise ConfigError(
                     f"{type(model).__name__} does not give its decoder alone: it cannot be customised yet."
@@ -77,6 +80,10 @@ class Head:
             without_keys = DynamicCache(config=model.config.get_text_config(decoder=True)).is_linear  # a layer each
             if CACHE not in getattr(type(output), "__dataclass_fields__", ()) or all(without_keys):  # RWKV, Mamba
                 raise ConfigError(f"{type(model).__name__} keeps no keys and values: it cannot be customised.")
+            if not model._supports_default_dynamic_cache():  # MiniMax
+                raise ConfigError(
+                    f"{type(model).__name__} keeps keys and values in a cache of its own: it cannot be customised yet."
+                )
             hidden = output.last_hidden_state
             ours, theirs = self.logits(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > 1e-3 * theirs.abs().max() + 1e-4:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -283,21 +283,19 @@ def load_tensors(model: QAdapterForCausalLM, adapter: str, tensors: dict[str, Te
     Raises:
         AdapterFormatError: they are not exactly the tensors that the adapter's config asks for on this base.
     """
-    expected = {
-        name: tensor.shape
-        for name, tensor in get_peft_model_state_dict(
-            model.peft_model, adapter_name=adapter, save_embedding_layers=False
-        ).items()
-    }
-    wrong = sorted(set(expected) ^ set(tensors)) or sorted(
-        name for name, shape in expected.items() if tensors[name].shape != shape
+    own = get_peft_model_state_dict(model.peft_model, adapter_name=adapter, save_embedding_layers=False)
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(
+        name for name, tensor in own.items() if tensors[name].shape != tensor.shape
     )
     if wrong:
         raise AdapterFormatError(
             f"{root}: adapter {adapter!r} does not fit the base model or its own config: {len(wrong)} tensors are "
             f"missing, unknown or of another shape, first {wrong[0]!r}."
         )
-    set_peft_model_state_dict(model.peft_model, tensors, adapter_name=adapter)
+    # PEFT's own way back renames keys as checkpoints of some bases are renamed (Laguna), and leaves those out unsaid.
+    with torch.no_grad():
+        for name, tensor in own.items():  # these are the parameters' own memory
+            tensor.copy_(tensors[name])
 
 
 def _refuse(message: str, verify: bool) -> None:

@@ -6,6 +6,8 @@ in the row's order. It is one more of transformers' attention implementations. S
 twin; on a GPU, in half precision, one kernel for sequences of any lengths runs them all (`varlen`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -135,18 +137,35 @@ def enable_packing(model: PreTrainedModel) -> bool:
     return False
 
 
+@contextmanager
+def _narrow_window(config: Any) -> Iterator[None]:
+    """The sliding window, where there is one, is of two tokens meanwhile."""
+    window = getattr(config, "sliding_window", None)
+    if window:
+        config.sliding_window = 2
+    try:
+        yield
+    finally:
+        if window:
+            config.sliding_window = window
+
+
 @torch.no_grad()
 def _packs(model: PreTrainedModel) -> bool:
-    """Whether packed answers of two tokens get the hidden states of rows of their own; True if not loaded yet."""
+    """Whether packed answers of two tokens get the hidden states of rows of their own; True if not loaded yet.
+
+    Also with a window that is shorter than they are, as not all that have one in their config attend by it (Moshi).
+    """
     if not can_run(model):
         return True
     alone, decoder = torch.tensor([[1, 2, 0], [1, 0, 1]]), model.get_decoder()
     sequences = PackedSequences.of(alone.tolist())
-    try:
-        ours = decoder(**packed_batch(model, sequences), use_cache=False).last_hidden_state[0]
-    except UNFIT:
-        return False
-    rows = decoder(input_ids=alone.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
+    with _narrow_window(model.config.get_text_config(decoder=True)):
+        try:
+            ours = decoder(**packed_batch(model, sequences), use_cache=False).last_hidden_state[0]
+        except UNFIT:
+            return False
+        rows = decoder(input_ids=alone.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
     expected = rows[sequences.restore_indices.to(model.device)].float()
     error = (ours.float() - expected).abs().mean() / expected.abs().mean()
     return bool(error < (1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2))

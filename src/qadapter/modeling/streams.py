@@ -326,14 +326,14 @@ def repeat_rows(value: Any, times: int, rows: int) -> Any:
 def disable_dropout(model: nn.Module) -> None:
     """Switch off the base's own dropout, so that both streams differ by the adapter alone (as TRL does).
 
-    Much of it is a number that a layer hands to a function in its forward: `residual_dropout`, `attn_pdrop`, a router's
-    `jitter_noise`.
+    Much of it is a number that a layer hands to a function in its forward: `residual_dropout`, `attn_pdrop`. The noise
+    of routers is off in eval mode (`keep_base_in_eval`), where its number may count, too: PhiMoE compares scores by it.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
 
 

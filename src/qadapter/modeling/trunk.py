@@ -164,14 +164,23 @@ def share_trunk(base: PreTrainedModel, plan: StreamPlan) -> int:
 
 @torch.no_grad()
 def _can_be_left_out(base: PreTrainedModel, plan: StreamPlan, first: int) -> bool:
-    """Whether a pass from the trunk's states gives what a whole pass gives; True for weights not loaded yet."""
+    """Whether a pass from the trunk's states gives what a whole pass gives; True for weights not loaded yet.
+
+    Layers that run more than once (Dory) have no one state that enters them.
+    """
     batch = _probe(base, 1)
     if batch is None:
         return True
     decoder, keep = base.get_decoder(), KeepTrunk(first)
-    with plan.running(None, layer_pass=keep):
+    visited = []
+
+    def keep_and_note(index: int, *args: Any, **kwargs: Any) -> Any:
+        visited.append(index)
+        return keep(index, *args, **kwargs)
+
+    with plan.running(None, layer_pass=keep_and_note):
         whole = decoder(**batch).last_hidden_state
-    if keep.states is None:
+    if keep.states is None or visited != sorted(set(visited)):
         return False
     return _same(decoder, batch, plan, FromTrunk(first, keep.states), whole, 1e-3)
 
@@ -181,25 +190,31 @@ def can_fork(base: PreTrainedModel, plan: StreamPlan, first: int) -> bool:
     """Whether rows can be repeated in front of layer `first`; True for weights not loaded yet.
 
     Not where a layer is handed something that has other than a row for each row of the batch (BLOOM's position biases,
-    Gemma 3n's four copies of the states).
+    Gemma 3n's four copies of the states), also not where it is taken for rows by chance: MPT's biases, a row a head, of
+    as many rows as heads.
     """
-    batch = _probe(base, 2) if first > 0 else None
-    if batch is None:
+    if first == 0:
         return True
-    decoder = base.get_decoder()
-    with plan.running(None):
-        whole = decoder(**batch).last_hidden_state
-    # In half precision products of more rows may round otherwise.
-    tolerance = 0.05 if whole.dtype.itemsize < 4 else 1e-3
-    return _same(decoder, batch, plan, ForkRows(first, 2, 2), whole.repeat(2, 1, 1), tolerance)
+    decoder, heads = base.get_decoder(), getattr(base.config.get_text_config(decoder=True), "num_attention_heads", None)
+    for rows, tokens in ((2, 3), (3, 3), (heads if isinstance(heads, int) else 2, 1)):
+        batch = _probe(base, rows, tokens)
+        if batch is None:
+            return True
+        with plan.running(None):
+            whole = decoder(**batch).last_hidden_state
+        # In half precision products of more rows may round otherwise.
+        tolerance = 0.05 if whole.dtype.itemsize < 4 else 1e-3
+        if not _same(decoder, batch, plan, ForkRows(first, rows, 2), whole.repeat(2, 1, 1), tolerance):
+            return False
+    return True
 
 
-def _probe(base: PreTrainedModel, rows: int) -> dict[str, Any] | None:
-    """A batch of three tokens a row, no two rows alike; None for weights not loaded yet."""
+def _probe(base: PreTrainedModel, rows: int, tokens: int = 3) -> dict[str, Any] | None:
+    """A batch in which no two rows are alike; None for weights not loaded yet."""
     if not can_run(base):
         return None
-    ids = torch.arange(3 * rows, device=base.device).view(rows, 3)
-    return {"input_ids": ids, "use_cache": False}
+    ids = torch.arange(rows * tokens, device=base.device).view(rows, tokens)
+    return {"input_ids": ids % base.get_input_embeddings().weight.shape[0], "use_cache": False}
 
 
 def _same(
