@@ -146,7 +146,7 @@ def test_a_base_with_a_cache_of_its_own_is_refused():
 
 def test_a_base_whose_decoder_is_its_head_is_refused():
     base = base_of("modernbert-decoder", bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
-    with pytest.raises(ConfigError, match="ModernBertDecoderForCausalLM does not give its decoder alone"):
+    with pytest.raises(ConfigError, match="ModernBertDecoderForCausalLM cannot run its decoder alone"):
         QAdapterForCausalLM.from_base(base, QAdapterConfig())
 
 

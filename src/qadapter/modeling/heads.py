@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, first_line
 from qadapter.functional import MixCoefficients, mix_streams
 from qadapter.fused import (
     TokenStatistics,
@@ -71,8 +71,11 @@ class Head:
         with torch.no_grad():
             try:
                 output = model.get_decoder()(input_ids=ids, use_cache=False)
-            except UNFIT:  # ModernBERT's decoder gives its head
-                output = ()
+            except UNFIT as error:  # ModernBERT's decoder gives its head
+                raise ConfigError(
+                    f"{type(model).__name__} cannot run its decoder alone ({first_line(error)}): it cannot be "
+                    "customised yet."
+                ) from error
             if "last_hidden_state" not in output:  # Llama 4 gives itself as its decoder
                 raise ConfigError(
                     f"{type(model).__name__} does not give its decoder alone: it cannot be customised yet."
