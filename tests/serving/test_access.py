@@ -31,6 +31,17 @@ def test_a_wrong_key_is_401(guarded, key):
     assert response.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize("scheme", ["Basic", "Bearers", ""])
+def test_the_right_key_in_another_scheme_is_401(guarded, scheme):
+    assert guarded.post("/v1/completions", BODY, {"Authorization": f"{scheme} sesame-1".strip()}).status_code == 401
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_schemes_name_has_no_case(guarded, scheme):
+    """RFC 9110, section 11.1."""
+    assert guarded.post("/v1/completions", BODY, {"Authorization": f"{scheme} sesame-1"}).status_code == 200
+
+
 def test_the_right_key_opens(guarded):
     with guarded.client(api_key="sesame-1") as client:
         assert chat(client, max_tokens=2).usage.completion_tokens <= 2

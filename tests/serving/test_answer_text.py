@@ -1,7 +1,7 @@
 """Text is sent in whole characters, once, and never a part of a stop string."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import byte_tokenizer, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
@@ -9,12 +9,25 @@ from transformers import PreTrainedTokenizerFast
 
 from qadapter.detokenising import Detokeniser
 from qadapter.serving.answer_text import AnswerText, StopStrings
+from qadapter.serving.answers import ChatShape, Collected, CompletionShape
 from qadapter.serving.jobs import Answer
 from qadapter.serving.sampling import Chosen
+from qadapter.serving.schema import ChatRequest, CompletionRequest, Message
+
+
+def fallback_tokenizer():
+    """Characters a and b; all others as bytes that the vocabulary names by number, as SentencePiece's do."""
+    names = ["<unk>", "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: place for place, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
 
 BYTES = byte_tokenizer()
 # Tokens of a whole character and the first byte of the next: of an emoji after a space, of é after n.
 STRADDLING = byte_tokenizer(("Ġ", "ð"), ("n", "Ã"))
+FALLBACK = fallback_tokenizer()
 whole_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\N{REPLACEMENT CHARACTER}"))
 
 
@@ -141,7 +154,7 @@ def answer_of(text, stops=()):
 
 def test_reports_travel_with_their_text():
     pieces = answer_of("abXcd", stops=["XY"])
-    assert [(text, [report.text for report in reports]) for text, reports in pieces] == [
+    assert [(text, [report.reading.text for report in reports]) for text, reports in pieces] == [
         ("a", ["a"]),
         ("b", ["b"]),
         ("", []),
@@ -152,14 +165,14 @@ def test_reports_travel_with_their_text():
     reports = [report for _, part in pieces for report in part]
     assert [report.offset for report in reports] == [0, 1, 2, 3, 4]
     assert [report.logprob for report in reports] == [-1, -2, -3, -4, -5]
-    assert reports[0].top == (("a", -1.0), ("</s>", -9.0))
+    assert reports[0].top == ((("a", b"a"), -1.0), (("</s>", b"</s>"), -9.0))
 
 
 @pytest.mark.parametrize(("stop", "kept"), [("bX", "a"), ("X", "ab")])
 def test_tokens_of_a_stop_string_are_not_reported(stop, kept):
     pieces = answer_of("abXcd", stops=[stop])
     assert "".join(text for text, _ in pieces) == kept
-    assert "".join(report.text for _, reports in pieces for report in reports) == kept
+    assert "".join(report.reading.text for _, reports in pieces for report in reports) == kept
 
 
 @pytest.mark.parametrize(
@@ -175,6 +188,55 @@ def test_a_tokens_offset_is_where_its_text_begins(tokens, offsets):
         answer.add(Chosen(token, -1.0, ()))
     answer.close()
     assert [report.offset for report in answer.take()[1]] == offsets
+
+
+def test_half_a_character_of_the_prompt_is_completed_by_the_answer():
+    for tokenizer, prompt, text in [(BYTES, "B", "😀Cé"), (STRADDLING, "n ", "😀n"), (FALLBACK, "a", "😀b")]:
+        before, after = tokenizer(prompt)["input_ids"], tokenizer(prompt + text)["input_ids"]
+        for cut in range(len(before), len(after)):
+            detokeniser = Detokeniser(tokenizer, context=after[:cut])
+            sent = "".join(detokeniser.push(token) for token in after[cut:]) + detokeniser.flush()
+            whole = tokenizer.decode(after[:cut], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+            assert whole + sent == prompt + text
+
+
+def test_half_a_character_of_the_prompt_that_nothing_completes_leaves_nothing_in_the_answer():
+    detokeniser = Detokeniser(BYTES, context=BYTES("B😀")["input_ids"][:-1])
+    assert [detokeniser.push(token) for token in BYTES("ab")["input_ids"]] == ["a", "b"]
+
+
+def reported(tokenizer, text, top=1):
+    """The choice that an answer of these tokens makes, each beside the others as alternatives."""
+    answer, tokens = AnswerText(Detokeniser(tokenizer), StopStrings(())), tokenizer(text)["input_ids"]
+    for token in tokens:
+        answer.add(Chosen(token, -1.0, tuple((other, -2.0 - place) for place, other in enumerate(tokens[:top]))))
+    answer.close()
+    return Collected(*answer.take(), "length")
+
+
+CHAT = ChatRequest(model="m", messages=[Message(role="user", content="a")], logprobs=True, top_logprobs=1)
+
+
+@given(whole_text)
+@example("né 😀 n𝔸")
+def test_bytes_of_reported_tokens_make_up_the_text(text):
+    for tokenizer in (BYTES, STRADDLING):
+        found = ChatShape(CHAT).choice(0, reported(tokenizer, text))
+        assert b"".join(bytes(entry["bytes"]) for entry in found["logprobs"]["content"]).decode() == text
+        assert found["message"]["content"] == text
+
+
+def test_bytes_that_a_vocabulary_names_by_number_are_reported():
+    (*first, _) = ChatShape(CHAT).choice(0, reported(FALLBACK, "a😀b"))["logprobs"]["content"]
+    assert [entry["bytes"] for entry in first] == [[97], [0xF0], [0x9F], [0x98], [0x80]]
+    assert [entry["token"] for entry in first] == ["a", "\\xf0", "\\x9f", "\\x98", "\\x80"]
+
+
+def test_halves_of_characters_stay_apart_in_the_older_shape():
+    request = CompletionRequest(model="m", prompt="a", logprobs=4)
+    logprobs = CompletionShape(request).choice(0, reported(BYTES, "😀", top=4))["logprobs"]
+    assert logprobs["tokens"] == ["\\xf0", "\\x9f", "\\x98", "\\x80"]
+    assert all(set(top) == set(logprobs["tokens"]) for top in logprobs["top_logprobs"])
 
 
 def test_special_tokens_leave_nothing_and_make_nothing_slower():

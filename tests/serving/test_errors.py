@@ -1,5 +1,6 @@
 """Whatever is wrong with a request is said in OpenAI's shape, and the server lives on."""
 
+import gzip
 import json
 import time
 
@@ -72,7 +73,7 @@ def test_a_dial_that_is_no_finite_number_is_refused(server, name, raw):
         ({"max_tokens": "4"}, "max_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 9}, "n"),
@@ -91,6 +92,9 @@ def test_a_dial_that_is_no_finite_number_is_refused(server, name, raw):
         ({"prompt": [97]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [10**30]}, "prompt"),
+        ({"prompt": [[1.0]]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [4, "a"]}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"echo": "yes"}, "echo"),
         ({"suffix": "b"}, "suffix"),
@@ -163,6 +167,12 @@ def test_a_list_is_checked_up_to_its_first_mistake(kind, changes):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant", "content": None, "refusal": "no"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0"),
+        ({"messages": [5]}, "messages.0"),
+        ({"reasoning_effort": 1}, "reasoning_effort"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -178,6 +188,46 @@ def test_a_list_is_checked_up_to_its_first_mistake(kind, changes):
 )
 def test_a_chat_parameter_that_is_wrong_or_unsupported_is_named(server, changes, param):
     assert error_of(server.post(CHAT, json.dumps({**VALID_CHAT, **changes})), 400)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "reads text only: leave the message out"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "reads text only: leave the message out"),
+        ({"role": "tool", "tool_call_id": "1", "content": "4"}, "tools are not supported"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "parts of type 'image_url' are not"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_the_way_out(server, message, said):
+    """As an agent's history has it: content is null beside a call of a tool."""
+    body = {**VALID_CHAT, "messages": [VALID_CHAT["messages"][0], message]}
+    error = error_of(server.post(CHAT, json.dumps(body)), 400)
+    assert said in error["message"]
+    assert error["code"] == "unsupported_parameter"
+    assert error["param"].startswith("messages.1.")
+
+
+def test_a_prompts_wrong_item_is_told_what_a_prompt_may_be(server):
+    for prompt in ([[1.0]], [True], [4, "a"], {"text": "a"}, [None]):
+        error = error_of(server.post(COMPLETIONS, json.dumps({**VALID, "prompt": prompt})), 400)
+        assert "a list of ids (integers)" in error["message"]
+        assert error["param"] == "prompt"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "zstd", "identity, br"])
+def test_a_compressed_body_is_refused_with_the_way_out(server, coding):
+    raw = gzip.compress(json.dumps(VALID).encode())
+    error = error_of(server.post(COMPLETIONS, raw, {"Content-Encoding": coding}), 415)
+    assert "send the body uncompressed" in error["message"]
+    assert server.post(COMPLETIONS, json.dumps(VALID), {"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_long_numbers_are_cut_in_messages(server):
+    error = error_of(server.post(COMPLETIONS, json.dumps({**VALID, "prompt": [10**4000]})), 400)
+    assert len(error["message"]) < 200
+    error = error_of(server.post(COMPLETIONS, b'{"seed": ' + b"9" * 6000 + b"}"), 400)
+    assert error["message"] == "the body is not valid JSON: it has a number of too many digits."
 
 
 @pytest.mark.parametrize("name", ["messages", "model"])

@@ -146,6 +146,54 @@ def test_variables_of_the_chat_template_come_with_the_request():
         server.stop()
 
 
+EFFORT = "{{ messages[0]['content'] }}{{ reasoning_effort | default('') }}"
+NAMED = "{% for message in messages %}{{ message['name'] | default('-') }}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "accepted", "refused"),
+    [
+        (EFFORT, {"low": "hilow", "none": "hinone"}, []),
+        (THINKING, {"none": "hi no thoughts "}, ["low"]),
+        ("{{ messages[0]['content'] }}", {"none": "hi"}, ["low"]),
+        ("{{ messages[0]['content'] }}<think>", {}, ["none", "low"]),  # it always thinks
+    ],
+)
+def test_an_effort_reaches_the_chat_template_or_is_refused(template, accepted, refused):
+    server = RunningServer(tokenizer=tiny_tokenizer(template))
+    messages = [{"role": "user", "content": "hi"}]
+    try:
+        with server.client() as client:
+
+            def prompt_tokens(effort):
+                return client.chat.completions.create(
+                    model="formal", messages=messages, reasoning_effort=effort, **GREEDY
+                ).usage.prompt_tokens
+
+            assert {effort: prompt_tokens(effort) for effort in accepted} == {
+                effort: len(text) for effort, text in accepted.items()
+            }
+            for effort in refused:
+                with pytest.raises(openai.BadRequestError, match="has no such choice") as caught:
+                    prompt_tokens(effort)
+                assert caught.value.param == "reasoning_effort"
+    finally:
+        server.stop()
+
+
+def test_a_messages_name_reaches_the_chat_template():
+    server = RunningServer(tokenizer=tiny_tokenizer(NAMED))
+    try:
+        with server.client() as client:
+            said = [{"role": "user", "content": "hi", "name": "bob"}, {"role": "user", "content": "yo"}]
+            answer = client.chat.completions.create(model="formal", messages=said, **GREEDY)
+            text = client.completions.create(model="formal", prompt="bobhi-yo", **GREEDY)
+            assert answer.choices[0].message.content == text.choices[0].text
+            assert answer.usage == text.usage
+    finally:
+        server.stop()
+
+
 def test_prompts_may_be_texts_or_ids_one_or_several(client):
     ids = tiny_tokenizer()("one")["input_ids"]
     several = client.completions.create(model="formal", prompt=["one", "other"], n=2, seed=3, max_tokens=9)

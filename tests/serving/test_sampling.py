@@ -57,13 +57,13 @@ def test_different_seeds_draw_different_tokens():
 
 
 def test_the_nucleus_is_the_smallest_set_of_likeliest_tokens_that_reaches_top_p():
-    probs = some_logits().double().softmax(-1)
-    top_p = torch.tensor([[0.05], [0.3], [0.6], [0.95], [1.0]], dtype=torch.float64)
+    probs = some_logits(6).double().softmax(-1)
+    top_p = torch.tensor([[0.0], [0.05], [0.3], [0.6], [0.95], [1.0]], dtype=torch.float64)
     kept = nucleus(probs, top_p)
     for row, limit in enumerate(top_p.squeeze(-1).tolist()):
         expected, mass = set(), 0.0
         for token in sorted(range(TOKENS), key=lambda token: -probs[row, token].item()):
-            if mass < limit:
+            if mass < limit or not expected:
                 expected.add(token)
             mass += probs[row, token].item()
         assert {token for token in range(TOKENS) if kept[row, token] > 0} == expected

@@ -71,7 +71,8 @@ class Admission:
 
     def _prompts(self, request: GenerationRequest) -> tuple[list[list[int]], str]:
         if isinstance(request, ChatRequest):
-            return [self._encoder.chat(request.messages, request.chat_template_kwargs)], "messages"
+            ids = self._encoder.chat(request.messages, request.chat_template_kwargs, request.reasoning_effort)
+            return [ids], "messages"
         assert isinstance(request, CompletionRequest)
         count, most = len(request.prompt), self._settings.max_queue
         if count > most:  # before they are encoded, for which others would have to wait

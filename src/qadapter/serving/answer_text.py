@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qadapter.detokenising import Detokeniser
+from qadapter.detokenising import Detokeniser, Reading
 from qadapter.serving.sampling import Chosen
 
 
@@ -37,14 +37,14 @@ class StopStrings:
 
 
 class TokenReport(NamedTuple):
-    """A token of the answer as text, its log-probability, the likeliest alternatives, and where its text begins.
+    """A token of the answer, its log-probability, the likeliest alternatives, and where its text begins.
 
     The first token of an echoed prompt has no log-probability.
     """
 
-    text: str
+    reading: Reading
     logprob: float | None
-    top: tuple[tuple[str, float], ...]
+    top: tuple[tuple[Reading, float], ...]
     offset: int
 
 
@@ -78,13 +78,13 @@ class AnswerText:
 
     def _read(self, chosen: Chosen, reported: bool) -> str:
         """The text that a token completes; the token is reported if wanted."""
-        text = self.detokeniser.reading(chosen.token) if reported else ""
+        reading = self.detokeniser.reading(chosen.token) if reported else None
         top = tuple((self.detokeniser.reading(token), logprob) for token, logprob in chosen.top)
         piece = self.detokeniser.push(chosen.token)
-        if reported:
+        if reading is not None:
             # Before the token's own text, the piece has what waited for it.
-            offset = self._decoded + max(0, len(piece) - len(text))
-            self._reports.append(TokenReport(text, chosen.logprob, top, offset))
+            offset = self._decoded + max(0, len(piece) - len(reading.text))
+            self._reports.append(TokenReport(reading, chosen.logprob, top, offset))
         return piece
 
     def close(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qadapter import __version__
+from qadapter.detokenising import REPLACEMENT, Reading
 from qadapter.serving.answer_text import TokenReport
 from qadapter.serving.jobs import Delta
 from qadapter.serving.schema import ChatRequest, GenerationRequest
@@ -121,18 +122,34 @@ class ChatShape(ResponseShape):
             return None
         content = [
             {
-                **_token(report.text, report.logprob),
-                "top_logprobs": [_token(text, logprob) for text, logprob in report.top],
+                **_token(report.reading, report.logprob),
+                "top_logprobs": [_token(reading, logprob) for reading, logprob in report.top],
             }
             for report in reports
         ]
         return {"content": content, "refusal": None}
 
 
-def _token(text: str, logprob: float | None) -> Json:
-    """A token as text and as UTF-8; null for one that is no whole character."""
-    broken = "\N{REPLACEMENT CHARACTER}" in text
-    return {"token": text, "logprob": logprob, "bytes": None if broken else list(text.encode())}
+def _token(reading: Reading, logprob: float | None) -> Json:
+    return {"token": _named(reading), "logprob": logprob, "bytes": list(reading.raw)}
+
+
+def _named(reading: Reading) -> str:
+    r"""A token's text; half a character as OpenAI writes it, `\xf0\x9f`, which tells such tokens apart."""
+    if REPLACEMENT in reading.text and reading.text.encode() != reading.raw:
+        return "".join(f"\\x{byte:02x}" for byte in reading.raw)
+    return reading.text
+
+
+def _likeliest(report: TokenReport) -> dict[str, float] | None:
+    """Log-probabilities by token, the reported one's with them.
+
+    Of tokens that read alike, the likeliest stays: it comes first in the report, so it is written last.
+    """
+    if report.logprob is None:
+        return None
+    found = [(report.reading, report.logprob), *reversed(report.top)]
+    return {_named(reading): logprob for reading, logprob in found}
 
 
 class CompletionShape(ResponseShape):
@@ -157,12 +174,8 @@ class CompletionShape(ResponseShape):
         if not self.wants_logprobs:
             return None
         return {
-            "tokens": [report.text for report in reports],
+            "tokens": [_named(report.reading) for report in reports],
             "token_logprobs": [report.logprob for report in reports],
-            # With the token itself. Of tokens that read alike, the likeliest: it comes first, so it is written last.
-            "top_logprobs": [
-                None if report.logprob is None else {report.text: report.logprob, **dict(reversed(report.top))}
-                for report in reports
-            ],
+            "top_logprobs": [_likeliest(report) for report in reports],
             "text_offset": [report.offset for report in reports],
         }

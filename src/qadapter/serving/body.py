@@ -21,6 +21,10 @@ async def json_object(request: Request, max_bytes: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send the body as Content-Type: application/json.", "unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        message = f"Content-Encoding {coding[:40]!r} is not read by this server: send the body uncompressed."
+        raise ApiError(415, message, "unsupported_media_type")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             raw = await _read(request, max_bytes)
@@ -70,4 +74,6 @@ def _reason(error: Exception) -> str:
         return "it is not UTF-8 text"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if "int_max_str_digits" in str(error):
+        return "it has a number of too many digits"
     return str(error)[:200]

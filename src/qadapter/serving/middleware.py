@@ -102,7 +102,8 @@ class Gate:
     def _refusal(self, headers: Headers) -> ApiError | None:
         key = self.settings.api_key
         if key is not None:
-            if _same(headers.get("authorization", ""), f"Bearer {key}"):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() == "bearer" and _same(given.strip(), key):
                 return None
             message = "the API key is missing or wrong: send Authorization: Bearer KEY."
             return ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

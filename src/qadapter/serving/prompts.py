@@ -18,15 +18,16 @@ class PromptEncoder:
         self.vocabulary = vocabulary
         self.context = context
 
-    def chat(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[int]:
+    def chat(self, messages: Sequence[Message], variables: Mapping[str, Any], effort: str | None = None) -> list[int]:
         """The conversation in the tokenizer's chat template, up to where the answer begins.
 
         Args:
             variables: what the template reads besides.
+            effort: how much to reason, in OpenAI's words, of which templates know some.
 
         Raises:
-            ApiError: there is no template, it refuses the conversation, or a variable is not the client's to set or
-                of a type that the template cannot use.
+            ApiError: there is no template, it refuses the conversation, a variable is not the client's to set or of
+                a type that the template cannot use, or the template knows no effort.
         """
         if not self.tokenizer.chat_template:
             raise bad_request(
@@ -36,13 +37,31 @@ class PromptEncoder:
         if unread is not None:
             message = f"the base model's chat template reads no variable {unread!r} of a request: leave it out."
             raise bad_request(message, "chat_template_kwargs")
-        roles = {"developer": "system"}  # the older name is the one templates know
-        rows = [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
+        rows = [_row(message) for message in messages]
         try:
-            return render(self.tokenizer, rows, add_generation_prompt=True, variables=variables)
+            return render(
+                self.tokenizer, rows, add_generation_prompt=True, variables={**self._effort(effort), **variables}
+            )
         except RowError as error:
             param = "chat_template_kwargs" if error.reason == UNUSABLE_VARIABLES else "messages"
             raise bad_request(f"{error}.", param) from None
+
+    def _effort(self, effort: str | None) -> dict[str, Any]:
+        """The template's variables for an effort."""
+
+        def reads(name: str) -> bool:
+            return unread_variable(self.tokenizer, [name]) is None
+
+        if effort is None:
+            return {}
+        if reads("reasoning_effort"):
+            return {"reasoning_effort": effort}
+        if effort == "none" and reads("enable_thinking"):
+            return {"enable_thinking": False}
+        if effort == "none" and "think" not in self.tokenizer.get_chat_template():
+            return {}  # nothing to turn off
+        message = f"reasoning_effort {effort!r}: the base model's chat template has no such choice: leave it out."
+        raise bad_request(message, "reasoning_effort", "unsupported_parameter")
 
     def text(self, prompt: str | Sequence[int]) -> list[int]:
         """A text as the tokenizer begins texts, or ids as they are.
@@ -54,7 +73,9 @@ class PromptEncoder:
             return PlainEncoder(self.tokenizer).prompt_ids(prompt)
         wrong = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            raise bad_request(f"prompt holds the id {wrong}; ids lie in 0 ... {self.vocabulary - 1}.", "prompt")
+            raise bad_request(
+                f"prompt holds the id {str(wrong)[:40]}; ids lie in 0 ... {self.vocabulary - 1}.", "prompt"
+            )
         return list(prompt)
 
     def answer_tokens(self, prompt_ids: Sequence[int], wanted: int | None, param: str) -> int:
@@ -72,3 +93,10 @@ class PromptEncoder:
             )
             raise ApiError(400, message, "context_length_exceeded", param)
         return self.context - len(prompt_ids) if wanted is None else wanted
+
+
+def _row(message: Message) -> dict[str, str]:
+    """A message as templates read it."""
+    role = "system" if message.role == "developer" else message.role  # the older name is the one templates know
+    name = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": message.text, **name}

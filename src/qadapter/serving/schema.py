@@ -30,7 +30,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "web_search_options": (),
     "moderation": (),
-    "reasoning_effort": ("none",),
+    "reasoning_effort": (),
     "verbosity": ("medium",),
     "suffix": ("",),
     "echo": (False,),
@@ -40,6 +40,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 EMPTY_FIELDS: tuple[tuple[str, Any], ...] = (
     ("tool_calls", []), ("annotations", []), ("refusal", ""), ("reasoning_content", ""), ("reasoning", ""),
 )  # fmt: skip
+
+# Of a message: what is said in them is no text.
+NOT_TEXT = ("tool_calls", "function_call", "refusal", "audio")
 
 Name = Annotated[str, Field(max_length=200)]
 TemplateVariable = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=1000)]
@@ -101,7 +104,7 @@ class GenerationRequest(Strict):
     model: Name
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[Finite, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Finite, Field(ge=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1)] = 1
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)]],
@@ -155,6 +158,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    reasoning_effort: Annotated[str, Field(max_length=20)] | None = None
     # Not OpenAI's: what a chat template reads besides the messages, as on vLLM ({"enable_thinking": false}, say).
     chat_template_kwargs: Annotated[dict[Name, TemplateVariable], Field(max_length=MAX_TEMPLATE_VARIABLES)] = {}
 
@@ -204,6 +208,8 @@ def parse(kind: type[GenerationRequest], body: dict[str, Any]) -> Any:
             raise bad_request(f"{name} is not supported by this server: leave it out.", name, "unsupported_parameter")
     if isinstance(fields.get("messages"), list):
         fields["messages"] = [_without_nulls(message) for message in fields["messages"]]
+        for place, message in enumerate(fields["messages"]):
+            _require_text(f"messages.{place}", message)
     try:
         request = kind.model_validate(fields)
     except ValidationError as error:
@@ -231,6 +237,26 @@ def _require_small(body: dict[str, Any]) -> None:
         raise bad_request(message, "prompt", "invalid_value")
 
 
+def _require_text(place: str, message: Any) -> None:
+    """A message of text alone; what else OpenAI's may hold, and what to do without it, is named."""
+    if not isinstance(message, dict):
+        return
+    for name in NOT_TEXT:
+        if name in message:
+            text = f"{place}.{name} is not supported by this server, which reads text only: leave the message out."
+            raise bad_request(text, f"{place}.{name}", "unsupported_parameter")
+    if message.get("role") in ("tool", "function"):
+        text = f"{place}.role: tools are not supported by this server: leave the message out."
+        raise bad_request(text, f"{place}.role", "unsupported_parameter")
+    content = message.get("content")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            name = f"{place}.content.{number}.type"
+            text = f"{name}: parts of type {str(kind)[:50]!r} are not supported by this server: send text parts only."
+            raise bad_request(text, name, "unsupported_parameter")
+
+
 def _without_nulls(value: Any) -> Any:
     """An object without the empty fields that clients send along, as when they return an answer; all else as it is."""
     if not isinstance(value, dict):
@@ -243,6 +269,8 @@ def _refusal(error: ValidationError) -> Exception:
     param = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "extra_forbidden":
         return bad_request(f"{param} is not a parameter of this endpoint.", param, "unknown_parameter")
+    if param.startswith("prompt") and first["type"] != "missing":
+        return bad_request("prompt: give a text, a list of ids (integers), or a list of either.", "prompt")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return bad_request(f"{param}: {first['msg']}.", param, code)
 
