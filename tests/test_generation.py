@@ -63,6 +63,12 @@ def test_messages_are_put_into_the_template(tokenizer):
     assert tokenizer.decode(row) == "system: Be brief.user: Why?! "
 
 
+def test_parts_of_a_message_are_joined_as_in_training(tokenizer):
+    parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]
+    [row] = encode(tokenizer, [[{"role": "user", "content": parts}]])["input_ids"]
+    assert tokenizer.decode(row) == "user: Why?! "
+
+
 def test_without_a_pad_token_the_end_token_pads(plain_tokenizer):
     plain_tokenizer.pad_token = None
     assert encode(plain_tokenizer, ["ab", "c"])["input_ids"][1, 0] == plain_tokenizer.eos_token_id
@@ -118,6 +124,16 @@ def test_end_tokens_are_the_models_and_the_tokenizers(policy, tokenizer, monkeyp
     for configured, expected in ((None, [1]), (7, [1, 7]), ([9, 7], [1, 7, 9])):
         monkeypatch.setattr(policy.generation_config, "eos_token_id", configured)
         assert end_tokens(policy, tokenizer) == expected
+
+
+def test_the_end_of_a_turn_that_is_trained_ends_answers_too(policy, monkeypatch):
+    """A base that never chatted ends texts by another token than its template ends turns."""
+    tokenizer = tiny_tokenizer("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    monkeypatch.setattr(policy.generation_config, "eos_token_id", 7)
+    assert end_tokens(policy, tokenizer) == [1, 7, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert end_tokens(policy, tokenizer) == [1, 7]
 
 
 # -- generate_texts ------------------------------------------------------------------------------------------------

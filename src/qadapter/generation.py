@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from qadapter.data.encoding import PlainEncoder, render
-from qadapter.data.messages import user
+from qadapter.data.encoding import PlainEncoder, render, trained_end
+from qadapter.data.messages import joined_parts, user
 from qadapter.detokenising import Detokeniser, detokenised
 from qadapter.errors import ConfigError
 from qadapter.modeling import QAdapterForCausalLM
@@ -106,7 +106,11 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
             raise ConfigError("the base model has no chat template: give plain text prompts, not messages.")
         ids = PlainEncoder(tokenizer).prompt_ids(prompt)  # as prompts are trained on
     else:
-        messages = user(prompt) if isinstance(prompt, str) else list(prompt)
+        messages = (
+            user(prompt)
+            if isinstance(prompt, str)
+            else [{**message, "content": joined_parts(message.get("content"))} for message in prompt]
+        )
         ids = render(tokenizer, messages, add_generation_prompt=True)
     if not ids:
         raise ConfigError("the prompt is empty: give at least one token.")
@@ -114,10 +118,13 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
 
 
 def end_tokens(model: QAdapterForCausalLM, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the generation config's and the tokenizer's."""
+    """Ids that end an answer: the generation config's, the tokenizer's, and the one that answers are trained to end by.
+
+    A base that was never tuned to chat (Qwen 2.5) ends texts by another token than its template ends turns.
+    """
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({i for i in [*ids, tokenizer.eos_token_id, trained_end(tokenizer)] if i is not None})
 
 
 def until_end(ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:

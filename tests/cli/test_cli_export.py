@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from qadapter import ConfigError, QAdapterConfig, QAdapterForCausalLM
 from qadapter.export import distil, export_gguf_ready, export_lora, export_merged, export_vllm, gguf
@@ -93,6 +93,18 @@ def test_a_policys_own_dial_is_not_dropped_by_an_exact_export(policy, tmp_path, 
 def test_a_base_of_few_positions_is_merged(tmp_path):
     policy = tiny_policy(tiny_base("gpt2", n_positions=32), QAdapterConfig())
     assert export_merged(policy, tmp_path / "merged") < 1e-3
+
+
+@pytest.mark.parametrize(("known", "ends"), [(None, ["~"]), (5, [5, "~"]), ([5, 6], [5, 6, "~"]), ("~", "~")])
+def test_a_merged_model_stops_where_answers_were_trained_to_end(policy, tmp_path, monkeypatch, known, ends):
+    """A base that never chatted knows another end than its template writes."""
+    tokenizer = tiny_tokenizer("{% for message in messages %}{{ message['content'] }}~{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["~"]})
+    end = tokenizer.convert_tokens_to_ids("~")
+    monkeypatch.setattr(policy.base.generation_config, "eos_token_id", end if known == "~" else known)
+    export_merged(policy, tmp_path / "merged", tokenizer=tokenizer)
+    loaded = GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
+    assert loaded == (end if ends == "~" else [end if token == "~" else token for token in ends])
 
 
 def test_the_weight_of_an_interpolated_adapter_counts(policy, tmp_path):

@@ -18,6 +18,14 @@ PHI = (
 )
 # DeepSeek-R1: the generation prompt opens a thought that finished answers do not have.
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+# Mistral 7B Instruct v0.3: the system message stands in the last turn, where that is the user's.
+LAST_TURN = (
+    "{% if messages[0]['role'] == 'system' %}{% set system, turns = messages[0]['content'], messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}<s>"
+    "{% for message in turns %}{% if message['role'] == 'user' %}<|user|>"
+    "{% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ message['content'] }}<|assistant|>"
+    "{% else %}{{ message['content'] }}</s>{% endif %}{% endfor %}"
+)
 # Zephyr without its end token: nothing but text closes a turn.
 UNCLOSED = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

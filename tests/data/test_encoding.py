@@ -1,13 +1,14 @@
 import pytest
-from data_examples import CHATML, LLAMA, PHI, STRICT, THINKING, UNCLOSED, chat_pair
+from data_examples import CHATML, LAST_TURN, LLAMA, PHI, STRICT, THINKING, UNCLOSED, chat_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qadapter.data.encoding import ChatEncoder, PlainEncoder, shared_prefix
+from qadapter.data.encoding import ChatEncoder, PlainEncoder, shared_prefix, shared_words
 from qadapter.data.rows import RowError
 from qadapter.errors import DataError
 
 PLAIN = {"prompt": "The capital of France", "chosen": " is Paris.", "rejected": " is Rome."}
+UNPROMPTED = {"prompt": "", "chosen": "Paris is big.", "rejected": "Rome is old."}
 HISTORY = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is the capital?"},
@@ -90,6 +91,22 @@ def test_a_template_that_opens_finished_answers_differently_splits_both_sides_at
     assert text_of(tokenizer, encoded.prompt_ids) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert text_of(tokenizer, encoded.chosen_ids) == "So.<|im_end|>"
     assert text_of(tokenizer, encoded.rejected_ids) == "So what.<|im_end|>"
+
+
+def test_a_template_without_a_generation_prompt_splits_where_the_answer_begins(make_tokenizer):
+    tokenizer = make_tokenizer(LAST_TURN)
+    encoded = ChatEncoder(tokenizer).encode(chat_pair("Why?", "So.", "So what."))
+    assert encoded.stable
+    assert text_of(tokenizer, encoded.prompt_ids) == "<s><|user|>Why?<|assistant|>"
+
+
+def test_a_prompt_that_its_answer_changes_is_refused(make_tokenizer):
+    """The system message would be lost, and the question trained as an answer."""
+    pair = chat_pair("Why?", "So.", "So what.")
+    pair["prompt"] = HISTORY[:1] + pair["prompt"]
+    with pytest.raises(RowError, match="otherwise where an answer follows") as caught:
+        ChatEncoder(make_tokenizer(LAST_TURN)).encode(pair)
+    assert "('Be brief. Why?<|assistant|>')" in str(caught.value)
 
 
 CONTENT = st.text(st.sampled_from("ab é\n.?<|"), min_size=1, max_size=9).filter(str.strip)
@@ -193,12 +210,44 @@ def test_plain_answers_end_with_one_eos(make_tokenizer):
 def test_a_bos_that_is_also_the_eos_stays_at_the_start_of_an_empty_prompt(make_tokenizer):
     """GPT-2 has one token for both."""
     tokenizer = make_tokenizer(adds="<s> $A", eos_token="<s>")
-    assert PlainEncoder(tokenizer).encode(PLAIN | {"prompt": ""}).prompt_ids == [tokenizer.bos_token_id]
+    assert PlainEncoder(tokenizer).encode(UNPROMPTED).prompt_ids == [tokenizer.bos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Hi yes", "Hi no", "Hi"),
+        ("Hi  yes", "Hi  no", "Hi"),
+        ("Q: a\nA: five", "Q: a\nA: four", "Q: a\nA:"),
+        ("Paris is nice", "Paris is", "Paris"),
+        ("Paris is nice", "Paris is ", "Paris"),
+        ("Paris", "Parting", ""),
+        ("yes", "no", ""),
+        (" yes", " no", ""),
+    ],
+)
+def test_the_words_that_plain_answers_begin_with_are_their_prompt(chosen, rejected, prompt):
+    """As TRL's extract_prompt, but never in a word."""
+    for one, other in ((chosen, rejected), (rejected, chosen)):
+        assert shared_words(one, other) == prompt
+
+
+WORDS = st.text(st.sampled_from("ab \n"), min_size=1, max_size=12).filter(str.strip)
+
+
+@given(WORDS, WORDS)
+def test_an_implicit_prompt_is_whole_words_that_both_go_on_from(one, other):
+    prompt = shared_words(one, other)
+    assert one.startswith(prompt)
+    assert other.startswith(prompt)
+    for text in (one, other):
+        assert text[len(prompt) :].strip()
+        assert not prompt or text[len(prompt)].isspace()
 
 
 def test_an_empty_plain_prompt_needs_a_bos(make_tokenizer):
     with pytest.raises(RowError, match="adds no token at the beginning"):
-        PlainEncoder(make_tokenizer()).encode(PLAIN | {"prompt": ""})
+        PlainEncoder(make_tokenizer()).encode(UNPROMPTED)
 
 
 @pytest.mark.parametrize(

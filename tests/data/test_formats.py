@@ -77,6 +77,13 @@ EXAMPLES = {
 }
 
 
+def test_a_prompt_may_be_one_message():
+    assert normalise_row({"prompt": USER, "chosen": "Four.", "rejected": "Five."}) == CHAT
+    for column in ("prompt", "messages", "conversations"):
+        row = {column: USER, "chosen": GOOD, "rejected": BAD}
+        assert normalise_row(row if column == "prompt" else {**row, column: [USER]}) == CHAT
+
+
 def normalise_row(row, columns=None):
     """The pair of a single row in any known layout."""
     return recognise(row, [row], columns, source="row").normalise(row)
@@ -363,7 +370,6 @@ def test_a_faulty_row_is_named_with_its_rule(reason, row, change, message):
     ("row", "message"),
     [
         (PLAIN | {"prompt": 7}, "prompt is int, text is needed"),
-        (PLAIN | {"prompt": USER}, "prompt is dict, text is needed"),
         (PLAIN | {"chosen": 1, "rejected": -1}, "chosen is int, text is needed"),
         (CHAT | {"chat_template_kwargs": {"enable_thinking": False}}, "the prompt has chat_template_kwargs, which"),
     ],

@@ -188,12 +188,13 @@ def test_ids_change_only_with_the_version():
     """If this fails, the ids of some rows have changed: raise TOKENISATION_VERSION, then put the new digest here."""
     rows = [*CHATS, ENDS, chat_pair("A long question " * 5, "Yes.", "An answer that is long " * 3)]
     ids = []
-    for template, limits in ((TEMPLATE, {"max_length": 40}), (None, {"max_prompt_length": 5})):
-        some = PLAIN if template is None else rows
+    without = [{"chosen": "one two three", "rejected": "one two four"}]
+    runs = [(TEMPLATE, rows, {"max_length": 40}), (None, PLAIN, {"max_prompt_length": 5}), (None, without, {})]
+    for template, some, limits in runs:
         tokenised, report = tokenise_preferences(Dataset.from_list(some), tiny_tokenizer(template), **limits)
         ids.append([tokenised.to_list(), report.truncated_prompts, report.dropped])
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-    assert (TOKENISATION_VERSION, digest[:16]) == (3, "c2d91c81e74891f9")
+    assert (TOKENISATION_VERSION, digest[:16]) == (4, "8495294aee685a98")
 
 
 # -- what is not cached --------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 import copy
 
 import pytest
-from data_examples import LLAMA, STRICT, THINKING, chat_pair, plain_pair
+from data_examples import CHATML, LAST_TURN, LLAMA, STRICT, THINKING, chat_pair, plain_pair
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,16 +63,39 @@ def test_a_chat_needs_a_template(make_tokenizer):
 
 
 def test_text_without_prompts_is_plain_text_after_bos(make_tokenizer, write_lines):
-    path = write_lines([{"chosen": "Paris is big.", "rejected": "Paris is old."}])
+    path = write_lines(
+        [{"chosen": "Big.", "rejected": "Old."}, {"chosen": "Paris is big.", "rejected": "Paris is old."}]
+    )
     tokenizer = make_tokenizer(adds="<s> $A")
     tokenised, _ = tokenise_preferences(load_preference_dataset(path), tokenizer)
     assert tokenised[0]["prompt_ids"] == [tokenizer.bos_token_id]
+    assert tokenised[1]["prompt_ids"] == tokenizer("Paris is")["input_ids"]
+    assert tokenizer.decode(tokenised[1]["chosen_ids"]) == " big.</s>"
 
 
-def test_text_without_prompts_is_no_chat(chatml):
-    rows = [{"prompt": "", "chosen": "Paris is big.", "rejected": "Paris is old."}]
+@pytest.mark.parametrize("beside", [{"prompt": ""}, {}])
+def test_text_without_prompts_is_no_chat(chatml, beside):
+    rows = [{**beside, "chosen": "Paris is big.", "rejected": "Paris is old."}]
     with pytest.raises(DataError, match="row 1: the prompt is empty; a chat needs a user message: fill a column"):
         tokenise_preferences(Dataset.from_list(rows), chatml)
+
+
+def test_templates_of_which_none_is_the_default_are_refused(make_tokenizer):
+    tokenizer = make_tokenizer({"chat": CHATML, "rag": CHATML})
+    with pytest.raises(DataError, match="the chat templates chat, rag, and none is named default"):
+        tokenise_preferences(Dataset.from_list(CHATS), tokenizer)
+    tokenizer.chat_template["default"] = CHATML
+    assert tokenise_preferences(Dataset.from_list(CHATS), tokenizer)[1].kept == len(CHATS)
+
+
+def test_a_prompt_that_its_answer_changes_is_dropped_with_the_reason(make_tokenizer):
+    with_system = chat_pair() | {"prompt": [{"role": "system", "content": "Be brief."}, *chat_pair()["prompt"]]}
+    _, report = tokenise_preferences(Dataset.from_list([CHATS[0], with_system]), make_tokenizer(LAST_TURN))
+    assert report.dropped == {"prompt changed by its answer": [2]}
+    with pytest.raises(
+        DataError, match=r"writes the prompt's end \('Be brief\. .*put that text into the user's message"
+    ):
+        tokenise_preferences(Dataset.from_list([with_system]), make_tokenizer(LAST_TURN))
 
 
 def test_prompts_are_cut_at_the_left_for_both_sides_alike(word_level):

@@ -5,6 +5,7 @@ Chats are rendered by the tokenizer's template straight to ids; rendering to tex
 would add a second beginning-of-sequence token.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ class ChatEncoder:
     The prompt is rendered with the generation prompt; each side is the whole conversation. Where the rendered
     prompt is no prefix of both sides (templates that open a finished answer differently, or text that merges
     over the boundary), the longest token prefix that all three share is the prompt, so that both sides still
-    split at the same token.
+    split at the same token. A prompt that loses more than how the answer is opened would be trained as an answer,
+    and after another beginning than generation has: it is refused.
     """
 
     def __init__(self, tokenizer: Any):
@@ -46,6 +48,8 @@ class ChatEncoder:
         prompt_ids = render(self.tokenizer, pair["prompt"], add_generation_prompt=True)
         sides = [render(self.tokenizer, pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
         boundary = shared_prefix(prompt_ids, *sides)
+        if boundary < len(prompt_ids):
+            self.require_whole(pair["prompt"], prompt_ids, boundary)
         chosen_ids, rejected_ids = (self.close(ids[boundary:]) for ids in sides)
         return EncodedPair(prompt_ids[:boundary], chosen_ids, rejected_ids, stable=boundary == len(prompt_ids))
 
@@ -56,6 +60,22 @@ class ChatEncoder:
                 "already rendered",
                 f"the prompt's text contains {found[0]}, which the chat template writes itself: if it is already "
                 "rendered, give messages, or the bare text",
+            )
+
+    def require_whole(self, prompt: list[Message], prompt_ids: list[int], boundary: int) -> None:
+        """Refuse a prompt that the template writes otherwise before an answer, but for how it opens that.
+
+        Mistral 7B Instruct v0.3 puts the system message into the last turn, where that is the user's.
+        """
+        bare = prompt_ids[: shared_prefix(prompt_ids, render(self.tokenizer, prompt))]
+        lost = bare[boundary:]
+        # One token may be text that merges with the answer's.
+        if len(lost) > 1 and self.tokenizer.decode(lost).strip():
+            text = " ".join(self.tokenizer.decode(prompt_ids[boundary:]).split())
+            raise RowError(
+                "prompt changed by its answer",
+                f"the chat template writes the prompt's end ({text[:60]!r}) otherwise where an answer follows; if it "
+                "moves a system message into the last turn, put that text into the user's message",
             )
 
     def close(self, answer_ids: list[int]) -> list[int]:
@@ -75,7 +95,8 @@ class PlainEncoder:
 
     Prompt and answer are tokenised apart, the prompt with the tokenizer's special tokens, the answer without
     and followed by the end-of-sequence token: the boundary is the same for both sides by construction, and
-    at generation the prompt is tokenised exactly like this.
+    at generation the prompt is tokenised exactly like this. Of a pair without a prompt, the words that both sides
+    begin with are it.
     """
 
     def __init__(self, tokenizer: Any):
@@ -83,10 +104,12 @@ class PlainEncoder:
 
     def encode(self, pair: Pair) -> EncodedPair:
         """The ids of a pair of texts; raises RowError for a row without any prompt token."""
-        prompt_ids = self.prompt_ids(pair["prompt"])
+        chosen, rejected, prompt = pair["chosen"], pair["rejected"], pair["prompt"]
+        shared = "" if prompt else shared_words(chosen, rejected)
+        prompt_ids = self.prompt_ids(prompt or shared)
         if not prompt_ids:
             raise RowError("no prompt", "the prompt is empty and the tokenizer adds no token at the beginning")
-        sides = (self.ids(pair[side], add_special_tokens=False) for side in ("chosen", "rejected"))
+        sides = (self.ids(side[len(shared) :], add_special_tokens=False) for side in (chosen, rejected))
         chosen_ids, rejected_ids = (closed(ids, self.tokenizer) for ids in sides)
         return EncodedPair(prompt_ids, chosen_ids, rejected_ids)
 
@@ -117,6 +140,8 @@ def render(
     """
     from jinja2 import TemplateError, UndefinedError
 
+    require_one_template(tokenizer)
+
     def ids(given: Mapping[str, Any]) -> list[int]:
         rendered = tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **given
@@ -135,6 +160,32 @@ def render(
         if not isinstance(error, TemplateError):
             raise
         raise RowError("refused by template", f"the chat template refuses the conversation: {error}") from None
+
+
+def shared_words(one: str, other: str) -> str:
+    """The words that both texts begin with, where both go on: TRL's implicit prompt, which may end inside a word."""
+    length = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    shared = one if length is None else one[:length]
+    spaces = [match.start() for match in re.finditer(r"\s+", shared)]
+    return one[: next((end for end in reversed(spaces) if one[end:].strip() and other[end:].strip()), 0)]
+
+
+def require_one_template(tokenizer: Any) -> None:
+    """Raise DataError for a tokenizer whose chat templates have names, of which none is the default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise DataError(
+            f"the tokenizer has the chat templates {', '.join(templates)}, and none is named default; set "
+            "tokenizer.chat_template to one of them and save the tokenizer"
+        )
+
+
+def trained_end(tokenizer: Any) -> int | None:
+    """The token that closes an answer in training: of the chat template, else the tokenizer's eos_token."""
+    with suppress(RowError):  # the template refuses the trial: no pair of these roles was trained on either
+        if tokenizer.chat_template and (ending := template_ending(tokenizer)):
+            return ending[0]
+    return tokenizer.eos_token_id
 
 
 def shared_prefix(*sequences: Sequence[int]) -> int:

@@ -206,9 +206,9 @@ LAYOUTS = {
         read_prompt_transcript,
         ("prompt",),
     ),
-    "chat": Layout(  # prompt: messages, chosen, rejected: messages
+    "chat": Layout(  # prompt: messages or one, chosen, rejected: messages
         True,
-        lambda row: isinstance(row.get("prompt"), list) and has_answers(row, (list, dict, str)),
+        lambda row: isinstance(row.get("prompt"), list | dict) and has_answers(row, (list, dict, str)),
         read_conversations,
         CHAT_COLUMNS,
     ),

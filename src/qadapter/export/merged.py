@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qadapter.data.encoding import trained_end
 from qadapter.errors import ConfigError
 from qadapter.export.summed import write_summed_lora
 from qadapter.modeling import QAdapterForCausalLM
@@ -103,9 +104,23 @@ def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any, inter
     _untie_a_changed_head(model, factors, folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        _name_the_trained_end(folder / "generation_config.json", tokenizer)
     kind = loading_class(model.base.config, model.base_source.name)
     merged = kind.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
     return largest_difference(model, merged, interpolated)
+
+
+def _name_the_trained_end(path: Path, tokenizer: Any) -> None:
+    """Have generation stop where answers were trained to end, which the base's own settings need not know."""
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text())
+    known = settings.get("eos_token_id")
+    ends = known if isinstance(known, list) else [known]
+    end = trained_end(tokenizer)
+    if end is not None and end not in ends:
+        settings["eos_token_id"] = [*(token for token in ends if token is not None), end]
+        write_json(path, settings)
 
 
 def _untie_a_changed_head(model: QAdapterForCausalLM, adapters: Collection[str], config_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qadapter.data.encoding import UNUSABLE_VARIABLES, PlainEncoder, render
+from qadapter.data.encoding import UNUSABLE_VARIABLES, PlainEncoder, render, require_one_template
 from qadapter.data.rows import RowError
 from qadapter.data.template_variables import unread_variable
 from qadapter.serving.api_errors import ApiError, bad_request
@@ -14,6 +14,7 @@ class PromptEncoder:
     """Encodes the prompts of requests, and holds them to the context's length."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, context: int) -> None:
+        require_one_template(tokenizer)
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.context = context
