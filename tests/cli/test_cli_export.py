@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -95,16 +96,33 @@ def test_a_base_of_few_positions_is_merged(tmp_path):
     assert export_merged(policy, tmp_path / "merged") < 1e-3
 
 
-@pytest.mark.parametrize(("known", "ends"), [(None, ["~"]), (5, [5, "~"]), ([5, 6], [5, 6, "~"]), ("~", "~")])
+@pytest.mark.parametrize(("known", "ends"), [(None, [3, "~"]), (5, [5, "~"]), ([5, 6], [5, 6, "~"]), ("~", "~")])
 def test_a_merged_model_stops_where_answers_were_trained_to_end(policy, tmp_path, monkeypatch, known, ends):
     """A base that never chatted knows another end than its template writes."""
     tokenizer = tiny_tokenizer("{% for message in messages %}{{ message['content'] }}~{% endfor %}")
     tokenizer.add_special_tokens({"additional_special_tokens": ["~"]})
     end = tokenizer.convert_tokens_to_ids("~")
+    monkeypatch.setattr(policy.base.config, "eos_token_id", 3)  # where the settings for generation say nothing
     monkeypatch.setattr(policy.base.generation_config, "eos_token_id", end if known == "~" else known)
     export_merged(policy, tmp_path / "merged", tokenizer=tokenizer)
     loaded = GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
     assert loaded == (end if ends == "~" else [end if token == "~" else token for token in ends])
+
+
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_vllm_stops_where_answers_were_trained_to_end(adapter, base, exported, tmp_path, has_settings):
+    copy = shutil.copytree(base, tmp_path / "copy")
+    settings = copy / "generation_config.json"
+    if has_settings:
+        settings.write_text('{"eos_token_id": 1}')
+    else:
+        settings.unlink()
+    tokenizer = tiny_tokenizer("{% for message in messages %}{{ message['content'] }}~{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["~"]})
+    export_vllm(QAdapterForCausalLM.from_pretrained(adapter, base_model=copy), exported, tokenizer)
+    loaded = GenerationConfig.from_pretrained(exported).eos_token_id
+    assert loaded == [1, tokenizer.convert_tokens_to_ids("~")]
+    assert not has_settings or settings.read_text() == '{"eos_token_id": 1}'
 
 
 def test_the_weight_of_an_interpolated_adapter_counts(policy, tmp_path):

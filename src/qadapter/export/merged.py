@@ -104,18 +104,18 @@ def write_merged(model: QAdapterForCausalLM, folder: Path, tokenizer: Any, inter
     _untie_a_changed_head(model, factors, folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        _name_the_trained_end(folder / "generation_config.json", tokenizer)
+        name_the_trained_end(folder, tokenizer)
     kind = loading_class(model.base.config, model.base_source.name)
     merged = kind.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
     return largest_difference(model, merged, interpolated)
 
 
-def _name_the_trained_end(path: Path, tokenizer: Any) -> None:
+def name_the_trained_end(folder: Path, tokenizer: Any) -> None:
     """Have generation stop where answers were trained to end, which the base's own settings need not know."""
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text())
-    known = settings.get("eos_token_id")
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    known = settings.get("eos_token_id", config.get("eos_token_id"))
     ends = known if isinstance(known, list) else [known]
     end = trained_end(tokenizer)
     if end is not None and end not in ends:

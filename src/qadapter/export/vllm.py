@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from qadapter.errors import ConfigError
+from qadapter.export.merged import name_the_trained_end
 from qadapter.modeling import QAdapterForCausalLM
 from qadapter.modeling.checkpoint import save
 from qadapter.modeling.heads import Head
@@ -74,6 +75,8 @@ def export_vllm(
         config |= {"architectures": [f"QAdapter{architecture}"], "qadapter": {"strength": strength}}
         (scratch / "config.json").unlink()  # a link to the base's own file, which must stay as it is
         write_json(scratch / "config.json", config)
+        if tokenizer is not None:
+            name_the_trained_end(scratch, tokenizer)
 
     into_new_folder(Path(folder), write)
 
