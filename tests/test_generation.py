@@ -132,8 +132,9 @@ def test_the_end_of_a_turn_that_is_trained_ends_answers_too(policy, monkeypatch)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     monkeypatch.setattr(policy.generation_config, "eos_token_id", 7)
     assert end_tokens(policy, tokenizer) == [1, 7, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert end_tokens(policy, tokenizer) == [1, 7]
+    for failing in ("{{ raise_exception('no') }}", "{{ 5 / 0 }}"):
+        tokenizer.chat_template = failing
+        assert end_tokens(policy, tokenizer) == [1, 7]
 
 
 # -- generate_texts ------------------------------------------------------------------------------------------------

@@ -55,9 +55,8 @@ class Detokeniser:
         added = after[len(before) :] if after.startswith(before) else ""
         if not added:
             added = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if REPLACEMENT in added:
-            return Reading(added, token_bytes(self._tokenizer.convert_ids_to_tokens(token)))
-        return Reading(added, added.encode())
+        raw = token_bytes(self._tokenizer.convert_ids_to_tokens(token)) if REPLACEMENT in added else None
+        return Reading(added, added.encode() if raw is None else raw)
 
     def _is_special(self, token: int) -> bool:
         """Whether texts leave a token out; others that read like nothing alone (a space, say) count for the next."""
@@ -88,17 +87,17 @@ def detokenised(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(map(detokeniser.push, ids)) + detokeniser.flush()
 
 
-def token_bytes(piece: str) -> bytes:
-    """The bytes of half a character, from the vocabulary's name for it.
+def token_bytes(piece: str) -> bytes | None:
+    """The bytes of half a character, from the vocabulary's name for it; None for a name that is a text.
 
     Vocabularies name a single byte `<0xF0>` (byte fallback, as SentencePiece writes it), or write bytes as the
-    printable characters of GPT-2's alphabet. What is neither is a text.
+    printable characters of GPT-2's alphabet.
     """
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     if all(character in BYTE_OF for character in piece):
         return bytes(BYTE_OF[character] for character in piece)
-    return piece.encode()
+    return None
 
 
 def _bytes_of_characters() -> dict[str, int]:

@@ -93,7 +93,7 @@ def test_a_prompt_that_its_answer_changes_is_dropped_with_the_reason(make_tokeni
     _, report = tokenise_preferences(Dataset.from_list([CHATS[0], with_system]), make_tokenizer(LAST_TURN))
     assert report.dropped == {"prompt changed by its answer": [2]}
     with pytest.raises(
-        DataError, match=r"writes the prompt's end \('Be brief\. .*put that text into the user's message"
+        DataError, match=r"writes the prompt's end \('Be brief\. .*put that text into the user's message, else give"
     ):
         tokenise_preferences(Dataset.from_list([with_system]), make_tokenizer(LAST_TURN))
 

@@ -232,6 +232,13 @@ def test_bytes_that_a_vocabulary_names_by_number_are_reported():
     assert [entry["token"] for entry in first] == ["a", "\\xf0", "\\x9f", "\\x98", "\\x80"]
 
 
+def test_a_replacement_character_in_a_vocabulary_is_a_text():
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "▁one": 1, "▁\N{REPLACEMENT CHARACTER}": 2}, unk_token="</s>"))
+    tokenizer.decoder = decoders.Metaspace()
+    detokeniser = Detokeniser(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), context=[1])
+    assert detokeniser.reading(2) == (" \N{REPLACEMENT CHARACTER}", " \N{REPLACEMENT CHARACTER}".encode())
+
+
 def test_halves_of_characters_stay_apart_in_the_older_shape():
     request = CompletionRequest(model="m", prompt="a", logprobs=4)
     logprobs = CompletionShape(request).choice(0, reported(BYTES, "😀", top=4))["logprobs"]

@@ -75,7 +75,8 @@ class ChatEncoder:
             raise RowError(
                 "prompt changed by its answer",
                 f"the chat template writes the prompt's end ({text[:60]!r}) otherwise where an answer follows; if it "
-                "moves a system message into the last turn, put that text into the user's message",
+                "moves a system message into the last turn, put that text into the user's message, else give the "
+                "tokenizer a template that does not look at what follows",
             )
 
     def close(self, answer_ids: list[int]) -> list[int]:
@@ -182,7 +183,7 @@ def require_one_template(tokenizer: Any) -> None:
 
 def trained_end(tokenizer: Any) -> int | None:
     """The token that closes an answer in training: of the chat template, else the tokenizer's eos_token."""
-    with suppress(RowError):  # the template refuses the trial: no pair of these roles was trained on either
+    with suppress(RowError, *PYTHON_ERRORS):  # the template fails with the trial, as it would have in training
         if tokenizer.chat_template and (ending := template_ending(tokenizer)):
             return ending[0]
     return tokenizer.eos_token_id
