@@ -77,6 +77,11 @@ EXAMPLES = {
 }
 
 
+def test_an_object_under_prompt_that_is_no_message_is_not_the_prompt():
+    row = {"prompt": {"id": 5}, "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    assert normalise_row(row) == CHAT
+
+
 def test_a_prompt_may_be_one_message():
     assert normalise_row({"prompt": USER, "chosen": "Four.", "rejected": "Five."}) == CHAT
     for column in ("prompt", "messages", "conversations"):

@@ -73,6 +73,11 @@ def has_prompt_transcript(row: Row) -> bool:
     return has_answers(row, str) and isinstance(row.get("prompt"), str) and is_transcript(row["prompt"])
 
 
+def has_prompt_messages(row: Row) -> bool:
+    prompt = row.get("prompt")
+    return isinstance(prompt, list) or (isinstance(prompt, dict) and not {"role", "from"}.isdisjoint(prompt))
+
+
 def has_prompt_text(row: Row) -> bool:
     return isinstance(first_present(row, PROMPT_COLUMNS), str)
 
@@ -208,7 +213,7 @@ LAYOUTS = {
     ),
     "chat": Layout(  # prompt: messages or one, chosen, rejected: messages
         True,
-        lambda row: isinstance(row.get("prompt"), list | dict) and has_answers(row, (list, dict, str)),
+        lambda row: has_prompt_messages(row) and has_answers(row, (list, dict, str)),
         read_conversations,
         CHAT_COLUMNS,
     ),
