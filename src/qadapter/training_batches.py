@@ -31,6 +31,8 @@ def tokenised_pairs(name: str, dataset: Any, tokenizer: Any, args: QAdapterTrain
     pairs, report = tokenise(dataset, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     if report.dropped or report.truncated_prompts:
         logger.warning("%s: %s", name, report.summary())
+    for reason, text in report.why.items():
+        logger.warning("%s: %s, row %d: %s.", name, reason, report.dropped[reason][0], text)
     if report.unspaced_warning is not None:
         logger.warning("%s: %s.", name, report.unspaced_warning)
     return pairs

@@ -234,7 +234,10 @@ def test_an_answer_beyond_the_limit_is_left_out_and_said(train, write_pairs):
     ]
     outcome = train("--max-length", 40, dataset=write_pairs(rows))
     succeeded(outcome)
-    assert outcome.err == "warning: training pairs: 2 rows, 1 kept, 1 dropped (answer too long: 1)\n"
+    counted, explained = outcome.err.splitlines()
+    assert counted == "warning: training pairs: 2 rows, 1 kept, 1 dropped (answer too long: 1)"
+    assert explained.startswith("warning: training pairs: answer too long, row 2: the longer answer has 101 tokens")
+    assert explained.endswith("raise max_length to keep such rows.")
 
 
 def changed_config(base, folder, **changes):

@@ -92,6 +92,7 @@ def test_a_prompt_that_its_answer_changes_is_dropped_with_the_reason(make_tokeni
     with_system = chat_pair() | {"prompt": [{"role": "system", "content": "Be brief."}, *chat_pair()["prompt"]]}
     _, report = tokenise_preferences(Dataset.from_list([CHATS[0], with_system]), make_tokenizer(LAST_TURN))
     assert report.dropped == {"prompt changed by its answer": [2]}
+    assert "put that text into the user's message" in report.why["prompt changed by its answer"]
     with pytest.raises(
         DataError, match=r"writes the prompt's end \('Be brief\. .*put that text into the user's message, else give"
     ):

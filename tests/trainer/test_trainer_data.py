@@ -17,9 +17,9 @@ def test_pairs_that_are_left_out_are_told(policy, tmp_path, caplog):
     pairs = [*TEXT_PAIRS, {"prompt": "What?", "chosen": "y" * 400, "rejected": "n"}]
     args = QAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_length=200)
     QAdapterTrainer(model=policy, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tiny_tokenizer())
-    (record,) = caplog.records
-    assert record.getMessage().startswith("train_dataset: ")
-    assert "1" in record.getMessage()
+    counted, explained = (record.getMessage() for record in caplog.records)
+    assert counted == f"train_dataset: {len(pairs)} rows, {len(pairs) - 1} kept, 1 dropped (answer too long: 1)"
+    assert explained.startswith(f"train_dataset: answer too long, row {len(pairs)}: the longer answer has 401 tokens")
 
 
 def test_text_is_tokenised(policy, tmp_path):

@@ -165,6 +165,7 @@ def renumbered(report: TokenisationReport, numbers: Sequence[int]) -> Tokenisati
         kept=report.kept,
         truncated_prompts=in_source(report.truncated_prompts),
         dropped={reason: in_source(rows) for reason, rows in report.dropped.items()},
+        why=report.why,
         unstable_prompts=in_source(report.unstable_prompts),
         unspaced=in_source(report.unspaced),
     )

@@ -51,6 +51,7 @@ def render_findings(report: CheckReport, console: "Console") -> None:
         print_line(console, f"tokenised: {report.tokenisation.summary()}")
         for reason, numbers in report.tokenisation.dropped.items():
             print_line(console, f"warning: {reason}: dropped rows {listed(numbers)}", "yellow")
+            print_line(console, f"  row {numbers[0]}: {report.tokenisation.why[reason]}", "yellow")
         if report.tokenisation.unspaced_warning is not None:
             print_line(console, f"warning: {report.tokenisation.unspaced_warning}", "yellow")
     if report.context_warning is not None:

@@ -27,7 +27,8 @@ DIGEST_ROWS = 1000
 class TokenisationReport:
     """What became of the rows; row numbers start at 1 and count the rows of the dataset that was tokenised.
 
-    `truncated_prompts` lost tokens at the left of the prompt; `dropped` holds the rows left out, by reason;
+    `truncated_prompts` lost tokens at the left of the prompt; `dropped` holds the rows left out, by reason, and `why`
+    what each reason means, with a way out;
     in `unstable_prompts` the generation prompt is no prefix of the conversation (see encoding.ChatEncoder);
     in `unspaced` a prompt of plain text runs into an answer without a space or line break between them.
     For a stream the report fills while it is read and starts anew with each pass; readers in other processes
@@ -38,6 +39,7 @@ class TokenisationReport:
     kept: int = 0
     truncated_prompts: list[int] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
     unstable_prompts: list[int] = field(default_factory=list)
     unspaced: list[int] = field(default_factory=list)
 
@@ -46,6 +48,7 @@ class TokenisationReport:
         self.rows = self.kept = 0
         self.truncated_prompts = []
         self.dropped = {}
+        self.why = {}
         self.unstable_prompts = []
         self.unspaced = []
 
@@ -215,6 +218,7 @@ class PairTokeniser:
             prompt_ids = fit_prompt(encoded, self.limits, self.bos)
         except RowError as error:
             self.last_error = error.at(f"row {number}")
+            self.report.why.setdefault(error.reason, str(error))
             self.report.dropped.setdefault(error.reason, []).append(number)
             return None
         self.note(number, encoded, prompt_ids)
