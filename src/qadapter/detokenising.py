@@ -88,7 +88,7 @@ def detokenised(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def token_bytes(piece: str) -> bytes | None:
-    """The bytes of half a character, from the vocabulary's name for it; None for a name that is a text.
+    """The bytes of a token with half a character, from its name in the vocabulary; None for a name that is a text.
 
     Vocabularies name a single byte `<0xF0>` (byte fallback, as SentencePiece writes it), or write bytes as the
     printable characters of GPT-2's alphabet.

@@ -106,12 +106,9 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
             raise ConfigError("the base model has no chat template: give plain text prompts, not messages.")
         ids = PlainEncoder(tokenizer).prompt_ids(prompt)  # as prompts are trained on
     else:
-        messages = (
-            user(prompt)
-            if isinstance(prompt, str)
-            else [{**message, "content": joined_parts(message.get("content"))} for message in prompt]
-        )
-        ids = render(tokenizer, messages, add_generation_prompt=True)
+        messages = user(prompt) if isinstance(prompt, str) else prompt
+        rows = [{**message, "content": joined_parts(message.get("content"))} for message in messages]
+        ids = render(tokenizer, rows, add_generation_prompt=True)
     if not ids:
         raise ConfigError("the prompt is empty: give at least one token.")
     return ids

@@ -165,9 +165,7 @@ def render(
 
 def shared_words(one: str, other: str) -> str:
     """The words that both texts begin with, where both go on: TRL's implicit prompt, which may end inside a word."""
-    length = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-    shared = one if length is None else one[:length]
-    spaces = [match.start() for match in re.finditer(r"\s+", shared)]
+    spaces = [match.start() for match in re.finditer(r"\s+", one[: shared_prefix(one, other)])]
     return one[: next((end for end in reversed(spaces) if one[end:].strip() and other[end:].strip()), 0)]
 
 
@@ -189,8 +187,8 @@ def trained_end(tokenizer: Any) -> int | None:
     return tokenizer.eos_token_id
 
 
-def shared_prefix(*sequences: Sequence[int]) -> int:
-    """How many tokens all sequences start with."""
+def shared_prefix(*sequences: Sequence[Any]) -> int:
+    """How many tokens (of texts: characters) all sequences start with."""
     columns = zip(*sequences, strict=False)
     return next((index for index, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, sequences)))
 

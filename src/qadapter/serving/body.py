@@ -74,6 +74,6 @@ def _reason(error: Exception) -> str:
         return "it is not UTF-8 text"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    if "int_max_str_digits" in str(error):
+    if "int_max_str_digits" in str(error):  # Python's own words advise whoever wrote the server
         return "it has a number of too many digits"
     return str(error)[:200]

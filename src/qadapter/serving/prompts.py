@@ -39,10 +39,9 @@ class PromptEncoder:
             message = f"the base model's chat template reads no variable {unread!r} of a request: leave it out."
             raise bad_request(message, "chat_template_kwargs")
         rows = [_row(message) for message in messages]
+        variables = {**self._effort(effort), **variables}
         try:
-            return render(
-                self.tokenizer, rows, add_generation_prompt=True, variables={**self._effort(effort), **variables}
-            )
+            return render(self.tokenizer, rows, add_generation_prompt=True, variables=variables)
         except RowError as error:
             param = "chat_template_kwargs" if error.reason == UNUSABLE_VARIABLES else "messages"
             raise bad_request(f"{error}.", param) from None
@@ -74,9 +73,8 @@ class PromptEncoder:
             return PlainEncoder(self.tokenizer).prompt_ids(prompt)
         wrong = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            raise bad_request(
-                f"prompt holds the id {str(wrong)[:40]}; ids lie in 0 ... {self.vocabulary - 1}.", "prompt"
-            )
+            text = f"prompt holds the id {str(wrong)[:40]}; ids lie in 0 ... {self.vocabulary - 1}."
+            raise bad_request(text, "prompt")
         return list(prompt)
 
     def answer_tokens(self, prompt_ids: Sequence[int], wanted: int | None, param: str) -> int:

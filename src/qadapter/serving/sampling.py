@@ -99,7 +99,10 @@ def with_penalties(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
 
 def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
-    """Probabilities (R, V), zero outside the fewest likeliest tokens (at least one) that hold `top_p` (R, 1) of all."""
+    """Probabilities (R, V), zero outside the fewest likeliest tokens that hold `top_p` (R, 1) of the mass.
+
+    The likeliest one is always among them.
+    """
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     kept = (before < top_p) | (top_p >= 1) | (before == 0)

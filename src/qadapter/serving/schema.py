@@ -41,7 +41,7 @@ EMPTY_FIELDS: tuple[tuple[str, Any], ...] = (
     ("tool_calls", []), ("annotations", []), ("refusal", ""), ("reasoning_content", ""), ("reasoning", ""),
 )  # fmt: skip
 
-# Of a message: what is said in them is no text.
+# Fields of a message that hold something else than text.
 NOT_TEXT = ("tool_calls", "function_call", "refusal", "audio")
 
 Name = Annotated[str, Field(max_length=200)]
@@ -238,7 +238,7 @@ def _require_small(body: dict[str, Any]) -> None:
 
 
 def _require_text(place: str, message: Any) -> None:
-    """A message of text alone; what else OpenAI's may hold, and what to do without it, is named."""
+    """Raise ApiError for a message that holds more than text, with what to do about it."""
     if not isinstance(message, dict):
         return
     for name in NOT_TEXT:
@@ -269,7 +269,7 @@ def _refusal(error: ValidationError) -> Exception:
     param = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "extra_forbidden":
         return bad_request(f"{param} is not a parameter of this endpoint.", param, "unknown_parameter")
-    if param.startswith("prompt") and first["type"] != "missing":
+    if first["loc"][0] == "prompt" and first["type"] != "missing":  # pydantic names the parts of the union
         return bad_request("prompt: give a text, a list of ids (integers), or a list of either.", "prompt")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return bad_request(f"{param}: {first['msg']}.", param, code)
