@@ -269,6 +269,13 @@ def test_parameters_of_adapters_are_told_apart():
     assert not first & second
 
 
+def test_trainable_parameters_are_printed_as_peft_does(capsys):
+    policy = composed_policy(tiny_base())
+    policy.print_trainable_parameters()
+    trained = sum(weight.numel() for weight in policy.adapter_parameters(policy.adapters[0]).values())
+    assert f"trainable params: {trained:,} || all params: {policy.num_parameters():,} ||" in capsys.readouterr().out
+
+
 # -- training ------------------------------------------------------------------------------------------------------
 
 

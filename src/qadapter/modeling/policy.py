@@ -357,6 +357,10 @@ class QAdapterForCausalLM(PreTrainedModel, TrainingPasses, PolicyGenerationMixin
         """The parameters of one adapter by name: all that training changes."""
         return adapter_parameters(self.base, adapter)
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many weights training changes, of how many, as PEFT's models do."""
+        self.peft_model.print_trainable_parameters()
+
     # -- on disk -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
