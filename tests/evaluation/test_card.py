@@ -4,7 +4,16 @@ import pytest
 import yaml
 
 from qadapter.errors import DataError
-from qadapter.evaluation.card import BEGIN, END, certificate, check_card, judge_title, update_card, with_certificate
+from qadapter.evaluation.card import (
+    BEGIN,
+    END,
+    certificate,
+    check_card,
+    judge_title,
+    update_card,
+    verdict_line,
+    with_certificate,
+)
 from qadapter.evaluation.tables import HEADLINE
 
 
@@ -12,7 +21,7 @@ def interval(value):
     return {"value": value, "low": value, "high": value, "n": 9}
 
 
-def audit(kl=0.02, passes=True, what="neutral text"):
+def audit(kl=0.02, passes=True, what="neutral text", confident=False):
     """As much of an audit as the card shows."""
     columns = {name: {figure: interval(kl) for _, _, figure, _ in HEADLINE} for name in ("base", "policy")}
     entry = {"quantity": "KL", "relation": "at most", "limit": 0.05, "unit": "nats a token",
@@ -23,13 +32,24 @@ def audit(kl=0.02, passes=True, what="neutral text"):
         "base": {"name": "org/tiny"},
         "gate": [entry],
         "findings": [{"kind": "loss", "what": what, "figure": "change of the loss", **interval(0.1)}],
-        "settings": {"strength": 1.0},
+        "settings": {"strength": 1.0, "limits": {"confident": confident}},
         "results": {
             "pairs": {"columns": columns, "calibration": {}, "chosen": {"columns": columns}},
             "neutral": {"columns": columns}, "instructions": {"columns": columns}, "judged": [], "tasks": {},
         },
         "environment": {"date": "2026-01-02T03:04:05+00:00", "versions": {"qadapter": "0.1.0"}},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        (True, "Passes: all 1 limits are kept by the whole interval."),
+        (False, "Fails 1 of 1 limits, to be kept by the whole interval: KL"),
+    ],
+)
+def test_a_confident_verdict_is_told_as_one(passes, said):
+    assert verdict_line(audit(passes=passes, confident=True)) == said
 
 
 def metadata(folder):

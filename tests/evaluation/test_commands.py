@@ -166,13 +166,26 @@ def test_sweep_writes_into_the_adapter_folder(run, own):
 
 @pytest.mark.parametrize("before", [(), ("--adapter-weights", "default=1", "--strengths", "0.5,1")])
 def test_a_sweep_ends_with_the_audit_of_the_strength_it_recommends(run, own, files, before):
-    options = ("--strengths", "0.5,1", "--alpha-0", 0.3, "--max-kl", 100, "--decay", 0.9, "--output-dir", own)
+    options = (
+        "--strengths",
+        "0.5,1",
+        "--alpha-0",
+        0.3,
+        "--max-kl",
+        100,
+        "--decay",
+        0.9,
+        "--confident",
+        "--output-dir",
+        own,
+    )
     code, printed, _ = run("sweep", *before, own, *options)
     program, name, *arguments = shlex.split(printed.partition("next: ")[2].splitlines()[0])
     assert (code, program, name) == (0, "qadapter", "audit")
     code, _, _ = run("audit", *arguments, "--instructions", files["prompts"])
     audit = json.loads((own / "audit.json").read_text())
     assert (code, audit["settings"]["strength"], audit["settings"]["decay"]) == (0, 1.0, 0.9)
+    assert audit["settings"]["limits"]["confident"]
 
 
 def test_a_sweep_that_recommends_no_strength_ends_with_no_audit(run, own):
@@ -196,6 +209,12 @@ def test_audit_passes_fails_and_cannot_run(run, own):
     assert failing[0] == 1
     assert "Fails 3 of 3 limits" in failing[1]
     assert json.loads((own / "audit.json").read_text())["verdict"] == "fails"
+    accuracy = json.loads((own / "audit.json").read_text())["results"]["pairs"]["columns"]["policy"]["accuracy"]
+    assert accuracy["low"] < accuracy["value"]
+    assert run("audit", own, "--min-accuracy", accuracy["value"])[0] == 0
+    confident = run("audit", own, "--min-accuracy", accuracy["value"], "--confident")
+    assert confident[0] == 1
+    assert "Fails 1 of 1 limits, to be kept by the whole interval" in confident[1]
     (own / "adapters" / "default" / "adapter_model.safetensors").write_bytes(b"damaged")
     code, _, complaints = run("audit", own, "--max-kl", 50)
     assert code == 2

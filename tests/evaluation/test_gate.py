@@ -1,10 +1,12 @@
 """Limits: what passes, what fails, what is close, and which limits are refused."""
 
 import pytest
+import torch
 
 from qadapter.errors import ConfigError
 from qadapter.evaluation.card import gate_cells
-from qadapter.evaluation.gate import Limits, check, drop, parse_drops, verdict
+from qadapter.evaluation.gate import Limits, check, drop, keeps, parse_drops, verdict
+from qadapter.evaluation.resampling import mean_intervals
 
 
 def bounds(value, low, high, n=50):
@@ -66,6 +68,35 @@ def test_accuracy_has_to_reach_its_limit():
     assert entry["passes"]
     assert entry["close"]
     assert not check(RESULTS, "policy", Limits(min_accuracy=0.8))[0]["passes"]
+
+
+def test_a_confident_gate_asks_for_the_whole_interval():
+    kls = check(RESULTS, "policy", Limits(max_kl=0.05, confident=True))
+    assert [entry["passes"] for entry in kls] == [False, True, False]  # 0.04 [0.03, 0.06], 0.01 [0.005, 0.02], unknown
+    assert [entry["close"] for entry in kls] == [True, False, True]
+    for limits, expected in (
+        ({"min_accuracy": 0.7}, False),  # 0.72 [0.66, 0.78]
+        ({"min_accuracy": 0.66}, True),
+        ({"max_drop": {"lambada": 4.0}}, False),  # 3 [1, 5]
+        ({"max_drop": {"lambada": 5.0}}, True),
+    ):
+        (entry,) = check(RESULTS, "policy", Limits(**limits, confident=True))
+        assert entry["passes"] == expected, limits
+    single = {**RESULTS, "neutral": {"columns": {"policy": {"kl": bounds(0.01, None, None, 1)}}}}
+    assert not check(single, "policy", Limits(max_kl=0.05, confident=True))[1]["passes"]
+
+
+def test_a_confident_gate_lets_hardly_ever_pass_what_breaks_its_limit():
+    """The truth is the limit itself: the estimate keeps it every other time, the whole interval one time in forty."""
+    generator = torch.Generator().manual_seed(0)
+    passed = {False: 0, True: 0}
+    for seed in range(200):
+        texts = torch.rand(1, 40, generator=generator, dtype=torch.float64) * 0.1  # KL of 0.05 in the mean
+        kl = mean_intervals(texts, seed=seed)[0]._asdict()
+        for confident in passed:
+            passed[confident] += keeps(kl, "at most", 0.05, confident)
+    assert 75 < passed[False] < 125
+    assert passed[True] <= 11  # 5 expected, three standard errors are 6.6
 
 
 def test_drops_are_in_percentage_points_with_their_interval():

@@ -116,6 +116,19 @@ def test_the_largest_measured_strength_within_the_budget_is_recommended(swept):
     assert swept(max_kl=(middle + larger) / 2)["recommended"]["strength"] == 0.5
 
 
+def test_a_confident_budget_asks_for_whole_intervals(swept):
+    points = {point["name"]: point for point in swept()["points"]}
+    ends = max(points["0.5"][name]["high"] for name in ("kl_chosen", "kl_neutral"))
+    estimates = max(points["1"][name]["value"] for name in ("kl_chosen", "kl_neutral"))
+    budget = max(ends, estimates)
+    assert budget < max(points["1"][name]["high"] for name in ("kl_chosen", "kl_neutral"))
+    assert swept(max_kl=budget)["recommended"]["strength"] == 1.0
+    confident = swept(max_kl=budget, confident=True)
+    assert confident["recommended"]["strength"] == 0.5
+    assert confident["budget"]["confident"]
+    assert recommendation(confident).endswith(f"that fits (KL at most {budget:g}, by the whole interval).")
+
+
 def test_no_strength_fits_a_budget_that_is_too_small(swept):
     sweep = swept(max_kl=1e-6)
     assert sweep["recommended"] == {"name": "base", "strength": 0.0, "fits": False}

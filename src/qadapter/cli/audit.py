@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.options import add_strength_options, add_subject_options, add_workload_options
+from qadapter.cli.options import add_confident_option, add_strength_options, add_subject_options, add_workload_options
 from qadapter.cli.sweep import output_folder
 from qadapter.errors import ConfigError
 from qadapter.evaluation.gate import EXIT_CODES, EXIT_COULD_NOT_RUN, Limits, parse_drops
@@ -35,6 +35,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--max-drop", nargs="+", action="extend", default=[],
                         help="TASK=POINTS ..., the percentage points by which benchmarks may fall")  # fmt: skip
     parser.add_argument("--min-accuracy", type=float, default=None, help="least share of held-out pairs ranked rightly")
+    add_confident_option(parser)
     add_workload_options(parser)
     parser.add_argument(
         "--output-dir", type=Path, default=None, help="where audit.json and audit.html go (default: the adapter folder)"
@@ -48,7 +49,7 @@ def _run(arguments: list[str]) -> int:
     from qadapter.evaluation.benchmarks import require_lm_eval
     from qadapter.evaluation.card import CARD_NAME, check_card, update_card
 
-    limits = Limits(options.max_kl, parse_drops(options.max_drop), options.min_accuracy)
+    limits = Limits(options.max_kl, parse_drops(options.max_drop), options.min_accuracy, options.confident)
     if limits.max_drop:
         require_lm_eval()
     adapter = Path(options.adapter)

@@ -72,6 +72,15 @@ def add_subject_options(parser: argparse.ArgumentParser, several: bool = False) 
     add_loading_options(parser)
 
 
+def add_confident_option(parser: argparse.ArgumentParser) -> None:
+    """Of a gate or a budget."""
+    parser.add_argument(
+        "--confident",
+        action="store_true",
+        help="the whole 95%% interval has to keep a limit, not the estimate alone",
+    )
+
+
 def add_strength_options(parser: argparse.ArgumentParser) -> None:
     """At which setting of the dial."""
     parser.add_argument("--strength", type=float, default=1.0, help="0 is the base, 1 the trained policy")

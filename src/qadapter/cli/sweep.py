@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qadapter.cli import command_parser
-from qadapter.cli.options import add_dial_options, add_subject_options, add_workload_options, dial_of
+from qadapter.cli.options import (
+    add_confident_option,
+    add_dial_options,
+    add_subject_options,
+    add_workload_options,
+    dial_of,
+)
 from qadapter.errors import ConfigError
 from qadapter.evaluation.gate import parse_drops
 from qadapter.new_folders import require_writable
@@ -35,6 +41,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-kl", type=float, default=None, help="recommend a strength with at most this KL, in nats")
     parser.add_argument("--max-drop", action="append", default=[],
                         help="recommend one whose benchmarks fall by at most (TASK=)POINTS; repeatable")  # fmt: skip
+    add_confident_option(parser)
     add_workload_options(parser, answers=False)
     parser.add_argument(
         "--output-dir",
@@ -116,7 +123,8 @@ def budget_of(options: argparse.Namespace) -> "SweepLimits":
         points = float(plain[0]) if plain else None
     except ValueError:
         raise ConfigError(f"--max-drop {plain[0]!r}: write POINTS or TASK=POINTS, such as 1.0.") from None
-    return SweepLimits(options.max_kl, points, parse_drops([entry for entry in options.max_drop if "=" in entry]))
+    drops = parse_drops([entry for entry in options.max_drop if "=" in entry])
+    return SweepLimits(options.max_kl, points, drops, options.confident)
 
 
 def output_folder(options: argparse.Namespace) -> Path:

@@ -188,9 +188,11 @@ def verdict_line(audit: Mapping[str, Any]) -> str:
     failed = [entry for entry in audit["gate"] if not entry["passes"]]
     if not audit["gate"]:
         return "No limits were given."
+    whole = " by the whole interval" if audit["settings"]["limits"]["confident"] else ""
     if not failed:
-        return f"Passes: all {len(audit['gate'])} limits are kept."
-    return f"Fails {len(failed)} of {len(audit['gate'])} limits: " + "; ".join(entry["quantity"] for entry in failed)
+        return f"Passes: all {len(audit['gate'])} limits are kept{whole}."
+    quantities = "; ".join(entry["quantity"] for entry in failed)
+    return f"Fails {len(failed)} of {len(audit['gate'])} limits{whole and ', to be kept' + whole}: {quantities}"
 
 
 def gate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str]:

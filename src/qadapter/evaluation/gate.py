@@ -23,6 +23,8 @@ class Limits:
         max_kl: KL(policy ‖ base) in nats a token, on every set of texts that is measured.
         max_drop: {task: percentage points by which its score may fall}.
         min_accuracy: share of held-out pairs to be ranked as they should, against the base.
+        confident: the whole 95% interval has to keep each limit, not the estimate alone, which where the truth lies at
+            the limit keeps it every other time.
 
     Raises:
         ConfigError: a limit out of its range.
@@ -31,6 +33,7 @@ class Limits:
     max_kl: float | None = None
     max_drop: Mapping[str, float] = field(default_factory=dict)
     min_accuracy: float | None = None
+    confident: bool = False
 
     def __post_init__(self) -> None:
         numbers = [("--max-kl", self.max_kl, 0.0, math.inf), ("--min-accuracy", self.min_accuracy, 0.0, 1.0)]
@@ -77,23 +80,35 @@ def kl_figures(results: Mapping[str, Any], column: str) -> dict[str, dict[str, A
 def check(results: Mapping[str, Any], column: str, limits: Limits) -> list[dict[str, Any]]:
     """One entry a limit: quantity, limit, measured interval, whether it passes, and whether the call is close.
 
-    The estimate decides. A call is close where the interval holds the limit: more items would settle it. A figure that
-    could not be measured does not pass.
+    The estimate decides, or with `limits.confident` the whole interval. A call is close where the interval holds the
+    limit: more items would settle it. A figure that could not be measured does not pass.
     """
     entries = []
     if limits.max_kl is not None:
         for title, interval in kl_figures(results, column).items():
-            entries.append(_entry(f"KL on {title}", "at most", limits.max_kl, "nats a token", interval))
+            entries.append(
+                _entry(f"KL on {title}", "at most", limits.max_kl, "nats a token", interval, limits.confident)
+            )
     for task, points in limits.max_drop.items():
         fall = drop(results, task, column)
         what = f"drop on {task}" if is_rate(results["tasks"][task]) else (
             f"drop on {task}, whose metric {results['tasks'][task]['metric']!r} is no rate"
         )  # fmt: skip
-        entries.append(_entry(what, "at most", points, "percentage points", fall))
+        entries.append(_entry(what, "at most", points, "percentage points", fall, limits.confident))
     if limits.min_accuracy is not None:
         accuracy = results["pairs"]["columns"][column]["accuracy"]
-        entries.append(_entry("held-out pair accuracy", "at least", limits.min_accuracy, "", accuracy))
+        least = limits.min_accuracy
+        entries.append(_entry("held-out pair accuracy", "at least", least, "", accuracy, limits.confident))
     return entries
+
+
+def keeps(interval: Mapping[str, Any], relation: str, limit: float, confident: bool) -> bool:
+    """Whether a figure is "at most" or "at least" a limit: its estimate or, if `confident`, its whole interval."""
+    most = relation == "at most"
+    value = interval["value"]
+    if confident and value is not None:
+        value = interval["high" if most else "low"]
+    return value is not None and (value <= limit if most else value >= limit)
 
 
 def drop(results: Mapping[str, Any], task: str, column: str) -> dict[str, Any]:
@@ -127,20 +142,21 @@ def _points(share: float | None, sign: int) -> float | None:
     return None if share is None else round(sign * share, 9) + 0.0
 
 
-def _entry(quantity: str, relation: str, limit: float, unit: str, interval: Mapping[str, Any]) -> dict[str, Any]:
-    value, low, high = interval["value"], interval["low"], interval["high"]
-    passes = value is not None and (value <= limit if relation == "at most" else value >= limit)
+def _entry(
+    quantity: str, relation: str, limit: float, unit: str, interval: Mapping[str, Any], confident: bool
+) -> dict[str, Any]:
+    low, high = interval["low"], interval["high"]
     close = low is None or high is None or low <= limit <= high
     return {
         "quantity": quantity,
         "relation": relation,
         "limit": limit,
         "unit": unit,
-        "value": value,
+        "value": interval["value"],
         "low": low,
         "high": high,
         "n": interval["n"],
-        "passes": passes,
+        "passes": keeps(interval, relation, limit, confident),
         "close": close,
     }
 

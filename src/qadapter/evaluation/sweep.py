@@ -8,7 +8,7 @@ from qadapter.errors import ConfigError
 from qadapter.evaluation.columns import BASE, Column
 from qadapter.evaluation.environment import environment
 from qadapter.evaluation.evaluate import Evaluation
-from qadapter.evaluation.gate import Limits, drop, is_rate, kl_figures
+from qadapter.evaluation.gate import Limits, drop, is_rate, keeps, kl_figures
 from qadapter.evaluation.part_store import PartStore, jsonable
 from qadapter.evaluation.progress import Track, silent
 from qadapter.evaluation.subjects import Subject
@@ -28,16 +28,18 @@ class SweepLimits:
         max_kl: KL(policy ‖ base) in nats a token, on chosen answers and on neutral text.
         max_drop: percentage points that any benchmark of the sweep may fall; a group is one, whatever its tasks do.
         drops: {task: percentage points}, for single benchmarks.
+        confident: as of `gate.Limits`.
     """
 
     max_kl: float | None = None
     max_drop: float | None = None
     drops: Mapping[str, float] = field(default_factory=dict)
+    confident: bool = False
 
     def limits(self, tasks: Sequence[str]) -> Limits:
         """The same as limits of a gate on `tasks`."""
         drops = {**({} if self.max_drop is None else dict.fromkeys(tasks, self.max_drop)), **self.drops}
-        return Limits(self.max_kl, drops)
+        return Limits(self.max_kl, drops, confident=self.confident)
 
 
 def run_sweep(
@@ -87,7 +89,11 @@ def run_sweep(
                 "threshold": columns[0].min_kl,
                 "interpolation": columns[0].interpolation,
             },
-            "budget": {"max_kl": limits.max_kl, "max_drop": dict(limits.max_drop)},
+            "budget": {
+                "max_kl": limits.max_kl,
+                "max_drop": dict(limits.max_drop),
+                "confident": limits.confident,
+            },
             "points": points,
             "recommended": recommend(results, columns, limits),
             "environment": environment(subject.model.device),
@@ -134,12 +140,8 @@ def recommend(results: Mapping[str, Any], columns: Sequence[Column], limits: Lim
 
 
 def fits(results: Mapping[str, Any], column: str, limits: Limits) -> bool:
-    """Whether the estimates of a column keep every limit."""
-    kls = [interval["value"] for interval in kl_figures(results, column).values()]
-    if limits.max_kl is not None and not all(kl is not None and kl <= limits.max_kl for kl in kls):
-        return False
-    for task, points in limits.max_drop.items():
-        value = drop(results, task, column)["value"]
-        if value is None or value > points:
-            return False
-    return True
+    """Whether a column keeps every limit, as the gate would have it."""
+    kept = [(drop(results, task, column), points) for task, points in limits.max_drop.items()]
+    if limits.max_kl is not None:
+        kept += [(kl, limits.max_kl) for kl in kl_figures(results, column).values()]
+    return all(keeps(figure, "at most", limit, limits.confident) for figure, limit in kept)

@@ -135,7 +135,7 @@ def recommendation(sweep: Mapping[str, Any]) -> str:
         return f"There is no limit to fit: --max-kl or --max-drop picks a strength.{told}"
     limits = [] if budget["max_kl"] is None else [f"KL at most {budget['max_kl']:g}"]
     limits += [f"{task} falls by at most {points:g} points" for task, points in budget["max_drop"].items()]
-    within = ", ".join(limits)
+    within = ", ".join(limits) + (", by the whole interval" if budget["confident"] else "")
     if not found["fits"]:
         return f"None of the measured strengths fits ({within}): measure smaller ones, or raise the budget.{told}"
     what = f"{found['strength']:g}{fixed(sweep)}"
