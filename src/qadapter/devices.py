@@ -1,5 +1,6 @@
 """Where a model runs, and in which precision."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +13,20 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none (Apple's GPUs, some of Intel's)."""
+    return _widest_float(device.type)
+
+
+@cache
+def _widest_float(kind: str) -> torch.dtype:
+    try:
+        torch.zeros((), device=kind).double()
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
 
 
 def cpu_has_bfloat16() -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qadapter.devices import widest_float
+
 # Those that a log entry has; of an evaluation with "eval_" before them.
 METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -74,7 +76,9 @@ class PairMetrics:
         sums, self._sums = self._sums, {}
         if not sums:
             return {}
-        pairs = torch.stack([torch.stack([total.double(), weight.double()]) for total, weight in sums.values()])
+        device = next(iter(sums.values()))[0].device
+        wide = widest_float(device)
+        pairs = torch.stack([torch.stack([total.to(wide), weight.to(wide)]) for total, weight in sums.values()])
         totals, weights = summed(pairs).T.tolist()
         found = zip(sums, totals, weights, strict=True)
         return {name: total / weight for name, total, weight in found if weight}

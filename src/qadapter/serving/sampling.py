@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qadapter.devices import widest_float
 from qadapter.generation import GREEDY_TEMPERATURE
 
 
@@ -69,7 +70,7 @@ def choose_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[Chosen]:
     rows = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
     if rows:
         rules = [samplers[row].rules for row in rows]
-        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        wide = widest_float(logits.device)
 
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=wide, device=logits.device).unsqueeze(-1)
