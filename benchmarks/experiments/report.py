@@ -75,14 +75,17 @@ less ½ (figures up to 2026-11-28 were cut at blanks alone: words joined by line
 log-prob(chosen) − log-prob(rejected) a token on held-out pairs (margin), and the same without the answers' ends. By the
 first two an answer of which more than {loops:.0%} of the sequences of four words are repeats gains nothing (what it
 loses stays): judges of style like loops. (Of answers at a strength of 0.25, nearly the base's, about one in a hundred
-is such a loop.)
+is such a loop.) The largest of several noisy gains is too high, the more so the more points lie below the limit: with
+no gain on either side, a method that drifts half as fast would lead by about a hundredth.
 Drifts: KL(policy ‖ base) a token on the held-out pairs, on prose, on the policy's own samples; and the score that
 benchmarks lost, up to 0.04.
 
 Options of Q-Adapter change its preset `undiscounted`, the package's default until 2026-11-29: `beta = 10` has γ = 1.
 
 A method's knob is chosen on one half of the prompts (every other one) and measured on the other, both ways round; where
-there is nothing to choose, too. "Dial" is the strength
+there is nothing to choose, too. The runs are the same in both halves, so that a side that chose among more variants is
+flattered by the luck of its seeds: of equal methods with four variants against one, by a hundredth or two where seeds
+differ by a third of the gain, as by judged samples; by margin they hardly differ. "Dial" is the strength
 dial z_b + λ (z̃ − z_b), given to every method (on a DPO LoRA it is DeRa); "scaled" averages weights with the base's
 (WiSE-FT); "by its own knob alone" is the curve through the knob's values at full strength.
 
@@ -90,6 +93,9 @@ Brackets are 95% intervals over held-out prompts (bootstrap, {resamples:,} resam
 seeds (their unbiased variance; both by Student's t, with Satterthwaite's degrees of freedom). With one seed they are
 over prompts alone. Many comparisons stand on this page, and nothing is corrected for that; nor are they
 independent: several gains and drifts are read from one run, and threshold-small trains anew on discount-small's pairs.
+The default's discount was chosen by areas on the four domains of DSP in discount-small; longer-small and
+threshold-small judge it on other answers and pairs of the same domains, and HH-RLHF, terse and capitals had no
+part in that choice.
 """
 
 

@@ -1,5 +1,7 @@
 """Limits: what passes, what fails, what is close, and which limits are refused."""
 
+import math
+
 import pytest
 import torch
 
@@ -86,17 +88,24 @@ def test_a_confident_gate_asks_for_the_whole_interval():
     assert not check(single, "policy", Limits(max_kl=0.05, confident=True))[1]["passes"]
 
 
-def test_a_confident_gate_lets_hardly_ever_pass_what_breaks_its_limit():
-    """The truth is the limit itself: the estimate keeps it every other time, the whole interval one time in forty."""
+@pytest.mark.parametrize(("skewed", "most"), [(False, 11), (True, 26)])  # 5 and 16 of 200 expected
+def test_a_confident_gate_lets_hardly_ever_pass_what_breaks_its_limit(skewed, most):
+    """The truth is the limit itself: the estimate keeps it every other time, the whole interval one time in forty.
+
+    Of skewed figures (KLs whose logarithms are normal, σ = 1) the bootstrap's upper end is too low: one time in twelve.
+    """
     generator = torch.Generator().manual_seed(0)
     passed = {False: 0, True: 0}
     for seed in range(200):
-        texts = torch.rand(1, 40, generator=generator, dtype=torch.float64) * 0.1  # KL of 0.05 in the mean
+        if skewed:
+            texts = torch.randn(1, 40, generator=generator, dtype=torch.float64).exp() * (0.05 / math.exp(0.5))
+        else:
+            texts = torch.rand(1, 40, generator=generator, dtype=torch.float64) * 0.1
         kl = mean_intervals(texts, seed=seed)[0]._asdict()
         for confident in passed:
             passed[confident] += keeps(kl, "at most", 0.05, confident)
-    assert 75 < passed[False] < 125
-    assert passed[True] <= 11  # 5 expected, three standard errors are 6.6
+    assert 75 < passed[False] < 140
+    assert passed[True] <= most
 
 
 def test_drops_are_in_percentage_points_with_their_interval():

@@ -159,6 +159,7 @@ def test_drops_of_benchmarks_count():
     assert budget == Limits(None, {"arc": 1.0, "piqa": 1.0})
     assert chosen(budget, arc=task(0.5, 0.9), piqa=task(0, 1.1))["strength"] == 0.5
     assert chosen(Limits(None, {"arc": 1.0}), arc=task(0.5, 0.9))["strength"] == 1.0
+    assert not chosen(Limits(None, {"arc": 1.0}), arc=task(1.5, 0.9))["fits"]  # a larger one that fits by luck
     assert SweepLimits(max_drop=1.0, drops={"arc": 3.0}).limits(["arc"]).max_drop == {"arc": 3.0}
 
 

@@ -1,8 +1,16 @@
 """What kind of text answers are."""
 
+import random
+
 import pytest
 
-from qadapter.evaluation.traits import answer_traits, commonest_language, language, repeats_itself
+from qadapter.evaluation.traits import (
+    answer_traits,
+    commonest_language,
+    language,
+    repeats_itself,
+    trait_changes,
+)
 from qadapter.generation import Answer
 
 ENGLISH = "The cat sat on the mat, and that is all that it did for the rest of the day."
@@ -68,3 +76,21 @@ def test_shares_of_traits():
     assert answer_traits([unknown] * 2, base[:2])["in no language that is known"].value == 1
     assert commonest_language(base) == "English"
     assert commonest_language([Answer("", True)]) is None
+
+
+def test_changes_of_traits_are_of_the_same_prompts():
+    base = [Answer(ENGLISH, True)] * 20
+    changes = trait_changes([Answer(GERMAN, False)] * 10 + base[10:], base)
+    assert changes["cut off"].value == changes["in another language"].value == 0.5
+    assert changes["cut off"].low > 0.2
+    assert changes["empty"].value == 0
+    assert changes["empty"].low < 0 < changes["empty"].high
+
+
+def test_a_trait_that_did_not_change_is_hardly_ever_said_to_have():
+    """Base and policy end in time as a coin falls, each by itself."""
+    draw, named = random.Random(0), 0
+    for _ in range(400):
+        own, base = ([Answer("42", draw.random() < 0.5) for _ in range(24)] for _ in range(2))
+        named += trait_changes(own, base)["cut off"].low > 0
+    assert named <= 18  # 10 expected of 400, three standard errors are 9; comparing two intervals names 38

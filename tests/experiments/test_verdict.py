@@ -251,6 +251,8 @@ def test_comparisons_that_cannot_be_met_and_those_that_are_lost_are_counted():
     page = text([*(result("qadapter", seed, 1.0) for seed in (0, 1)), *(result("dpo", seed, 1.4) for seed in (0, 1))])
     assert "outside the interval, in 2, less than a third more gain is shown in 2; by √drift in 2 and in 2." in page
     assert "Only the 2 comparisons with several seeds" in page
+    assert "Those 2 are of 1 settings," in page
+    assert "in 0 settings, DPO's in 1. Of two equal methods about 0 of the 2 would go each way by chance." in page
     page = text([result("dpo", 0, 1.4), result("qadapter", 0, 1.0)])
     assert "outside the interval, in 0, less than a third more gain is shown in 0; by √drift in 0 and in 0." in page
     assert "Only the 0 comparisons" in page

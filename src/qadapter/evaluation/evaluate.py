@@ -38,7 +38,7 @@ from qadapter.evaluation.texts import (
     reference_texts,
     sample,
 )
-from qadapter.evaluation.traits import answer_traits, commonest_language, mean_words
+from qadapter.evaluation.traits import answer_traits, commonest_language, mean_words, trait_changes
 from qadapter.evaluation.workload import Workload
 from qadapter.generation import Answer, Sampling, generate_texts
 
@@ -200,6 +200,7 @@ class Evaluation:
             "columns": {
                 name: {
                     "traits": answer_traits(own, base),
+                    "changes": trait_changes(own, base),
                     "language": commonest_language(own),
                     "words": mean_words(own),
                 }

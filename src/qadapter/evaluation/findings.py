@@ -61,7 +61,7 @@ def _answers(results: Mapping[str, Any], column: str) -> Iterator[dict[str, Any]
     base, own = columns["base"], columns[column]
     for trait in BAD_TRAITS:
         now, before = own["traits"][trait], base["traits"][trait]
-        if _above(now["low"], before["value"]) and _above(now["value"], before["high"]):
+        if _above(own["changes"][trait]["low"], 0.0):
             what = f"answers to general instructions: {trait}"
             if trait == "in another language":
                 what += f" ({base['language']} became {own['language']})"

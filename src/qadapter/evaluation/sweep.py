@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from qadapter.errors import ConfigError
@@ -126,16 +127,18 @@ def point(results: Mapping[str, Any], column: Column) -> dict[str, Any]:
 
 
 def recommend(results: Mapping[str, Any], columns: Sequence[Column], limits: Limits) -> dict[str, Any] | None:
-    """The measured strength, the largest one, that keeps every limit; None without limits.
+    """The largest measured strength that keeps every limit, as all smaller ones do; None without limits.
 
-    Nothing is interpolated: a strength between two points has not been measured. The base keeps every limit, so there
-    always is a point; `fits` is false where it is the only one.
+    A larger one that fits again, as benchmarks' noise has it now and then, would be chosen for its luck. Nothing is
+    interpolated: a strength between two points has not been measured. The base keeps every limit, so there always is a
+    point; `fits` is false where it is the only one.
     """
     if limits.max_kl is None and not limits.max_drop:
         return None
     candidates = [column for column in columns if column.alpha_0 is None and column.strength > 0]
-    fitting = [column for column in candidates if fits(results, column.name, limits)]
-    best = max(fitting, key=lambda column: column.strength, default=Column(BASE, 0.0))
+    ordered = sorted(candidates, key=lambda column: column.strength)
+    fitting = list(takewhile(lambda column: fits(results, column.name, limits), ordered))
+    best = fitting[-1] if fitting else Column(BASE, 0.0)
     return {"name": best.name, "strength": best.strength, "fits": bool(fitting)}
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from qadapter.evaluation.intervals import Interval
-from qadapter.evaluation.resampling import rate_interval
+from qadapter.evaluation.resampling import paired_difference, rate_interval
 from qadapter.generation import Answer
 
 # Frequent function words that no other language of the list has among its own.
@@ -91,6 +91,18 @@ def answer_traits(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str
     "in another language" is in comparison with the base's answer to the same prompt, where both can be told; "in no
     language that is known" has answers long enough to be told.
     """
+    return {name: rate_interval(values) for name, values in _traits(answers, base).items()}
+
+
+def trait_changes(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str, Interval]:
+    """{trait: by how much its share is larger than among the base's answers to the same prompts}."""
+    own, before = _traits(answers, base), _traits(base, base)
+    before["in another language"] = [0.0] * len(own["in another language"])
+    return {name: paired_difference(values, before[name]) for name, values in own.items()}
+
+
+def _traits(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str, list[float]]:
+    """{trait: 1 or 0 of each answer}."""
     languages = [(language(answer.text), language(other.text)) for answer, other in zip(answers, base, strict=True)]
     known = [(own, other) for own, other in languages if own is not None and other is not None]
     traits = {
@@ -103,7 +115,7 @@ def answer_traits(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str
             for answer, (own, _) in zip(answers, languages, strict=True)
         ],
     }
-    return {name: rate_interval([float(has) for has in values]) for name, values in traits.items()}
+    return {name: [float(has) for has in values] for name, values in traits.items()}
 
 
 def commonest_language(answers: Sequence[Answer]) -> str | None:
