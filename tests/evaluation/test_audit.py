@@ -164,7 +164,7 @@ def test_returns_are_those_of_the_only_adapter_with_a_weight(composed, workload,
 def test_an_audit_of_a_composition_has_no_calibration(audited, composed, tmp_path):
     audit, document = audited(composed), schema()
     assert errors_of(audit, document, document) == []
-    assert audit["results"]["pairs"]["calibration"]["policy"] == {"ece": None, "n": 0, "bins": None}
+    assert audit["results"]["pairs"]["calibration"]["policy"] == {"ece": None, "expected": None, "n": 0, "bins": None}
     assert "Calibration of" not in page(audit)
     assert ("Calibration error of σ(reward margin)", "–", "–") in headline(audit["results"], ["policy"])
 

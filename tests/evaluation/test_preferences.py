@@ -96,7 +96,7 @@ def test_a_column_without_temperatures_has_no_rewards():
     figures = preference_figures(PAIRS, {BASE: TEMPERATURES, "policy": None})
     assert figures[BASE]["reward_accuracy"].n == 3
     assert math.isnan(figures["policy"]["reward_accuracy"].value)
-    assert calibration(None) == {"ece": None, "n": 0, "bins": None}
+    assert calibration(None) == {"ece": None, "expected": None, "n": 0, "bins": None}
 
 
 def test_accuracy_at_equal_length_sees_through_a_preference_for_length():
@@ -149,6 +149,9 @@ def test_calibration_of_margins_that_are_right_as_often_as_they_say():
         margins.append(size if generator.random() < 1 / (1 + math.exp(-size)) else -size)
     measured = calibration(margins)
     assert measured["ece"] < 0.03
+    assert measured["expected"] < 0.03
+    few = [calibration(margins[start : start + 60]) for start in range(0, 3000, 60)]
+    assert sum(one["ece"] for one in few) == pytest.approx(sum(one["expected"] for one in few), rel=0.1)
     assert sum(row["n"] for row in measured["bins"]) == measured["n"] == 4000
     assert calibration([10 * margin for margin in margins])["ece"] > 0.15  # too sure of itself
 
@@ -156,6 +159,7 @@ def test_calibration_of_margins_that_are_right_as_often_as_they_say():
 def test_calibration_of_ties_and_of_nothing():
     assert calibration([0.0, 0.0])["ece"] == 0.0
     assert math.isnan(calibration([])["ece"])
+    assert math.isnan(calibration([])["expected"])
     assert calibration([900.0])["bins"][0]["confidence"] == 1.0
 
 

@@ -1,6 +1,7 @@
 """What the policy prefers on held-out pairs: accuracy, margins, accuracy at equal length, calibration."""
 
 import math
+import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from qadapter.evaluation.resampling import design_effect, mean_intervals, rate_i
 from qadapter.functional import discounts
 
 CALIBRATION_BINS = 10
+CHANCE_DRAWS = 200
 # Standard deviation of the weak normal prior on both coefficients of the length control: without it, pairs that all
 # agree would put them at infinity.
 PRIOR_SCALE = 3.0
@@ -198,11 +200,11 @@ def calibration(margins: Sequence[float] | None, groups: Sequence[Hashable] | No
     """How well σ(reward margin) tells the chance that the chosen answer is ranked first.
 
     Every pair is turned so that the model's confidence is max(σ, 1 − σ) ≥ ½; `ece` is the mean gap between confidence
-    and accuracy over bins of confidence, weighted by their size, and `bins` the reliability diagram;
-    both are None without margins (see `reward_margins`).
+    and accuracy over bins of confidence, weighted by their size, `expected` the same of a calibrated model of as many
+    pairs, and `bins` the reliability diagram; all are None without margins (see `reward_margins`).
     """
     if margins is None:
-        return {"ece": None, "n": 0, "bins": None}
+        return {"ece": None, "expected": None, "n": 0, "bins": None}
     bins: list[list[tuple[float, float]]] = [[] for _ in range(CALIBRATION_BINS)]
     members: list[list[Hashable]] = [[] for _ in range(CALIBRATION_BINS)]
     for margin, group in zip(margins, range(len(margins)) if groups is None else groups, strict=True):
@@ -228,7 +230,21 @@ def calibration(margins: Sequence[float] | None, groups: Sequence[Hashable] | No
         )
     n = len(margins)
     ece = math.fsum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / n if n else math.nan
-    return {"ece": ece, "n": n, "bins": rows}
+    return {"ece": ece, "expected": _ece_by_chance([[c for c, _ in entries] for entries in bins]), "n": n, "bins": rows}
+
+
+def _ece_by_chance(bins: Sequence[Sequence[float]]) -> float:
+    """The mean calibration error of a model that is right just as often as its confidences (by bin) say."""
+    n = sum(map(len, bins))
+    if not n:
+        return math.nan
+    generator = random.Random(0)
+    gaps = [
+        abs(math.fsum((generator.random() < confidence) - confidence for confidence in entries))
+        for _ in range(CHANCE_DRAWS)
+        for entries in bins
+    ]
+    return math.fsum(gaps) / CHANCE_DRAWS / n
 
 
 def by_category(

@@ -104,6 +104,13 @@ def short(interval: Mapping[str, Any], kind: str) -> str:
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _calibration(found: Mapping[str, Any] | None) -> str:
+    """The error, and what it would be by chance: of few pairs it is large whatever the model."""
+    if found is None or found["ece"] is None:
+        return written_number(None)
+    return f"{written_number(found['ece'])} ({written_number(found['expected'])} if calibrated)"
+
+
 def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
     """Rows of (what, the base, each column): preferences, drift, judges, benchmarks."""
     rows: list[Row] = [
@@ -111,8 +118,9 @@ def headline(results: Mapping[str, Any], columns: Sequence[str]) -> list[Row]:
         for title, part, figure, kind in HEADLINE
     ]
     calibration = results["pairs"]["calibration"]
-    errors = [written_number(calibration[name]["ece"] if name in calibration else None) for name in columns]
-    rows.append(("Calibration error of σ(reward margin)", "–", *errors))
+    rows.append(
+        ("Calibration error of σ(reward margin)", "–", *(_calibration(calibration.get(name)) for name in columns))
+    )
     rows += _judge_rows(results["judged"], columns)
     for task, figures in results["tasks"].items():
         kind = "rate" if is_rate(figures) else "number"
